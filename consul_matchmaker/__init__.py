@@ -1,0 +1,1 @@
+"""Which hosts serve this topic, right now?  A matchmaker over Consul."""

@@ -1,0 +1,64 @@
+"""The seam: what a backend has to do, as two small protocols.
+
+Every verb is idempotent, may be called from any thread, ends within its deadline, and raises only
+Unavailable (TimedOut), Denied and LeaseLost; ``lookup`` also InvalidTopic for a topic the backend
+cannot express.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol
+
+from ..model import Host, Lease, Registration, Snapshot
+
+
+class Resolver(Protocol):
+    """Answers which hosts serve a topic."""
+
+    narrows: bool
+    """Whether ``lookup(topic, server)`` can find more than ``lookup(topic).for_server(server)``."""
+
+    def lookup(self, topic: str, server: str | None = None) -> Snapshot:
+        """Every live host of *topic*, perhaps none; with *server*, only that server's.
+
+        Raises Unavailable when Consul cannot be asked, Denied when it refuses."""
+
+    def forget(self) -> None:
+        """Drop every connection without touching the network: this is a forked child now."""
+
+    def close(self) -> None:
+        """Close every connection."""
+
+
+class Registrar(Protocol):
+    """Makes registrations visible to everybody, under one lease a process."""
+
+    def open(self) -> Lease:
+        """A new lease, which ends by itself when it is not renewed."""
+
+    def publish(self, lease: Lease, registration: Registration) -> None:
+        """Make *registration* visible until it is withdrawn or *lease* ends."""
+
+    def withdraw(self, lease: Lease, registration: Registration) -> None:
+        """Take back what *lease* published for *registration*, and nothing else."""
+
+    def renew(self, lease: Lease) -> Collection[Registration]:
+        """Keep *lease* alive; return every registration that Consul really holds under it.
+
+        Raises LeaseLost when Consul says that the lease is gone: the only proof of a loss."""
+
+    def release(self, lease: Lease) -> None:
+        """End *lease* and everything published under it, at once."""
+
+    def expire(self, topic: str, host: Host) -> int:
+        """Remove *host*'s registrations of *topic*, whoever owns them; return how many."""
+
+    def topics(self) -> list[str]:
+        """Every topic that has a registration, sorted."""
+
+    def forget(self) -> None:
+        """Drop every connection and the memory of every lease, without touching the network."""
+
+    def close(self) -> None:
+        """Close every connection; leases are left alone."""

@@ -1,0 +1,256 @@
+"""The values everything else passes around: Host, Instance, Registration, Lease and Snapshot.
+
+They parse and print themselves, never change, and hold no socket, lock or thread.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, Protocol, overload
+
+from .errors import ConfigurationError, InvalidTopic
+
+# RFC 1123 labels; the underscore is allowed because Consul names have it (fact A8).
+_HOST_NAME = re.compile(
+    r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+    r"(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)*\.?\Z"
+)
+
+Source = Literal["dns", "kv", "memory", "disk"]
+
+
+def checked_topic(topic: str) -> str:
+    """Return *topic* unchanged; raise InvalidTopic when it is empty or not text."""
+    if not isinstance(topic, str) or not topic:
+        raise InvalidTopic(f"a topic is a text of at least one character, not {topic!r}")
+    return topic
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Where a topic is served: an address and a port.  Two hosts are the same when both agree.
+
+    ``port`` is None for what is not host:port (a ZeroMQ socket identity, a bare name); such a host
+    is made by `opaque` only, and its text is kept to the byte.
+    """
+
+    address: str
+    port: int | None
+
+    @classmethod
+    def parse(cls, text: str) -> Host:
+        """Read ``10.0.0.5:9501``, ``[::1]:9501`` or ``name.example:9501``.
+
+        Raises ConfigurationError for anything else, so that a typing error is never taken for a
+        socket identity: use `opaque` for those.
+        """
+        if not isinstance(text, str):
+            raise ConfigurationError(f"a host is a text such as '10.0.0.5:9501', not {text!r}")
+        address, colon, digits = text.rpartition(":")
+        if not colon or not address:
+            raise ConfigurationError(
+                f"{text!r} is not a host: write ADDRESS:PORT, as in 10.0.0.5:9501 or [::1]:9501"
+            )
+        # str.isdecimal alone would let other scripts' digits through.
+        if not (digits.isascii() and digits.isdecimal() and 0 < int(digits) < 65536):
+            raise ConfigurationError(f"{text!r}: the port must be a number from 1 to 65535")
+        if address.startswith("[") and address.endswith("]"):
+            try:
+                return cls(str(ipaddress.IPv6Address(address[1:-1])), int(digits))
+            except ValueError:
+                raise ConfigurationError(f"{text!r}: {address} is no IPv6 address") from None
+        if ":" in address:
+            raise ConfigurationError(f"{text!r}: put an IPv6 address in brackets, as in [::1]:9501")
+        if re.fullmatch(r"[0-9.]+", address):
+            try:
+                return cls(str(ipaddress.IPv4Address(address)), int(digits))
+            except ValueError:
+                raise ConfigurationError(f"{text!r}: {address} is no IPv4 address") from None
+        if not _HOST_NAME.match(address):
+            raise ConfigurationError(
+                f"{text!r}: {address!r} is neither an IP address nor a host name"
+            )
+        return cls(address, int(digits))
+
+    @classmethod
+    def opaque(cls, text: str) -> Host:
+        """A host that is only a text, kept to the byte.  Raises ConfigurationError when empty."""
+        if not isinstance(text, str) or not text:
+            raise ConfigurationError(
+                f"an opaque host is a text of at least one character, not {text!r}"
+            )
+        return cls(text, None)
+
+    def __str__(self) -> str:
+        if self.port is None:
+            return self.address
+        # The only place that knows that IPv6 needs brackets.
+        return (
+            f"[{self.address}]:{self.port}"
+            if ":" in self.address
+            else f"{self.address}:{self.port}"
+        )
+
+    def __lt__(self, other: Host) -> bool:
+        if not isinstance(other, Host):
+            return NotImplemented
+        return (self.address, self.port or 0) < (other.address, other.port or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One entry of an answer: a host, the server name it goes by, and its RFC 2782 preference."""
+
+    host: Host
+    server: str | None = None
+    priority: int = 1
+    weight: int = 1
+
+
+class RegistrationOwner(Protocol):
+    """What keeps a registration true; see `Registration`."""
+
+    def wait_until_published(self, registration: Registration, timeout_seconds: float) -> None: ...
+    def unregister(self, registration: Registration) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """The wish that *host* serves *topic*, under the name *server* if it has one.
+
+    `Matchmaker.register` returns one that knows its owner, so that it can be waited for and works
+    as a context manager that unregisters.  Thread-safe; equal when topic, host and server are.
+    """
+
+    topic: str
+    host: Host
+    server: str | None = None
+    owner: RegistrationOwner | None = field(default=None, compare=False, repr=False)
+
+    def wait_until_published(self, *, timeout_seconds: float) -> None:
+        """Return once Consul has confirmed it.  Raises TimedOut after *timeout_seconds*,
+        Denied when Consul refuses the token, Closed when the owner was closed meanwhile."""
+        self._owned().wait_until_published(self, timeout_seconds)
+
+    def unregister(self) -> None:
+        """Take the wish back; only this one, whatever else the process registered."""
+        self._owned().unregister(self)
+
+    def _owned(self) -> RegistrationOwner:
+        if self.owner is None:
+            raise ConfigurationError(f"{self} was not made by Matchmaker.register")
+        return self.owner
+
+    def __enter__(self) -> Registration:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.unregister()
+
+    def __str__(self) -> str:
+        return f"{self.topic} at {self.host}" + (f" as {self.server}" if self.server else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """What Consul granted: everything published under it leaves with it (a Consul session)."""
+
+    id: str
+    ttl_seconds: float
+
+    def __str__(self) -> str:
+        return self.id
+
+
+def _no_clock() -> float:
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Snapshot(Sequence[Host]):
+    """An answer: every live host of *topic* at one moment.
+
+    A sequence of Host, sorted and without duplicates; instances keep the server names and weights.
+    An empty one means "no hosts"; an outage is never an empty snapshot but an exception.
+    ``age_seconds`` and ``is_stale`` are live: they go on counting while you hold it.
+    """
+
+    topic: str
+    instances: tuple[Instance, ...]
+    source: Source
+    is_complete: bool = True
+    ttl_seconds: float | None = None
+    """What the answer itself says of its life (a DNS TTL above 0); None when it says nothing."""
+    taken_at: float = field(default=0.0, compare=False)
+    """When Consul gave it, on *clock*."""
+    fresh_until: float = field(default=float("inf"), compare=False)
+    """When it becomes stale, on *clock*; set by the cache."""
+    clock: Callable[[], float] = field(default=_no_clock, compare=False, repr=False)
+
+    @cached_property
+    def hosts(self) -> tuple[Host, ...]:
+        """Every host once, sorted."""
+        return tuple(sorted({instance.host for instance in self.instances}))
+
+    @cached_property
+    def _by_server(self) -> Mapping[str, tuple[Instance, ...]]:
+        found: dict[str, list[Instance]] = {}
+        for instance in self.instances:
+            if instance.server is not None:
+                found.setdefault(instance.server, []).append(instance)
+        return {server: tuple(instances) for server, instances in found.items()}
+
+    @property
+    def age_seconds(self) -> float:
+        """Seconds since Consul gave this answer."""
+        return max(0.0, self.clock() - self.taken_at)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether it is past its time: Consul was not, or could not be, asked since."""
+        return self.clock() >= self.fresh_until
+
+    def for_server(self, server: str) -> Snapshot:
+        """The same answer, narrowed to the instances that go by the name *server*."""
+        return self.with_instances(self._by_server.get(server, ()))
+
+    def with_instances(self, instances: Iterable[Instance]) -> Snapshot:
+        """The same answer with other instances; keeps age, source and completeness."""
+        return Snapshot(
+            self.topic,
+            tuple(instances),
+            self.source,
+            self.is_complete,
+            self.ttl_seconds,
+            self.taken_at,
+            self.fresh_until,
+            self.clock,
+        )
+
+    def __len__(self) -> int:
+        return len(self.hosts)
+
+    def __iter__(self) -> Iterator[Host]:
+        return iter(self.hosts)
+
+    def __contains__(self, host: object) -> bool:
+        return host in self.hosts
+
+    @overload
+    def __getitem__(self, index: int) -> Host: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Host, ...]: ...
+    def __getitem__(self, index: int | slice) -> Host | tuple[Host, ...]:
+        return self.hosts[index]
+
+    def __str__(self) -> str:
+        marks = [f"{len(self)} hosts", self.source, f"{self.age_seconds:.1f}s old"]
+        if self.is_stale:
+            marks.append("stale")
+        if not self.is_complete:
+            marks.append("incomplete")
+        return f"<{self.topic}: {', '.join(marks)}>"

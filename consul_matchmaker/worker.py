@@ -1,0 +1,120 @@
+"""Run one step again and again on one named thread that can be woken, stopped and joined.
+
+Also the one place that knows about fork: a child starts with no thread, so whatever registered with
+`forget_in_child` is told to forget its parent's threads, locks and sockets.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading  # never `from threading import ...`: eventlet may patch it after our import
+import weakref
+from collections.abc import Callable
+from typing import Protocol
+
+logger = logging.getLogger(__name__)
+
+SECONDS_AFTER_A_BUG = 1.0
+"""How long a worker rests after its step raised something nobody expected."""
+
+
+class Forgetful(Protocol):
+    def forget(self) -> None:
+        """Start clean in a forked child: new locks, no threads, no sockets.  Must not block."""
+
+
+_forgetful: weakref.WeakSet[Forgetful] = weakref.WeakSet()
+
+
+def forget_in_child(owner: Forgetful) -> None:
+    """Have ``owner.forget()`` called in every forked child, as long as *owner* lives."""
+    _forgetful.add(owner)
+
+
+def _forget_all() -> None:
+    for owner in list(_forgetful):
+        owner.forget()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_forget_all)
+
+
+class Worker:
+    """A daemon thread that runs *step* until it is stopped.
+
+    *step* returns the seconds until it wants to run again, or None to rest until `wake`.  An error
+    out of it is logged, and the step runs again after a pause: the thread outlives every error.
+    Nothing is started and no lock is made before `start`.  All methods are thread-safe.
+    """
+
+    def __init__(self, name: str, step: Callable[[], float | None]) -> None:
+        self.name = name
+        self._step = step
+        self._make_clean()
+
+    def _make_clean(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._wake: threading.Event | None = None
+
+    def start(self) -> None:
+        """Start the thread if it is not running; does nothing after `stop`."""
+        if self._thread is not None or self._stopping:
+            return
+        # setdefault is atomic in CPython, so two first callers agree on one lock.
+        lock = self.__dict__.setdefault("_start_lock", threading.Lock())
+        with lock:
+            if self._thread is not None or self._stopping:
+                return
+            self._wake = threading.Event()
+            thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+            thread.start()
+            self._thread = thread
+
+    def wake(self) -> None:
+        """Run the step now instead of at the end of its pause."""
+        if self._wake is not None:
+            self._wake.set()
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """Ask the thread to end, wait for it; return whether it did within *timeout_seconds*."""
+        self._stopping = True
+        self.wake()
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return True
+        thread.join(timeout_seconds)
+        return not thread.is_alive()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called: a long step looks at this between two of its parts."""
+        return self._stopping
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def forget(self) -> None:
+        """In a forked child: the thread did not come along, so this worker was never started."""
+        self.__dict__.pop("_start_lock", None)
+        self._make_clean()
+
+    def _run(self) -> None:
+        wake = self._wake
+        assert wake is not None
+        while not self._stopping:
+            wake.clear()
+            try:
+                pause = self._step()
+            except Exception:
+                logger.exception("%s: unexpected error, going on", self.name)
+                pause = SECONDS_AFTER_A_BUG
+            if not self._stopping:
+                wake.wait(pause)
+
+    def __repr__(self) -> str:
+        state = "running" if self.is_running else "stopped" if self._stopping else "not started"
+        return f"<Worker {self.name}, {state}>"
