@@ -1,0 +1,1 @@
+"""Tests against a real Consul cluster, in Docker or as local processes."""

@@ -1,0 +1,454 @@
+"""A real Consul cluster whose nodes a test can kill, pause, cut off and bring back by name.
+
+`Cluster` is what tests see.  It has two kinds: containers (`DockerCluster`) and processes of this
+machine (`LocalTestCluster`).  In both the nodes are `server1`, `server2`, `server3` and `agent1`.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from consul_matchmaker.demo.consul_probe import (
+    Node,
+    NotReady,
+    agreed_leader,
+    check_ready,
+    request,
+    wait_until,
+)
+from consul_matchmaker.demo.local_consul import (
+    LEADER_SECONDS,
+    READY_SECONDS,
+    ClusterError,
+    LocalCluster,
+)
+
+DOCKER_SECONDS = 60.0  # one docker command; a stop may take the 10 s the engine grants
+CLUSTER_PORTS = "8300:8302"  # RPC and gossip: what nodes say to each other, and nobody else
+
+T = TypeVar("T")
+
+
+class Cluster(Protocol):
+    """Three servers and client agents.  All waits have a deadline and raise ClusterError."""
+
+    @property
+    def nodes(self) -> Mapping[str, Node]:
+        """Every node by name; `.http` and `.dns` are the "host:port" a test reaches it at."""
+
+    @property
+    def running(self) -> set[str]:
+        """The names of the nodes that run and are not paused."""
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether anything was done to a node since the last `mend`."""
+
+    def leader(self, timeout_seconds: float = LEADER_SECONDS) -> str:
+        """The name of the running server that a majority of all servers follows."""
+
+    def wait_ready(self, timeout_seconds: float = READY_SECONDS) -> None:
+        """Until a leader is known and every running node reads, writes and answers DNS."""
+
+    def kill(self, name: str) -> None:
+        """End a node at once (SIGKILL)."""
+
+    def stop(self, name: str) -> None:
+        """End a node with SIGTERM: a client agent leaves the cluster, a server does not."""
+
+    def pause(self, name: str) -> None:
+        """Freeze a node: its connections stay open, and nothing answers."""
+
+    def resume(self, name: str) -> None:
+        """Let a paused node go on."""
+
+    def start(self, name: str) -> None:
+        """Start a node that does not run, with the data it had.  Does not wait."""
+
+    def restart(self, name: str, *, graceful: bool = True) -> None:
+        """`stop` (or `kill`) and `start`."""
+
+    def partition(self, name: str) -> None:
+        """Cut a node off from all other nodes.  In Docker tests cannot reach it either."""
+
+    def heal(self, name: str) -> None:
+        """End a node's partition; it has the address it had."""
+
+    def add_agent(self, name: str, config: Mapping[str, Any] | None = None) -> Node:
+        """A further client agent with configuration of its own, once it is ready."""
+
+    def mend(self) -> None:
+        """Bring back whatever does not run, is paused or cut off, and wait until all is ready."""
+
+
+def _join_again(cluster: Cluster, name: str) -> None:
+    """Have another node look for *name* now: by itself gossip may take 30 s to try again."""
+    address = cluster.nodes[name].rpc.rpartition(":")[0]
+    for node in cluster.nodes.values():
+        if node.name != name and node.name in cluster.running and node.serves_http:
+            with contextlib.suppress(NotReady):
+                request(node, "PUT", f"/v1/agent/join/{address}")
+                return
+
+
+# --- processes of this machine -------------------------------------------------------------------
+
+
+class LocalTestCluster(LocalCluster):
+    """A LocalCluster that can also cut a node off, by firewall rules (Linux, as root)."""
+
+    FIRST_GROUP = 52001  # any ids nobody else runs under: the rules tell the processes apart by it
+
+    def __init__(self, **options: Any) -> None:
+        self.is_disturbed = False
+        self._can_partition = sys.platform == "linux" and os.geteuid() == 0
+        self._cut_off: dict[str, LoopbackPartition] = {}
+        super().__init__(group_of=self._group if self._can_partition else None, **options)
+
+    def close(self, *, keep_logs: bool = False) -> None:
+        for name in list(self._cut_off):
+            self._cut_off.pop(name).remove()
+        super().close(keep_logs=keep_logs)
+
+    def _group(self, name: str) -> int:
+        return self.FIRST_GROUP + list(self.nodes).index(name)
+
+    def kill(self, name: str) -> None:
+        self.is_disturbed = True
+        super().kill(name)
+
+    def stop(self, name: str) -> None:
+        self.is_disturbed = True
+        super().stop(name)
+
+    def pause(self, name: str) -> None:
+        self.is_disturbed = True
+        super().pause(name)
+
+    def partition(self, name: str) -> None:
+        if not self._can_partition:
+            raise ClusterError(
+                "cutting off a local node needs Linux and root (firewall rules): "
+                "run as root, or with --cluster=docker"
+            )
+        self.is_disturbed = True
+        if name not in self._cut_off:
+            address = self.nodes[name].rpc.rpartition(":")[0]
+            self._cut_off[name] = LoopbackPartition(address, self._group(name))
+
+    def heal(self, name: str) -> None:
+        if name in self._cut_off:
+            self._cut_off.pop(name).remove()
+            _join_again(self, name)
+
+    def mend(self) -> None:
+        for name in self.nodes:
+            self.heal(name)
+            if name in self._paused:
+                self.resume(name)
+                _join_again(self, name)
+            self.start(name)
+        self.wait_ready()
+        self.is_disturbed = False
+
+
+class LoopbackPartition:
+    """Firewall rules that drop what one node and all others of its network say to each other.
+
+    They stand from construction until `remove()`, the end of this process, or, after it was
+    killed, the next partition any process makes.
+    """
+
+    CHAIN_PREFIX = "CMM"
+
+    def __init__(self, address: str, group: int) -> None:
+        self._pid = os.getpid()
+        self._network = address.rpartition(".")[0] + ".0/24"
+        self._name = f"{self.CHAIN_PREFIX}-{self._pid}-{group}"
+        self._remove_stale()
+        atexit.register(self.remove)
+        for hook in ("INPUT", "OUTPUT"):
+            _iptables("-N", f"{self._name}-{hook}")
+            _iptables("-I", hook, "-d", self._network, "-j", f"{self._name}-{hook}")
+        # Dropped on arrival: were they dropped on departure, the sender would be told, and gossip
+        # takes such an error as its own and suspects nobody.
+        for side in ("-s", "-d"):
+            self._drop("INPUT", ("tcp", "udp"), [side, address])
+        # Gossip over TCP leaves from 127.0.0.1: only the sending process tells which node it is.
+        self._drop("OUTPUT", ("tcp",), ["-m", "owner", "--gid-owner", str(group)])
+
+    def _drop(self, hook: str, protocols: Sequence[str], match: Sequence[str]) -> None:
+        for protocol in protocols:
+            for ports in ("--sport", "--dport"):
+                rule = ["-p", protocol, ports, CLUSTER_PORTS, *match, "-j", "DROP"]
+                _iptables("-A", f"{self._name}-{hook}", *rule)
+
+    def remove(self) -> None:
+        """Let everything pass again.  Idempotent."""
+        atexit.unregister(self.remove)
+        if os.getpid() == self._pid:  # not from a forked child
+            for hook in ("INPUT", "OUTPUT"):
+                self._remove_chain(hook, self._network, f"{self._name}-{hook}")
+
+    @staticmethod
+    def _remove_chain(hook: str, network: str, chain: str) -> None:
+        for command in (["-D", hook, "-d", network, "-j", chain], ["-F", chain], ["-X", chain]):
+            with contextlib.suppress(ClusterError):
+                _iptables(*command)
+
+    def _remove_stale(self) -> None:
+        """Remove the rules of processes that ended without doing so."""
+        jump = re.compile(
+            rf"-A (\S+) -d (\S+) -j ({self.CHAIN_PREFIX}-(\d+)-\d+-\1)$", re.MULTILINE
+        )
+        for hook, network, chain, pid in jump.findall(_iptables("-S")):
+            if not _is_alive(int(pid)):
+                self._remove_chain(hook, network, chain)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _iptables(*words: str) -> str:
+    program = shutil.which("iptables") or shutil.which("iptables", path="/usr/sbin:/sbin")
+    if program is None:
+        raise ClusterError("cutting off a local node needs the program iptables: install it")
+    return _run([program, "--wait", "5", *words])
+
+
+# --- containers ----------------------------------------------------------------------------------
+
+
+class DockerCluster:
+    """The containers of one compose project, driven by the docker command."""
+
+    _quorum = 2  # of the three servers the compose file names
+
+    def __init__(self, project: str) -> None:
+        self._project = project
+        self._containers: dict[str, str] = {}
+        self._nodes: dict[str, Node] = {}
+        self._added: list[str] = []
+        self._cut_off: set[str] = set()
+        self.is_disturbed = False
+        label = f"label=com.docker.compose.project={project}"
+        ids = _docker("ps", "--all", "--quiet", "--filter", label).split()
+        if not ids:
+            raise ClusterError(f"the compose project {project} has no containers")
+        for container in ids:
+            self._take_in(container)
+
+    def __repr__(self) -> str:
+        return f"<DockerCluster {self._project}: {', '.join(sorted(self.running))}>"
+
+    def close(self) -> None:
+        """Remove the agents added to the project; the rest is compose's to remove."""
+        for container in self._added:
+            _docker("rm", "--force", "--volumes", container)
+        self._added.clear()
+
+    @property
+    def nodes(self) -> Mapping[str, Node]:
+        return self._nodes
+
+    @property
+    def running(self) -> set[str]:
+        return {name for name, state in self._states().items() if state == "running"}
+
+    def leader(self, timeout_seconds: float = LEADER_SECONDS) -> str:
+        def find() -> str:
+            reachable = self._reachable()
+            name = agreed_leader([node for node in reachable if node.is_server], self._quorum)
+            if name not in {node.name for node in reachable}:
+                raise NotReady(f"{name} is still followed, but does not run")
+            return name
+
+        return self._wait(find, timeout_seconds)
+
+    def wait_ready(self, timeout_seconds: float = READY_SECONDS) -> None:
+        def check() -> None:
+            reachable = self._reachable()
+            agreed_leader([node for node in reachable if node.is_server], self._quorum)
+            check_ready(reachable)
+
+        self._wait(check, timeout_seconds)
+
+    def kill(self, name: str) -> None:
+        self.is_disturbed = True
+        if self._states()[name] in ("running", "paused"):
+            _docker("kill", "--signal=KILL", self._containers[name])
+
+    def stop(self, name: str) -> None:
+        self.is_disturbed = True
+        self.resume(name)
+        _docker("stop", self._containers[name])
+
+    def pause(self, name: str) -> None:
+        self.is_disturbed = True
+        _docker("pause", self._containers[name])
+
+    def resume(self, name: str) -> None:
+        if self._states()[name] == "paused":
+            _docker("unpause", self._containers[name])
+
+    def start(self, name: str) -> None:
+        _docker("start", self._containers[name])
+
+    def restart(self, name: str, *, graceful: bool = True) -> None:
+        if graceful:
+            self.stop(name)
+        else:
+            self.kill(name)
+        self.start(name)
+
+    def partition(self, name: str) -> None:
+        self.is_disturbed = True
+        if name not in self._cut_off:
+            _docker("network", "disconnect", self._network, self._containers[name])
+            self._cut_off.add(name)
+
+    def heal(self, name: str) -> None:
+        if name in self._cut_off:
+            address = self._nodes[name].rpc.rpartition(":")[0]
+            container = self._containers[name]
+            _docker("network", "connect", "--ip", address, self._network, container)
+            self._cut_off.discard(name)
+            _join_again(self, name)
+
+    def add_agent(self, name: str, config: Mapping[str, Any] | None = None) -> Node:
+        if name in self._nodes:
+            raise ValueError(f"there is a node named {name!r} already")
+        (like,) = json.loads(_docker("inspect", self._containers["agent1"]))
+        command = [*like["Config"]["Entrypoint"][1:], *like["Config"]["Cmd"]]
+        http_port, dns_port = free_ports(2)
+        options = [
+            f"--name={self._project}-{name}",
+            f"--hostname={name}",
+            f"--network={self._network}",
+            f"--entrypoint={like['Config']['Entrypoint'][0]}",
+            f"--publish=127.0.0.1:{http_port}:8500",
+            f"--publish=127.0.0.1:{dns_port}:8600/tcp",
+            f"--publish=127.0.0.1:{dns_port}:8600/udp",
+        ]
+        own = [f"-hcl={json.dumps(config)}"] if config else []
+        image = like["Config"]["Image"]
+        container = _docker("run", "--detach", *options, image, *command, *own).strip()
+        self._added.append(container)
+        ports = (config or {}).get("ports", {})
+        self._take_in(container, serves_http=ports.get("http", 1) > 0)
+        self.wait_ready()
+        return self._nodes[name]
+
+    def mend(self) -> None:
+        for name, state in self._states().items():
+            self.heal(name)
+            if state == "paused":
+                self.resume(name)
+                _join_again(self, name)
+            elif state != "running":
+                self.start(name)
+        self.wait_ready()
+        self.is_disturbed = False
+
+    def _take_in(self, container: str, *, serves_http: bool = True) -> None:
+        (details,) = json.loads(_docker("inspect", container))
+        name = details["Config"]["Hostname"]
+        ((self._network, network),) = details["NetworkSettings"]["Networks"].items()
+        published = details["NetworkSettings"]["Ports"]
+        self._containers[name] = container
+        self._nodes[name] = Node(
+            name=name,
+            is_server="-server" in details["Config"]["Cmd"],
+            http=_endpoint(published["8500/tcp"]),
+            dns=_endpoint(published["8600/udp"]),
+            rpc=f"{network['IPAddress']}:8300",
+            serves_http=serves_http,
+        )
+
+    def _reachable(self) -> list[Node]:
+        names = self.running - self._cut_off
+        return [node for node in self._nodes.values() if node.name in names]
+
+    def _states(self) -> dict[str, str]:
+        details = json.loads(_docker("inspect", *self._containers.values()))
+        return {each["Config"]["Hostname"]: each["State"]["Status"] for each in details}
+
+    def _wait(self, check: Callable[[], T], timeout_seconds: float) -> T:
+        try:
+            return wait_until(check, timeout_seconds)
+        except TimeoutError as error:
+            raise ClusterError(f"{error}; logs: {self._logs()}") from error
+
+    def _logs(self) -> str:
+        return "\n".join(
+            f"--- {name}\n{_docker('logs', '--tail', '5', container)}"
+            for name, container in self._containers.items()
+        )
+
+
+def _endpoint(published: list[dict[str, str]]) -> str:
+    return f"{published[0]['HostIp']}:{published[0]['HostPort']}"
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that are free for TCP and UDP both, as DNS needs them."""
+    with contextlib.ExitStack() as open_until_all_are_chosen:
+        ports: list[int] = []
+        while len(ports) < count:
+            tcp = open_until_all_are_chosen.enter_context(socket.socket())
+            tcp.bind(("127.0.0.1", 0))
+            udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            open_until_all_are_chosen.enter_context(udp)
+            with contextlib.suppress(OSError):  # taken for UDP: the next one
+                udp.bind(tcp.getsockname())
+                ports.append(tcp.getsockname()[1])
+    return ports
+
+
+def compose_command() -> str | None:
+    """`docker compose` or `docker-compose`, where a Docker engine answers; else None."""
+    try:
+        _docker("version", "--format", "{{.Server.Version}}")
+    except ClusterError:
+        return None
+    for command in (["docker", "compose"], ["docker-compose"]):
+        with contextlib.suppress(ClusterError):
+            _run([*command, "version"])
+            return " ".join(command)
+    return None
+
+
+def _docker(*words: str) -> str:
+    return _run(["docker", *words])
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=DOCKER_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ClusterError(f"`{' '.join(command[:3])}` cannot be run: {error}") from error
+    if done.returncode != 0:
+        raise ClusterError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
+    return done.stdout

@@ -1,0 +1,167 @@
+"""Fixtures that give a test a real Consul cluster, whole again after each test, and own names."""
+
+import random
+import re
+import shlex
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from consul_matchmaker.demo.consul_binary import ConsulNotFound
+from consul_matchmaker.demo.consul_probe import Node, request
+from integration.cluster import (
+    Cluster,
+    DockerCluster,
+    LocalTestCluster,
+    compose_command,
+    free_ports,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("consul cluster")
+    group.addoption(
+        "--cluster",
+        choices=("docker", "local", "auto"),
+        default="auto",
+        help="where the Consul cluster runs; auto: in Docker when an engine answers, else locally",
+    )
+    group.addoption("--no-skips", action="store_true", help="a skipped test makes the run fail")
+
+
+# --- a skipped test fails the run ----------------------------------------------------------------
+
+
+def _forbidden_skips(config: pytest.Config) -> int:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or not config.getoption("--no-skips"):
+        return 0
+    return len(reporter.stats.get("skipped", []))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _forbidden_skips(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if skips := _forbidden_skips(config):
+        terminalreporter.write_line(f"--no-skips: {skips} skipped, so this run fails", red=True)
+
+
+# --- the cluster, in Docker by pytest-docker's fixtures ------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def cluster_kind(pytestconfig: pytest.Config) -> str:
+    """`docker` or `local`: where this run's cluster is."""
+    kind = str(pytestconfig.getoption("--cluster"))
+    if kind == "auto":
+        return "docker" if compose_command() else "local"
+    return kind
+
+
+@pytest.fixture(scope="session")
+def docker_compose_command(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The compose command at hand, with ports and a network nobody else uses."""
+    command = compose_command()
+    if command is None:
+        pytest.fail("--cluster=docker needs a Docker engine that answers, and docker compose")
+    names = [f"{node}_{kind}_PORT" for node in ("CONSUL", *_servers()) for kind in ("HTTP", "DNS")]
+    values = dict(zip(names, map(str, free_ports(len(names))), strict=True))
+    values["CONSUL_NETWORK"] = f"10.{random.randint(128, 254)}.{random.randint(0, 254)}"
+    env_file = tmp_path_factory.mktemp("compose") / "ports.env"
+    env_file.write_text("".join(f"{name}={value}\n" for name, value in values.items()))
+    return f"{command} --env-file {shlex.quote(str(env_file))}"
+
+
+def _servers() -> tuple[str, ...]:
+    return ("SERVER1", "SERVER2", "SERVER3")
+
+
+@pytest.fixture(scope="session")
+def docker_compose_file() -> list[str]:
+    return [
+        str(ROOT / "docker-compose.yml"),
+        str(ROOT / "integration" / "docker-compose.tests.yml"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def docker_compose_project_name() -> str:
+    return f"consul-matchmaker-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(scope="session")
+def docker_setup() -> list[str]:
+    return ["up --detach"]
+
+
+@pytest.fixture(scope="session")
+def cluster(cluster_kind: str, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """The whole run's cluster: three servers and `agent1`, ready."""
+    if cluster_kind == "docker":
+        request.getfixturevalue("docker_services")  # not an argument: it would start Docker always
+        docker_cluster = DockerCluster(request.getfixturevalue("docker_compose_project_name"))
+        try:
+            docker_cluster.wait_ready()
+            yield docker_cluster
+        finally:
+            docker_cluster.close()
+        return
+    try:
+        local_cluster = LocalTestCluster()
+        local_cluster.__enter__()
+    except ConsulNotFound as error:
+        pytest.fail(str(error))
+    yield local_cluster
+    local_cluster.close(keep_logs=request.session.testsfailed > 0)
+
+
+@pytest.fixture(scope="session")
+def agent(cluster: Cluster) -> Node:
+    """The client agent applications talk to: `.http` and `.dns` are its "host:port"."""
+    return cluster.nodes["agent1"]
+
+
+@pytest.fixture(scope="session")
+def dns_only_agent(cluster: Cluster) -> Node:
+    """A client agent whose HTTP port is closed."""
+    return cluster.add_agent("dns-only", {"ports": {"http": -1}})
+
+
+@pytest.fixture(autouse=True)
+def mended(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test that did something to a node, the whole cluster is up and ready again."""
+    yield
+    if "cluster" in request.fixturenames:
+        cluster: Cluster = request.getfixturevalue("cluster")
+        if cluster.is_disturbed:
+            cluster.mend()
+
+
+# --- names of a test's own -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def topic(request: pytest.FixtureRequest) -> str:
+    """A topic no other test uses; also a valid DNS label."""
+    words = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")
+    return f"{words[:40].strip('-')}-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def prefix(cluster: Cluster, agent: Node, mended: None) -> Iterator[str]:
+    """A root of KV keys no other test uses; emptied afterwards."""
+    own_prefix = f"test-{uuid.uuid4().hex[:12]}"
+    yield own_prefix
+    if cluster.is_disturbed:
+        cluster.mend()
+    status, _ = request(agent, "DELETE", f"/v1/kv/{own_prefix}/?recurse")
+    assert status == 200
