@@ -19,6 +19,10 @@ _HOST_NAME = re.compile(
     r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
     r"(\.[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?)*\.?\Z"
 )
+_PORT = re.compile(r"[1-9][0-9]{0,4}\Z")  # no leading zeros: one host has one text, and one key
+_IPV6 = re.compile(
+    r"[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\Z"
+)  # ipaddress takes any zone, even a newline
 
 Source = Literal["dns", "kv", "memory", "disk"]
 
@@ -41,6 +45,15 @@ class Host:
     address: str
     port: int | None
 
+    def __post_init__(self) -> None:
+        # Cheap, because every answer makes hosts; what texts may say is checked by `parse`.
+        if not self.address:
+            raise ConfigurationError("a host needs an address, as in 10.0.0.5:9501")
+        if self.port is not None and not 0 < self.port < 65536:
+            raise ConfigurationError(
+                f"{self.address}: the port must be a number from 1 to 65535, not {self.port}"
+            )
+
     @classmethod
     def parse(cls, text: str) -> Host:
         """Read ``10.0.0.5:9501``, ``[::1]:9501`` or ``name.example:9501``.
@@ -55,21 +68,22 @@ class Host:
             raise ConfigurationError(
                 f"{text!r} is not a host: write ADDRESS:PORT, as in 10.0.0.5:9501 or [::1]:9501"
             )
-        # str.isdecimal alone would let other scripts' digits through.
-        if not (digits.isascii() and digits.isdecimal() and 0 < int(digits) < 65536):
+        if not (_PORT.match(digits) and int(digits) < 65536):
             raise ConfigurationError(f"{text!r}: the port must be a number from 1 to 65535")
         if address.startswith("[") and address.endswith("]"):
+            if not _IPV6.match(address[1:-1]):
+                raise ConfigurationError(f"{text!r}: {address!r} is no IPv6 address")
             try:
                 return cls(str(ipaddress.IPv6Address(address[1:-1])), int(digits))
             except ValueError:
-                raise ConfigurationError(f"{text!r}: {address} is no IPv6 address") from None
+                raise ConfigurationError(f"{text!r}: {address!r} is no IPv6 address") from None
         if ":" in address:
             raise ConfigurationError(f"{text!r}: put an IPv6 address in brackets, as in [::1]:9501")
         if re.fullmatch(r"[0-9.]+", address):
             try:
                 return cls(str(ipaddress.IPv4Address(address)), int(digits))
             except ValueError:
-                raise ConfigurationError(f"{text!r}: {address} is no IPv4 address") from None
+                raise ConfigurationError(f"{text!r}: {address!r} is no IPv4 address") from None
         if not _HOST_NAME.match(address):
             raise ConfigurationError(
                 f"{text!r}: {address!r} is neither an IP address nor a host name"

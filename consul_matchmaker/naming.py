@@ -10,9 +10,11 @@ its folder.
 from __future__ import annotations
 
 import re
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .errors import ConfigurationError
+from .errors import ConfigurationError, InvalidTopic
 from .model import Host, Registration, checked_topic
 
 _LITERAL = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-")
@@ -95,6 +97,25 @@ class Key:
         return Registration(self.topic, self.host, self.server)
 
 
+def checked_registration(registration: Registration) -> Registration:
+    """Return *registration* unchanged; raise ConfigurationError when no reader could tell it.
+
+    That is text which is not Unicode, an empty server name, or a Host made without `Host.parse`
+    that it would not have made: not an address, or not in its one spelling.
+    """
+    checked_topic(registration.topic)
+    lease_id = "00000000-0000-0000-0000-000000000000"
+    try:
+        key = Key.parse("x", Key.of(registration, lease_id).under("x"))
+    except ConfigurationError:
+        raise
+    except ValueError as error:
+        raise ConfigurationError(f"{registration}: {error}") from None
+    if key.registration != registration:
+        raise ConfigurationError(f"{registration}: the server name is empty; leave it out")
+    return registration
+
+
 def topic_folder(prefix: str, topic: str) -> str:
     """Where *topic*'s keys are; ends in ``/``, so ``scheduler`` never shows ``scheduler2``."""
     return f"{prefix}/{encode_segment(checked_topic(topic))}/"
@@ -109,4 +130,63 @@ def host_folder(prefix: str, topic: str, host: Host) -> str:
 def _decode_host(segment: str) -> Host:
     if segment.startswith(_OPAQUE):
         return Host.opaque(decode_segment(segment[len(_OPAQUE) :]))
-    return Host.parse(decode_segment(segment))
+    text = decode_segment(segment)
+    host = Host.parse(text)
+    if str(host) != text:  # one host, one key: [0::1]:5 is not another [::1]:5
+        raise ValueError(f"not the text of any host: {text!r}")
+    return host
+
+
+# -- catalog mode: service names
+
+SERVICE_LABEL = re.compile(r"[a-z0-9_-]{1,62}\Z")
+"""A Consul service or tag that DNS can ask for: a label has 63 characters (RFC 1035), and one of
+them is the underscore before it (RFC 2782)."""
+_REPLACED = re.compile(r"[!-,./:-@\[-^`{-~ ]")  # the rest of printable ASCII
+_QUERY = ".query"
+
+
+def service_of(topic: str, template: str, service_map: Mapping[str, str]) -> str:
+    """The Consul service that serves *topic*; the prepared query if the rule ends in ``.query``.
+
+    What *service_map* says of the topic, else *template* with the topic for ``{topic}``, in which
+    capitals become small letters (DNS does not tell them apart) and every character but letters,
+    digits, ``_`` and ``-`` becomes ``-``: ``notifications.info`` is the service
+    ``notifications-info``.  So two topics can meet on one service; whoever asks for both says so.
+
+    Raises InvalidTopic where that cannot be asked for: longer than 62 characters, or not ASCII.
+    Nothing is shortened or left out, because operators have to be able to tell the name.
+    """
+    checked_topic(topic)
+    mapped = service_map.get(topic)
+    name = template.replace("{topic}", topic) if mapped is None else mapped
+    is_query = (template if mapped is None else mapped).endswith(_QUERY)
+    if is_query:
+        name = name[: -len(_QUERY)]
+    label = (_REPLACED.sub("-", name) if mapped is None else name).lower()
+    # A prepared query may have dots: Consul joins the labels again.
+    if all(SERVICE_LABEL.match(part) for part in (label.split(".") if is_query else [label])):
+        return label + _QUERY if is_query else label
+    reason = "has more than 62 characters" if len(label) > 62 else "has characters DNS cannot carry"
+    if mapped is not None:
+        raise InvalidTopic(
+            f"service_map: {mapped!r}, for topic {topic!r}, {reason}: give the service another name"
+        )
+    raise InvalidTopic(
+        f"topic {topic!r} {reason} as a Consul service name: "
+        f"name the service it has with service_map, as in service_map={{{topic!r}: 'its-service'}}"
+    )
+
+
+def shard_of(instance: str, shards: int) -> str:
+    """The tag (``s00``, ``s01``...) that the instance named so has when its topic is sharded.
+
+    Any stable text that names the instance will do, such as node and port; whoever registers it
+    gives it this tag.  CRC-32, so that every language has it at hand.
+    """
+    return shard_tag(zlib.crc32(instance.encode("utf-8")) % shards)
+
+
+def shard_tag(number: int) -> str:
+    """The tag of shard *number*."""
+    return f"s{number:02d}"

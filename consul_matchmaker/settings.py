@@ -6,6 +6,7 @@ Consul's own variables (``CONSUL_HTTP_ADDR`` and its kin), and those over the de
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote
 
 from .errors import ConfigurationError
 from .model import Host
@@ -29,12 +30,20 @@ REQUEST_TIMEOUT_SECONDS = {
     "kv": 10.0,
 }
 
-_YES = frozenset({"1", "true", "yes", "on"})
-_NO = frozenset({"0", "false", "no", "off"})
+# Consul's own spellings (Go's ParseBool: 1, t, true) and what people write besides.
+_YES = frozenset({"1", "t", "true", "yes", "on"})
+_NO = frozenset({"0", "f", "false", "no", "off"})
 
 
 class _Refused(Exception):
-    """Why a value cannot be taken; becomes a ConfigurationError that names the setting."""
+    """Why a value cannot be taken; becomes a ConfigurationError that names the setting.
+
+    That error repeats the value unless told not to: it may hold a token.
+    """
+
+    def __init__(self, why: str, *, repeats_value: bool = True) -> None:
+        super().__init__(why)
+        self.repeats_value = repeats_value
 
 
 def _text(value: Any) -> str:
@@ -51,24 +60,38 @@ def _yes_or_no(value: Any) -> bool:
     raise _Refused("must be true or false")
 
 
-def _number(low: float, high: float, unit: str) -> Callable[[Any], float]:
+def _number(low: float, high: float, unit: str = "") -> Callable[[Any], float]:
+    allowed = f"must be a number from {low:.10g} to {high:.10g}{unit}"
+
     def parse(value: Any) -> float:
         # bool is an int in Python: True must not become 1 second (tooz had that bug).
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise _Refused(f"must be a number of {unit}")
+            raise _Refused(allowed)
         try:
             number = float(value)
-        except ValueError:
-            raise _Refused(f"must be a number of {unit}") from None
+        except (ValueError, OverflowError):
+            raise _Refused(allowed) from None
         if not (math.isfinite(number) and low <= number <= high):
-            raise _Refused(f"must be from {low:g} to {high:g} {unit}")
+            raise _Refused(allowed)
         return number
 
     return parse
 
 
 def _seconds(low: float, high: float) -> Callable[[Any], float]:
-    return _number(low, high, "seconds")
+    return _number(low, high, ", in seconds")
+
+
+def _whole(low: int, high: int) -> Callable[[Any], int]:
+    parse_number = _number(low, high)
+
+    def parse(value: Any) -> int:
+        number = parse_number(value)
+        if number != int(number):
+            raise _Refused(f"must be a whole number from {low} to {high}")
+        return int(number)
+
+    return parse
 
 
 def _one_of(*choices: str) -> Callable[[Any], str]:
@@ -88,18 +111,86 @@ def _items(value: Any) -> tuple[Any, ...]:
     raise _Refused("must be a list, or a text with commas")
 
 
-def _names(value: Any) -> tuple[str, ...]:
-    return tuple(_text(item) for item in _items(value))
+def _agents(value: Any) -> tuple[Host | str, ...]:
+    """Agents; a text without a port stays one until the mode, and with it the port, is known."""
+    agents = tuple(map(_agent, (value,) if isinstance(value, Host) else _items(value)))
+    if not agents:
+        raise _Refused("must name at least one agent, as in 127.0.0.1:8500")
+    return agents
+
+
+def _agent(item: Any) -> Host | str:
+    if isinstance(item, Host):
+        if item.port is None:
+            raise _Refused("must be agents as host:port")
+        return item
+    text = _text(item)
+    if "@" in text:  # not repeated: what stands before the @ may be a token
+        raise _Refused(
+            "must not hold a token or user: give the token as token or token_file",
+            repeats_value=False,
+        )
+    if "://" in text:
+        raise _Refused("must be host:port without a scheme; for https set tls to true")
+    if "/" in text:
+        raise _Refused("must be host:port without a path")
+    has_port = ":" in text and not text.endswith("]")
+    try:
+        host = Host.parse(text if has_port else f"{text}:1")
+    except ConfigurationError as error:
+        raise _Refused(f"must be agents as host:port: {error}", repeats_value=False) from None
+    return host if has_port else text
 
 
 def _pairs(value: Any) -> Mapping[str, str]:
     if isinstance(value, Mapping):
         pairs = list(value.items())
     else:
-        pairs = [item.partition("=")[::2] for item in _names(value)]
+        pairs = [_text(item).partition("=")[::2] for item in _items(value)]
+        pairs = [(topic.strip(), service.strip()) for topic, service in pairs]
     if not all(isinstance(k, str) and isinstance(v, str) and k and v for k, v in pairs):
         raise _Refused("must be pairs: topic=service,topic2=service2")
+    if len(dict(pairs)) < len(pairs):
+        raise _Refused("must name each topic once")
     return dict(pairs)
+
+
+# What Consul DNS can find (fact A8): anything else answers NXDOMAIN, as if nobody were there.
+_LABEL = re.compile(r"[A-Za-z0-9_-]{1,63}\Z")
+
+
+def _label(value: Any) -> str:
+    if not _LABEL.match(_text(value)):
+        raise _Refused("must be one DNS label: 1 to 63 letters, digits, '-' and '_'")
+    return str(value)
+
+
+def _labels(value: Any) -> tuple[str, ...]:
+    return tuple(map(_label, _items(value)))
+
+
+def _tag(value: Any) -> str:
+    tag = _label(value)
+    if len(tag) > 62:
+        raise _Refused("must have at most 62 characters: a '_' is put before it in the DNS name")
+    if tag.lower() == "tcp":
+        raise _Refused("must not be tcp: to Consul DNS that means any tag (fact A8)")
+    return tag
+
+
+def _domain(value: Any) -> str:
+    domain = _text(value).strip(".")
+    for label in domain.split("."):
+        _label(label or " ")
+    return domain
+
+
+def _secret(value: Any) -> str:
+    token = value.strip() if isinstance(value, str) else ""
+    # Anything else cannot stand in an HTTP header, and the client's error would repeat it.
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise _Refused("must be a text of printable ASCII characters without spaces")
+    return token
 
 
 _SEGMENTS = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\Z")
@@ -109,13 +200,18 @@ def _key_prefix(value: Any) -> str:
     prefix = _text(value).strip("/")
     if not _SEGMENTS.match(prefix):
         # The alphabet that every Consul version accepts in keys (fact B13).
-        raise _Refused("may hold only letters, digits, '_', '-' and single '/' between them")
+        raise _Refused("must hold only letters, digits, '_', '-' and single '/' between them")
     return prefix
 
 
+def _not_yet(value: Any) -> str:
+    # Taken and not acted on would be worse: an operator would count on it.
+    raise _Refused("must be left out: it is not available yet")
+
+
 def _template(value: Any) -> str:
-    if "{topic}" not in _text(value):
-        raise _Refused("must hold {topic} where the topic goes")
+    if "{topic}" not in _text(value) or re.search("[{}]", value.replace("{topic}", "")):
+        raise _Refused("must hold {topic} where the topic goes, and no other braces")
     return str(value)
 
 
@@ -134,7 +230,7 @@ class Settings:
 
     mode: str = _knob(_one_of(*MODES), "catalog (Consul DNS) or kv (sessions and keys)", "")
     addresses: tuple[Host, ...] = _knob(
-        _names,
+        _agents,
         "agents as host:port, tried in order; default 127.0.0.1:8600 (catalog), :8500 (kv)",
         (),
         variables=("CONSUL_HTTP_ADDR",),
@@ -159,16 +255,21 @@ class Settings:
     request_timeout_seconds: float = _knob(
         _seconds(0.05, 600), "one exchange; default 2 (catalog), 10 (kv)", 0.0
     )
-    domain: str = _knob(_text, "Consul's DNS domain", "consul")
+    domain: str = _knob(_domain, "Consul's DNS domain", "consul")
     datacenters: tuple[str, ...] = _knob(
-        _names, "datacenters in order of preference; empty is the agent's own", ()
+        _labels, "datacenters in order of preference; empty is the agent's own", ()
     )
-    tag: str | None = _knob(_text, "only instances that have this Consul tag", None)
+    tag: str | None = _knob(_tag, "only instances that have this Consul tag", None)
     service_template: str = _knob(
         _template, "the Consul service of a topic; {topic} stands for it", "{topic}"
     )
     service_map: Mapping[str, str] = _knob(
         _pairs, "services that the template does not give: topic=service,...", None
+    )
+    shards: int = _knob(
+        _whole(0, 100),
+        "for topics of thousands: how many tags s00, s01... to ask for one by one; 0 asks for none",
+        0,
     )
     prefix: str = _knob(_key_prefix, "root of the KV keys", "matchmaker")
     session_ttl_seconds: float = _knob(
@@ -181,7 +282,7 @@ class Settings:
     liveness: str = _knob(
         _one_of("session", "node", "check"),
         "what ends a lease beside its TTL: session (nothing), node (its agent's node dies), "
-        "check (the process stops beating)",
+        "check (the process stops beating: not available yet)",
         "session",
     )
     watch: bool = _knob(
@@ -197,15 +298,17 @@ class Settings:
         _seconds(0, 86400), "the most that doubling may reach", 30.0
     )
     panic_fraction: float = _knob(
-        _number(0, 1, "(a fraction)"),
+        _number(0, 1),
         "rejections are ignored when this fraction of a topic's hosts or more is rejected",
         0.5,
     )
     state_path: str | None = _knob(
-        _text, "folder for last-known-good answers, read at a cold start", None
+        _not_yet,
+        "folder for last-known-good answers, read at a cold start; not available yet",
+        None,
     )
     token: str | None = _knob(
-        _text, "Consul ACL token", None, secret=True, variables=("CONSUL_HTTP_TOKEN",)
+        _secret, "Consul ACL token", None, secret=True, variables=("CONSUL_HTTP_TOKEN",)
     )
     token_file: str | None = _knob(
         _text,
@@ -237,11 +340,7 @@ class Settings:
             value = getattr(self, knob.name)
             if value is knob.default or (value is None and knob.default is None):
                 continue
-            try:
-                object.__setattr__(self, knob.name, knob.metadata["parse"](value))
-            except _Refused as refused:
-                shown = "" if knob.metadata.get("secret") else f" (it is {value!r})"
-                raise ConfigurationError(f"{knob.name} {refused}{shown}") from None
+            object.__setattr__(self, knob.name, _checked(knob, value, knob.name))
         self._fill_in_what_depends_on_the_mode()
         self._check_together()
 
@@ -250,8 +349,8 @@ class Settings:
             object.__setattr__(self, name, value)
 
         port = DEFAULT_PORTS[self.mode]
-        addresses = tuple(_agent(item, port) for item in self.addresses)
-        fill("addresses", addresses or (Host("127.0.0.1", port),))
+        agents: tuple[Host | str, ...] = self.addresses or ("127.0.0.1",)
+        fill("addresses", tuple(a if isinstance(a, Host) else _with_port(a, port) for a in agents))
         fill("service_map", dict(self.service_map or {}))
         if not self.request_timeout_seconds:
             fill("request_timeout_seconds", REQUEST_TIMEOUT_SECONDS[self.mode])
@@ -268,6 +367,12 @@ class Settings:
         ordered("quarantine_seconds", "quarantine_max_seconds")
         if (self.client_cert is None) != (self.client_key is None):
             raise ConfigurationError("client_cert and client_key go together: give both or neither")
+        if self.token is not None and self.token_file is not None:
+            raise ConfigurationError("token and token_file exclude each other: give one")
+        if self.shards and self.tag is not None:
+            raise ConfigurationError(
+                "shards and tag exclude each other: DNS can ask for one tag only"
+            )
         if self.watch and self.mode == "catalog":
             raise ConfigurationError("watch needs kv mode: Consul DNS has no blocking queries")
 
@@ -276,7 +381,7 @@ class Settings:
         cls, values: Mapping[str, Any], environ: Mapping[str, str] | None = None
     ) -> Settings:
         """Settings of *values*, completed from the environment (*environ*, else the process's)."""
-        _refuse_unknown(values, "setting")
+        _refuse_unknown(values, _setting)
         explicit = {name: value for name, value in values.items() if value is not None}
         found = _from_environment(os.environ if environ is None else environ, explicit)
         return cls(**{**found, **explicit})
@@ -309,41 +414,63 @@ class Settings:
 
         Raises ConfigurationError when the file cannot be read or is empty.
         """
-        if self.token_file is None or self.token is not None:
+        if self.token_file is None:
             return self.token
+        # Nothing is raised inside `except`: an error's context could hold what the file holds.
+        token, reason = "", ""
         try:
-            token = Path(self.token_file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeError) as error:
+            token = Path(self.token_file).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise ConfigurationError(f"token_file {self.token_file}: {reason}") from None
-        if not token:
-            raise ConfigurationError(f"token_file {self.token_file} is empty")
-        return token
+        if not reason:
+            with contextlib.suppress(_Refused):
+                return _secret(token)
+            reason = "holds no token" if not token.strip() else "must hold a token and nothing else"
+        raise ConfigurationError(f"token_file {self.token_file}: {reason}")
 
     def __repr__(self) -> str:
         shown = []
         for knob in fields(self):
             value = getattr(self, knob.name)
-            if value != knob.default or knob.name == "mode":
+            if value != (knob.default or type(value)()) or knob.name == "mode":
                 shown.append(f"{knob.name}={'***' if knob.metadata.get('secret') else repr(value)}")
         return f"Settings({', '.join(shown)})"
 
 
-def _agent(item: Host | str, default_port: int) -> Host:
-    """One agent's address; a bare name or address gets Consul's default port."""
-    if isinstance(item, Host):
-        return item
-    bare = not item.endswith("]") and ":" not in item
-    return Host.parse(f"{item}:{default_port}" if bare or item.endswith("]") else item)
+def _checked(knob: Any, value: Any, called: str) -> Any:
+    """*value* as *knob* wants it; the ConfigurationError otherwise speaks of what is *called*."""
+    try:
+        return knob.metadata["parse"](value)
+    except _Refused as refused:
+        shown = refused.repeats_value and not knob.metadata.get("secret")
+        problem = f"{called} {refused}" + (f" (it is {value!r})" if shown else "")
+    raise ConfigurationError(problem)
 
 
-def _refuse_unknown(names: Iterable[str], kind: str) -> None:
+def _with_port(agent: str, port: int) -> Host:
+    return Host.parse(f"{agent}:{port}")
+
+
+def _refuse_unknown(names: Iterable[str], spelled: Callable[[str], str]) -> None:
     known = [knob.name for knob in fields(Settings)]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known are: {', '.join(known)}"
-            raise ConfigurationError(f"unknown {kind} {name!r}: {hint}")
+            begun = [full for full in known if full.startswith(f"{name}_".lower())]  # `ttl`
+            near = begun or difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
+            hint = (
+                f"did you mean {spelled(near[0])}?"
+                if near
+                else f"known are {', '.join(map(spelled, known))}"
+            )
+            raise ConfigurationError(f"unknown {spelled(name)}: {hint}")
+
+
+def _setting(name: str) -> str:
+    return f"setting {name}"
+
+
+def _variable(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.upper()
 
 
 def _from_environment(environ: Mapping[str, str], explicit: Mapping[str, Any]) -> dict[str, Any]:
@@ -353,84 +480,110 @@ def _from_environment(environ: Mapping[str, str], explicit: Mapping[str, Any]) -
         for name, value in environ.items()
         if name.startswith(ENVIRONMENT_PREFIX) and name != URL_VARIABLE and value
     }
-    _refuse_unknown(ours, "variable CONSUL_MATCHMAKER_...:")
+    _refuse_unknown(ours, _variable)
+    ours = {
+        knob.name: _checked(knob, ours[knob.name], _variable(knob.name))
+        for knob in fields(Settings)
+        if knob.name in ours and knob.name not in explicit
+    }
     found: dict[str, Any] = {}
-    if (
-        explicit.get("mode") or ours.get("mode")
-    ) == "kv":  # DNS knows no token, TLS or HTTP address
-        found = _consul_variables(environ)
-    for stronger in (ours, explicit):
-        # A token of a stronger source must not lose against a weaker one's file, nor the reverse.
-        if "token" in stronger or "token_file" in stronger:
-            found.pop("token", None)
-            found.pop("token_file", None)
-        if "addresses" in stronger and "tls" not in stronger:
-            found.pop("tls", None)  # it spoke of the address that is not used
-        found.update({name: value for name, value in stronger.items() if name not in explicit})
-    return found
+    # DNS knows no token, no TLS and no HTTP address: catalog mode leaves Consul's variables alone.
+    if (explicit.get("mode") or ours.get("mode")) == "kv":
+        found = _consul_variables(environ, wants_address="addresses" not in {**ours, **explicit})
+    return _without_weaker_token({**_without_weaker_token(found, ours), **ours}, explicit)
 
 
-def _consul_variables(environ: Mapping[str, str]) -> dict[str, Any]:
+def _without_weaker_token(found: dict[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
+    """A token of a stronger source must not lose against a weaker one's file, nor the reverse."""
+    if "token" not in stronger and "token_file" not in stronger:
+        return found
+    return {name: value for name, value in found.items() if name not in ("token", "token_file")}
+
+
+def _consul_variables(environ: Mapping[str, str], *, wants_address: bool) -> dict[str, Any]:
+    """What the variables of the `consul` command say, read as it reads them."""
     found: dict[str, Any] = {}
     for knob in fields(Settings):
         for variable in knob.metadata.get("variables", ()):
-            if environ.get(variable):
-                found[knob.name] = environ[variable]
+            value = environ.get(variable)
+            if not value or (knob.name == "addresses" and not wants_address):
+                continue
+            if knob.name == "addresses":
+                value, is_https = _address_of_consul(value, environ)
+                if is_https:
+                    found["tls"] = True
+            found.setdefault(knob.name, _checked(knob, value, variable))
     if "token_file" in found:
         found.pop("token", None)  # the consul command prefers the file
-    address = found.get("addresses")
-    if address is not None:
-        scheme, separator, rest = str(address).rpartition("://")
-        if separator and scheme not in ("http", "https"):
-            raise ConfigurationError(
-                f"CONSUL_HTTP_ADDR: {scheme}:// is not spoken here; give the agent as host:port"
-            )
-        found["addresses"] = rest.rstrip("/")
-        if scheme == "https":
-            found["tls"] = True
     return found
 
 
+def _address_of_consul(value: str, environ: Mapping[str, str]) -> tuple[str, bool]:
+    """CONSUL_HTTP_ADDR as (host:port, whether it says https).
+
+    Measured with the consul command: https:// turns TLS on, http:// never turns it off, and
+    without a port it calls 443 or 80, not 8500.
+    """
+    scheme, separator, rest = value.rpartition("://")
+    if separator and scheme not in ("http", "https"):
+        raise ConfigurationError(
+            "CONSUL_HTTP_ADDR: only http:// and https:// are spoken here, not unix sockets: "
+            "set it, or the setting addresses, to host:port"
+        )
+    rest = rest.rstrip("/")
+    is_https = scheme == "https" or environ.get("CONSUL_HTTP_SSL", "").strip().lower() in _YES
+    if rest and (":" not in rest or rest.endswith("]")):
+        rest += ":443" if is_https else ":80"
+    return rest, scheme == "https"
+
+
 def _values_of_url(url: str) -> dict[str, Any]:
-    parts = _split(url)
-    family, _, mode = parts.scheme.partition("+")
+    """What the URL says; nothing of it is repeated in an error until it cannot be the token."""
+    if not isinstance(url, str):
+        raise ConfigurationError(f"the URL must be a text, not {type(url).__name__}")
+    # Not urlsplit: it knows one host a URL, and its errors repeat the URL.
+    before_query, _, query = url.strip().partition("?")
+    scheme, _, rest = before_query.partition("://")
+    authority, _, path = rest.partition("/")
+    family, _, mode = scheme.lower().partition("+")
     if family != "consul" or mode not in MODES:
         raise ConfigurationError(
             "the URL must begin with consul+catalog:// or consul+kv://, "
             "for example consul+kv://127.0.0.1:8500/matchmaker"
         )
+    user, at, hosts = authority.rpartition("@")
+    if "#" in url or "@" in path + query:
+        raise ConfigurationError(
+            "the URL has a character that must be written with %: "
+            "'#' is %23, '@' after the hosts is %40, and in a token '/' is %2F and '?' is %3F"
+        )
     values: dict[str, Any] = {"mode": mode}
-    user, at, hosts = parts.netloc.rpartition("@")
     if at:
         name, _, token = user.partition(":")
         if name or not token:
             raise ConfigurationError("before the @ of the URL stands :TOKEN and nothing else")
         values["token"] = unquote(token)
+    if hosts.startswith(":"):
+        raise ConfigurationError("the URL names no host: write :TOKEN@HOST:PORT, or HOST:PORT")
     if hosts:
         values["addresses"] = unquote(hosts)
-    path = unquote(parts.path).strip("/")
-    if path and mode != "kv":
+    prefix = unquote(path).strip("/")
+    if prefix and mode != "kv":
         raise ConfigurationError("a path in the URL is the KV prefix: catalog mode has none")
-    if path:
-        values["prefix"] = path
-    if parts.fragment:
-        raise ConfigurationError("the URL has a '#': write it as %23")
-    try:
-        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-    except ValueError:
-        raise ConfigurationError(
-            "after the ? of the URL stand name=value pairs with & between"
-        ) from None
-    _refuse_unknown((name for name, _ in query), "setting")
-    for name, value in query:
-        if name in values and not (name == "mode" and value == mode):
-            raise ConfigurationError(f"{name} stands twice in the URL")
+    if prefix:
+        values["prefix"] = prefix
+    return _with_query(values, query)
+
+
+def _with_query(values: dict[str, Any], query: str) -> dict[str, Any]:
+    pairs: list[tuple[str, str]] | None = None
+    with contextlib.suppress(ValueError):  # its message repeats the query, and perhaps a token
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    if pairs is None:
+        raise ConfigurationError("after the ? of the URL stand name=value pairs with & between")
+    _refuse_unknown((name for name, _ in pairs), _setting)
+    for name, value in pairs:
+        if name in values and not (name == "mode" and value == values["mode"]):
+            raise ConfigurationError(f"{name} stands twice in the URL: give it once")
         values[name] = value
     return values
-
-
-def _split(url: str) -> SplitResult:
-    try:
-        return urlsplit(url)
-    except ValueError:  # its message would repeat the URL, and with it the token
-        raise ConfigurationError("the URL cannot be read: check brackets and spaces") from None

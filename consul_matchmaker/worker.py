@@ -63,15 +63,19 @@ class Worker:
         """Start the thread if it is not running; does nothing after `stop`."""
         if self._thread is not None or self._stopping:
             return
-        # setdefault is atomic in CPython, so two first callers agree on one lock.
-        lock = self.__dict__.setdefault("_start_lock", threading.Lock())
-        with lock:
+        with self._own_lock():
             if self._thread is not None or self._stopping:
                 return
             self._wake = threading.Event()
             thread = threading.Thread(target=self._run, name=self.name, daemon=True)
             thread.start()
             self._thread = thread
+
+    def _own_lock(self) -> threading.RLock:
+        # setdefault is atomic in CPython, so two first callers agree on one lock; re-entrant, since
+        # a signal handler may stop what the main thread is just starting.
+        lock: threading.RLock = self.__dict__.setdefault("_start_lock", threading.RLock())
+        return lock
 
     def wake(self) -> None:
         """Run the step now instead of at the end of its pause."""
@@ -82,7 +86,8 @@ class Worker:
         """Ask the thread to end, wait for it; return whether it did within *timeout_seconds*."""
         self._stopping = True
         self.wake()
-        thread = self._thread
+        with self._own_lock():  # a start that is under way has its thread by now
+            thread = self._thread
         if thread is None or thread is threading.current_thread():
             return True
         thread.join(timeout_seconds)

@@ -1,0 +1,621 @@
+"""Decide what to do next so that what Consul shows becomes what is wanted; do none of it.
+
+One `Reconciler` a process, for all its topics.  It is told what is *wanted* and what came of each
+action, and knows the next one:
+
+    action = reconciler.next_action(now)     # Open | Publish | Withdraw | Renew | Release | Wait...
+    reconciler.handle(carry_out(action), now, action)
+
+It has no clock, lock, thread or I/O, so it is not thread-safe.  What it found out that a person
+should know it leaves as notes: `take_notes`.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from .backoff import Backoff
+from .errors import Closed, Denied, LeaseLost, MatchmakerError
+from .model import Lease, Registration
+
+RENEWALS_PER_TTL = 3  # two renewals may fail before the lease runs out
+RENEWAL_JITTER = 0.1  # a renewal comes up to a tenth early, so that processes drift apart
+FIRST_RENEWAL_FROM = 0.1  # the first one anywhere in 10-100 % of the interval: started together,
+#                           processes do not renew together
+FIRST_RETRY_SECONDS = 0.5  # an election takes 1-6 s (fact C8): three or four retries get over it
+ASKED_RENEWAL_SECONDS = 1.0  # renewals that callers ask for are at least this far apart
+
+
+class State(enum.Enum):
+    """What is known of the lease.  Only a LeaseLost makes it LOST; silence, however long, never."""
+
+    IDLE = "IDLE"  # nothing wanted, no lease
+    OPENING = "OPENING"  # something wanted, no lease yet
+    HELD = "HELD"
+    SUSPECT = "SUSPECT"  # the last renewal or release was not answered: held, as far as is known
+    LOST = "LOST"  # Consul said that it is gone; another one is being opened
+    CLOSING = "CLOSING"
+    CLOSED = "CLOSED"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Event(enum.Enum):
+    """What can happen to the lease."""
+
+    WANTED = "something is wanted"
+    UNWANTED = "nothing is wanted any more"
+    OPENED = "a lease was opened"
+    CONFIRMED = "the lease was renewed"
+    FAILED = "opening, renewing or releasing was not answered, or refused"
+    GONE = "Consul does not know the lease any more"
+    RELEASED = "no lease is left"
+    CLOSE = "it is time to go"
+
+
+# What is not in it cannot happen, and says so (ImpossibleEvent).
+TRANSITIONS: Mapping[State, Mapping[Event, State]] = MappingProxyType(
+    {
+        State.IDLE: {
+            Event.WANTED: State.OPENING,
+            Event.CLOSE: State.CLOSED,
+        },
+        State.OPENING: {
+            Event.OPENED: State.HELD,
+            Event.FAILED: State.OPENING,
+            Event.UNWANTED: State.IDLE,
+            Event.CLOSE: State.CLOSING,
+        },
+        State.HELD: {
+            Event.CONFIRMED: State.HELD,
+            Event.FAILED: State.SUSPECT,
+            Event.GONE: State.LOST,
+            Event.RELEASED: State.IDLE,
+            Event.CLOSE: State.CLOSING,
+        },
+        State.SUSPECT: {
+            Event.CONFIRMED: State.HELD,
+            Event.FAILED: State.SUSPECT,
+            Event.GONE: State.LOST,
+            Event.RELEASED: State.IDLE,
+            Event.CLOSE: State.CLOSING,
+        },
+        State.LOST: {
+            Event.OPENED: State.HELD,
+            Event.FAILED: State.LOST,
+            Event.UNWANTED: State.IDLE,
+            Event.CLOSE: State.CLOSING,
+        },
+        State.CLOSING: {
+            Event.OPENED: State.CLOSING,  # the opening was under way: release what it brought
+            Event.CONFIRMED: State.CLOSING,
+            Event.FAILED: State.CLOSING,
+            Event.GONE: State.CLOSED,
+            Event.RELEASED: State.CLOSED,
+            Event.CLOSE: State.CLOSING,
+        },
+        State.CLOSED: {
+            Event.CLOSE: State.CLOSED,
+        },
+    }
+)
+
+
+class ImpossibleEvent(RuntimeError):
+    """An event that the table does not have in this state: a bug in this package."""
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Open a lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    lease: Lease
+    registration: Registration
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    lease: Lease
+    registration: Registration
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do for so long; None: until something is asked for."""
+
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """All done, for ever."""
+
+
+Call = Open | Publish | Withdraw | Renew | Release
+"""What somebody with a connection to Consul has to carry out."""
+Action = Call | Wait | Stop
+Outcome = Lease | Collection[Registration] | MatchmakerError | None
+"""What a call brought: Open a Lease, Renew the registrations held, the others nothing; or an
+error."""
+
+
+Standing = Literal[
+    "pending",  # wanted, not confirmed yet
+    "published",
+    "suspect",  # published, but Consul does not answer renewals now
+    "lost",  # was published; being published again
+    "refused",  # Consul refuses the token
+    "withdrawing",
+    "withdrawn",
+]
+
+
+class Kind(enum.Enum):
+    """What a note is about."""
+
+    PUBLISHED = "published"
+    WITHDRAWN = "withdrawn"
+    UNREACHABLE = "unreachable"  # Consul did not answer, once per outage
+    REFUSED = "refused"  # Consul refuses the token, once until it does not
+    RECOVERED = "recovered"  # an outage or a refusal ended, and nothing was lost
+    OVERDUE = "overdue"  # not renewed for a whole TTL: Consul may have given us up by now
+    LOST = "lost"  # lease or keys gone; says nothing to a person yet, `REPAIRED` will
+    REPAIRED = "repaired"  # once per repair, with its cause and duration
+    STRAY = "stray"  # held by Consul but not wanted: an old request that arrived late
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that a person, or the owner of *registrations*, should know."""
+
+    kind: Kind
+    text: str
+    registrations: tuple[Registration, ...] = ()
+
+
+@dataclass(slots=True)
+class _Trouble:
+    """Failures in a row of one thing, and when to try it again."""
+
+    error: MatchmakerError
+    since: float
+    failures: int = 0
+    retry_at: float = 0.0
+    is_told: bool = False  # whether a note speaks of it already
+    is_refusal: bool = False
+
+
+@dataclass(slots=True)
+class _Repair:
+    cause: str
+    began_at: float
+    pending: dict[Registration, None] = field(default_factory=dict)
+
+
+class Reconciler:
+    """The wanted registrations, the lease, and what is known to be published under it.
+
+    *ttl_seconds* bounds the waits while there is no lease; a lease brings its own.
+    """
+
+    def __init__(self, ttl_seconds: float, jitter: Callable[[], float]) -> None:
+        self._ttl_seconds = ttl_seconds
+        self._jitter = jitter
+        # Never longer than a renewal interval: then everything is back within one after an outage.
+        self._backoff = Backoff(FIRST_RETRY_SECONDS, ttl_seconds / RENEWALS_PER_TTL, jitter)
+        self.state = State.IDLE
+        self.lease: Lease | None = None
+        self.counts = dict.fromkeys(
+            ("opened", "renewed", "published", "withdrawn", "failed", "lost", "repaired"), 0
+        )
+        self._wanted: dict[Registration, None] = {}  # a set that keeps its order
+        self._published: set[Registration] = set()  # Consul confirmed it
+        self._perhaps: set[Registration] = set()  # Consul may show it; more than _published when
+        #                                           a publish, withdraw or release is unanswered
+        self._in_flight: Call | None = None
+        self._sent_at = 0.0
+        self._renew_at = math.inf
+        self._confirmed_at = -math.inf  # when the last answered opening or renewal was *sent*
+        self._lease_trouble: _Trouble | None = None
+        self._troubles: dict[Registration, _Trouble] = {}
+        self._repair: _Repair | None = None
+        self._is_overdue = False
+        self._notes: list[Note] = []
+
+    # What is asked of it
+
+    def want(self, registration: Registration, now: float) -> None:
+        """From now on *registration* should be visible.  Raises Closed."""
+        if self.state in (State.CLOSING, State.CLOSED):
+            raise Closed("this keeper is closed: make a new Matchmaker")
+        self._wanted[registration] = None
+
+    def unwant(self, registration: Registration, now: float) -> None:
+        """From now on *registration* should not be visible; idempotent."""
+        self._wanted.pop(registration, None)
+        self._settle_repair(now)
+
+    def ask_renewal(self, now: float) -> None:
+        """Renew, and so verify, at once; again and again asked for, about once a second."""
+        at_earliest = max(now, self._confirmed_at + ASKED_RENEWAL_SECONDS)
+        self._renew_at = min(self._renew_at, at_earliest)
+
+    def close(self) -> None:
+        """Want nothing any more, release the lease without delay, then stop; idempotent."""
+        self._on(Event.CLOSE)
+        self._wanted.clear()
+        self._lease_trouble = self._repair = None
+
+    # What it knows
+
+    @property
+    def wanted(self) -> tuple[Registration, ...]:
+        return tuple(self._wanted)
+
+    def is_wanted(self, registration: Registration) -> bool:
+        return registration in self._wanted
+
+    def is_published(self, registration: Registration) -> bool:
+        """Whether it is wanted and Consul confirmed it; a SUSPECT lease does not undo that."""
+        return registration in self._wanted and registration in self._published
+
+    def is_withdrawn(self, registration: Registration) -> bool:
+        """Whether it is not wanted, and Consul cannot be showing it for us."""
+        return registration not in self._wanted and registration not in self._perhaps
+
+    def standing(self, registration: Registration) -> Standing:
+        """What has become of the wish."""
+        if registration not in self._wanted:
+            return "withdrawn" if self.is_withdrawn(registration) else "withdrawing"
+        if registration in self._published:
+            return "suspect" if self.state is State.SUSPECT else "published"
+        if isinstance(self.error_of(registration), Denied):
+            return "refused"
+        if self._repair and registration in self._repair.pending:
+            return "lost"
+        return "pending"
+
+    @property
+    def published_count(self) -> int:
+        return sum(registration in self._published for registration in self._wanted)
+
+    def error_of(self, registration: Registration | None = None) -> MatchmakerError | None:
+        """Why it, or the lease, does not get on at the moment; None when nothing is wrong."""
+        trouble = self._lease_trouble
+        if trouble is None and registration is not None:
+            trouble = self._troubles.get(registration)
+        return trouble.error if trouble else None
+
+    def margin_seconds(self, now: float) -> float:
+        """How long until Consul may give our lease up, at the earliest; 0 without a lease.
+
+        Consul counts from when it answered (fact B2: to 2 x TTL, but promises only the TTL), which
+        is not before the last answered call was sent.
+        """
+        if self.lease is None:
+            return 0.0
+        return max(0.0, self._confirmed_at + self.lease.ttl_seconds - now)
+
+    def seconds_to_renewal(self, now: float) -> float | None:
+        if self.lease is None:
+            return None
+        at = self._lease_trouble.retry_at if self._lease_trouble else self._renew_at
+        return max(0.0, at - now)
+
+    def take_notes(self) -> list[Note]:
+        """What happened since the last call, oldest first."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    # What to do
+
+    def next_action(self, now: float) -> Action:
+        """What to do now.  A Call must be carried out and its outcome given to `handle`."""
+        if self._in_flight is not None:
+            raise ImpossibleEvent(f"{self._in_flight} is still under way")
+        action = self._choose(now)
+        if isinstance(action, Wait | Stop):
+            return action
+        self._in_flight, self._sent_at = action, now
+        # From the moment it is sent nobody may rely on what it is about to change.
+        if isinstance(action, Publish):
+            self._perhaps.add(action.registration)
+        elif isinstance(action, Withdraw):
+            self._published.discard(action.registration)
+        elif isinstance(action, Release):
+            self._published.clear()
+        return action
+
+    def _choose(self, now: float) -> Action:
+        lease = self.lease
+        if self.state is State.CLOSING and lease is None:
+            self._on(Event.RELEASED)
+        if self.state is State.CLOSED:
+            return Stop()
+        if not self._wanted:
+            if lease is not None:
+                return self._unless_it_is_too_early(now, Release(lease))
+            if self.state is not State.IDLE:
+                self._on(Event.UNWANTED)
+                self._lease_trouble = None  # nobody is waiting for that lease any more
+            return Wait(None)
+        if lease is None:
+            if self.state is State.IDLE:
+                self._on(Event.WANTED)
+            return self._unless_it_is_too_early(now, Open())
+        if self.state is State.SUSPECT:
+            self._note_when_overdue(now)
+            return self._unless_it_is_too_early(now, Renew(lease))
+        if now >= self._renew_at:
+            return Renew(lease)
+        return self._next_difference(lease, now)
+
+    def _next_difference(self, lease: Lease, now: float) -> Action:
+        """The next step from what is published to what is wanted; withdrawals first, since a host
+        that is shown without serving is worse than one that serves without being shown."""
+        wake_at = self._renew_at
+        differences: list[Withdraw | Publish] = [
+            Withdraw(lease, each) for each in self._perhaps if each not in self._wanted
+        ]
+        differences += [
+            Publish(lease, each) for each in self._wanted if each not in self._published
+        ]
+        for action in differences:
+            trouble = self._troubles.get(action.registration)
+            if trouble is None or now >= trouble.retry_at:
+                return action
+            wake_at = min(wake_at, trouble.retry_at)
+        return Wait(wake_at - now)
+
+    def _unless_it_is_too_early(self, now: float, action: Open | Renew | Release) -> Action:
+        trouble = self._lease_trouble
+        if trouble is None or now >= trouble.retry_at:
+            return action
+        wake_at = trouble.retry_at
+        if isinstance(action, Renew) and not self._is_overdue:
+            wake_at = min(wake_at, now + self.margin_seconds(now))
+        return Wait(max(0.0, wake_at - now))
+
+    # What came of it
+
+    def handle(self, outcome: Outcome, now: float, action: Call) -> None:
+        """Learn what came of *action*, the last one that `next_action` gave."""
+        if action is not self._in_flight:
+            raise ImpossibleEvent(f"{action} was not asked for")
+        self._in_flight = None
+        if isinstance(outcome, LeaseLost) and not isinstance(action, Open):
+            if isinstance(action, Release):
+                self._released(now)  # somebody else was faster
+            else:
+                self._lost(now)
+        elif isinstance(outcome, MatchmakerError):
+            self.counts["failed"] += 1
+            if isinstance(action, Publish | Withdraw):
+                self._not_changed(outcome, now, action)
+            else:
+                self._not_answered(outcome, now, action)
+        elif isinstance(action, Open):
+            assert isinstance(outcome, Lease), outcome
+            self._opened(outcome, now)
+        elif isinstance(action, Renew):
+            assert outcome is not None and not isinstance(outcome, Lease), outcome
+            self._renewed(outcome, now)
+        elif isinstance(action, Release):
+            self._released(now)
+        else:
+            self._changed(now, action)
+
+    def _opened(self, lease: Lease, now: float) -> None:
+        self._on(Event.OPENED)
+        self.counts["opened"] += 1
+        self.lease, self._confirmed_at = lease, self._sent_at
+        self._renew_at = now + _interval(lease) * (
+            FIRST_RENEWAL_FROM + (1 - FIRST_RENEWAL_FROM) * self._jitter()
+        )
+        trouble, self._lease_trouble = self._lease_trouble, None
+        if trouble and trouble.is_told and self._repair is None:
+            waited = f"opened lease {_short(lease)} after {now - trouble.since:.1f} s of trying"
+            self._note(Kind.RECOVERED, waited)
+
+    def _renewed(self, held: Collection[Registration], now: float) -> None:
+        assert self.lease is not None
+        self._on(Event.CONFIRMED)
+        self.counts["renewed"] += 1
+        self._confirmed_at = self._sent_at
+        self._renew_at = now + _interval(self.lease) * (1 - RENEWAL_JITTER * self._jitter())
+        held = set(held)
+        missing = [each for each in self._wanted if each in self._published - held]
+        strays = held - self._perhaps - self._wanted.keys()
+        self._published, self._perhaps = held, set(held)
+        for each in [each for each in self._troubles if (each in held) == (each in self._wanted)]:
+            del self._troubles[each]
+        self._note_recovery(now)
+        if strays:
+            self._note(Kind.STRAY, f"Consul shows {_names(strays)}, not wanted: withdrawing it")
+        if missing:
+            cause = f"Consul did not hold {_names(missing)} any more (deleted by somebody)"
+            self._begin_repair(cause, now, missing)
+        self._settle_repair(now)
+
+    def _released(self, now: float) -> None:
+        self._on(Event.RELEASED)
+        lease, gone = self.lease, tuple(self._perhaps)
+        self._drop_lease()
+        assert lease is not None
+        self._note(Kind.WITHDRAWN, f"released lease {_short(lease)}: nothing is wanted", gone)
+
+    def _lost(self, now: float) -> None:
+        assert self.lease is not None
+        self._on(Event.GONE)
+        self.counts["lost"] += 1
+        missing = [each for each in self._wanted if each in self._published]
+        cause = f"lease {_short(self.lease)} lost (Consul does not know it any more)"
+        since = self._lease_trouble.since if self._lease_trouble else now
+        self._drop_lease()
+        if missing:
+            self._begin_repair(cause, since, missing)
+
+    def _changed(self, now: float, action: Publish | Withdraw) -> None:
+        registration = action.registration
+        trouble = self._troubles.pop(registration, None)
+        if isinstance(action, Withdraw):
+            self._perhaps.discard(registration)
+            self.counts["withdrawn"] += 1
+            self._note(Kind.WITHDRAWN, f"withdrew {registration}", (registration,))
+            return
+        self._published.add(registration)
+        self.counts["published"] += 1
+        if self._repair is None or registration not in self._repair.pending:
+            text = f"published {registration} under lease {_short(action.lease)}"
+            if trouble and trouble.is_told:
+                text += f" after {now - trouble.since:.1f} s of trying"
+            self._note(Kind.PUBLISHED, text, (registration,))
+        self._settle_repair(now)
+
+    def _not_changed(self, error: MatchmakerError, now: float, action: Publish | Withdraw) -> None:
+        if self.state is State.CLOSING:
+            return  # the release takes everything with it
+        trouble = self._failed_again(self._troubles.get(action.registration), error, now)
+        self._troubles[action.registration] = trouble
+        if not trouble.is_refusal:
+            # Perhaps the lease is gone: only a renewal tells.  It also tells what really happened.
+            self._renew_at = min(self._renew_at, now)
+        # One silence is the renewal's to report; a second one means that the lease is well.
+        if not trouble.is_told and (trouble.is_refusal or trouble.failures > 1):
+            verb = "published" if isinstance(action, Publish) else "withdrawn"
+            self._note_trouble(trouble, f"{action.registration} cannot be {verb}")
+
+    def _not_answered(
+        self, error: MatchmakerError, now: float, action: Open | Renew | Release
+    ) -> None:
+        self._on(Event.FAILED)
+        if self.state is State.CLOSING and not isinstance(action, Release):
+            return  # the release comes next, and without delay
+        trouble = self._failed_again(self._lease_trouble, error, now)
+        self._lease_trouble = trouble
+        if trouble.is_told:
+            return
+        if isinstance(action, Open):
+            after = f" after {self._repair.cause}" if self._repair else ""
+            what = f"no lease can be opened for {_count(self._wanted)}{after}"
+        elif isinstance(action, Renew):
+            what = (
+                f"lease {_short(action.lease)} cannot be renewed; Consul shows its "
+                f"{_count(self._published)} for at least {self.margin_seconds(now):.1f} s more"
+            )
+        else:
+            what = f"lease {_short(action.lease)} cannot be released"
+        self._note_trouble(trouble, what)
+
+    # How it does that
+
+    def _on(self, event: Event) -> None:
+        try:
+            self.state = TRANSITIONS[self.state][event]
+        except KeyError:
+            raise ImpossibleEvent(f"{self.state}: {event.value}") from None
+
+    def _drop_lease(self) -> None:
+        self.lease = self._lease_trouble = None
+        self._renew_at, self._confirmed_at, self._is_overdue = math.inf, -math.inf, False
+        self._published.clear()
+        self._perhaps.clear()
+        self._troubles.clear()
+
+    def _failed_again(
+        self, trouble: _Trouble | None, error: MatchmakerError, now: float
+    ) -> _Trouble:
+        if trouble is None:
+            trouble = _Trouble(error, since=self._sent_at)
+        refusal = isinstance(error, Denied)
+        if trouble.failures and refusal != trouble.is_refusal:
+            trouble.is_told = False  # another kind of trouble is news
+        trouble.error, trouble.is_refusal = error, refusal
+        trouble.failures += 1
+        trouble.retry_at = now + self._backoff.seconds(trouble.failures)
+        return trouble
+
+    def _note(self, kind: Kind, text: str, registrations: Iterable[Registration] = ()) -> None:
+        self._notes.append(Note(kind, text, tuple(registrations)))
+
+    def _note_trouble(self, trouble: _Trouble, what: str) -> None:
+        trouble.is_told = True
+        kind = Kind.REFUSED if trouble.is_refusal else Kind.UNREACHABLE
+        self._note(kind, f"{what}; trying on ({trouble.error})")
+
+    def _note_when_overdue(self, now: float) -> None:
+        if self._is_overdue or self.margin_seconds(now) > 0:
+            return
+        self._is_overdue = True
+        assert self.lease is not None
+        text = f"lease {_short(self.lease)} not renewed for its whole TTL: Consul may have ended it"
+        self._note(Kind.OVERDUE, text, (r for r in self._wanted if r in self._published))
+
+    def _note_recovery(self, now: float) -> None:
+        trouble, self._lease_trouble = self._lease_trouble, None
+        if trouble is not None and self.lease is not None:
+            text = f"lease {_short(self.lease)} renewed after {now - trouble.since:.1f} s of trying"
+            self._note(Kind.RECOVERED, text, (r for r in self._wanted if r in self._published))
+        self._is_overdue = False
+
+    def _begin_repair(self, cause: str, began_at: float, missing: list[Registration]) -> None:
+        if self._repair is None:
+            self._repair = _Repair(cause, began_at)
+        else:  # a loss during a repair is one more cause of the same repair
+            self._repair.cause += f", then {cause}"
+        self._repair.pending.update(dict.fromkeys(missing))
+        self._note(Kind.LOST, cause, missing)
+
+    def _settle_repair(self, now: float) -> None:
+        """Note a repair, once, when the last registration it is about is published again."""
+        repair = self._repair
+        if repair is None:
+            return
+        pending = tuple(each for each in repair.pending if each in self._wanted)
+        if not all(each in self._published for each in pending):
+            return
+        self._repair = None
+        self.counts["repaired"] += 1
+        what = "nothing of it is wanted any more"
+        if pending:
+            seconds = now - repair.began_at
+            what = f"published {_count(pending)} again after {seconds:.1f} s"
+        self._note(Kind.REPAIRED, f"{repair.cause}; {what}", pending)
+
+
+def _interval(lease: Lease) -> float:
+    return lease.ttl_seconds / RENEWALS_PER_TTL
+
+
+def _short(lease: Lease) -> str:
+    return lease.id if len(lease.id) <= 8 else f"{lease.id[:8]}…"
+
+
+def _count(registrations: Collection[Registration]) -> str:
+    return f"{len(registrations)} registration{'' if len(registrations) == 1 else 's'}"
+
+
+def _names(registrations: Collection[Registration]) -> str:
+    """The first three of them, and how many more there are."""
+    some = sorted(map(str, registrations))
+    more = f" and {len(some) - 3} more" if len(some) > 3 else ""
+    return ", ".join(some[:3]) + more

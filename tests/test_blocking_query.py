@@ -1,0 +1,132 @@
+"""The index rules, event by event."""
+
+import pytest
+
+from consul_matchmaker.blocking_query import (
+    DOUBT_GAP_SECONDS,
+    MAX_GAP_SECONDS,
+    MAX_IDLE_GAP_SECONDS,
+    MAX_WAIT_SECONDS,
+    MIN_GAP_SECONDS,
+    WORK_SHARE,
+    BlockingQuery,
+)
+
+CONFIRM_SECONDS = 6.0
+FAILURE = "failure"
+
+
+def after(*events):
+    """The state after events: (index, answer, now) or FAILURE."""
+    query = BlockingQuery(CONFIRM_SECONDS)
+    for event in events:
+        query = query.failed() if event == FAILURE else query.answered(*event)
+    return query
+
+
+# what happened, in order -> (index to ask with, is the last answer believed)
+RULES = {
+    "nothing yet": ((), 0, False),
+    "first answer": (((7, "a", 0),), 7, True),
+    "newer index, new answer": (((7, "a", 0), (9, "b", 1)), 9, True),
+    "wait ran out": (((7, "a", 0), (7, "a", 25)), 7, True),
+    "index 0 counts as 1": (((0, "", 0),), 1, True),
+    "negative index counts as 1": (((-5, "", 0),), 1, True),
+    "first answer is empty": (((1, "", 0),), 1, True),
+    "went back, other answer": (((9, "a", 0), (3, "b", 1)), 0, False),
+    "went back to 1 and empty, as a restarted server says": (
+        ((9, "a", 0), (1, "", 1)),
+        0,
+        False,
+    ),
+    "the lie, then the truth": (((9, "a", 0), (1, "", 1), (9, "a", 4)), 9, True),
+    "the lie, then a change": (((9, "a", 0), (1, "", 1), (12, "b", 4)), 12, True),
+    "the lie goes on": (((9, "a", 0), (1, "", 1), (1, "", 6.9)), 0, False),
+    "it was no lie": (((9, "a", 0), (1, "", 1), (1, "", 7.0)), 1, True),
+    "restored snapshot, going on from there": (
+        ((9, "a", 0), (3, "b", 1), (3, "b", 8), (4, "c", 9)),
+        4,
+        True,
+    ),
+    "went back, same answer: tombstones were reaped": (((9, "a", 0), (3, "a", 25)), 3, True),
+    "a lagging server's older answer": (((9, "b", 0), (8, "a", 1)), 0, False),
+    "empty with a newer index is the truth": (((9, "a", 0), (10, "", 1)), 10, True),
+    "failure": (((9, "a", 0), FAILURE), 0, False),
+    "back after a failure": (((9, "a", 0), FAILURE, (11, "b", 9)), 11, True),
+    "back after a failure, unchanged": (((9, "a", 0), FAILURE, (9, "a", 9)), 9, True),
+    "back after a failure, at a server that lies": (
+        ((9, "a", 0), FAILURE, (1, "", 60)),
+        0,
+        False,
+    ),
+    "failures do not count as repetitions": (
+        ((9, "a", 0), (1, "", 1), FAILURE, (1, "", 20)),
+        0,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("events", "index", "is_believed"), RULES.values(), ids=RULES)
+def test_rules(events, index, is_believed):
+    """Each line of events leads to this index to ask with, and to this belief."""
+    query = after(*events)
+    assert (query.index, query.is_believed) == (index, is_believed)
+
+
+def test_a_doubted_answer_does_not_replace_the_believed_one():
+    """While in doubt, the index and the answer to compare with are the last believed ones."""
+    query = after((9, "a", 0), (1, "", 1))
+    assert (query.believed_index, query.believed, query.doubted_since) == (9, "a", 1)
+
+
+def test_no_state_changes_in_place():
+    """An event gives a new state and leaves the old one as it was."""
+    first = after((9, "a", 0))
+    first.answered(1, "", 1)
+    first.failed()
+    assert first == after((9, "a", 0))
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.3, 0.999])
+def test_the_wait_is_jittered_and_short(jitter):
+    """Consul never holds a poll for more than 25 s, and watchers do not wait equally long."""
+    assert 0.8 * MAX_WAIT_SECONDS <= BlockingQuery(6).wait_seconds(jitter) <= MAX_WAIT_SECONDS
+    assert BlockingQuery(6).wait_seconds(0.9) < BlockingQuery(6).wait_seconds(0.1)
+
+
+@pytest.mark.parametrize("work_seconds", [0, 0.001, 0.01, 0.1, 0.15])
+def test_work_is_a_bounded_share_of_the_time(work_seconds):
+    """Rests grow with what an answer costs, so that the work stays below its share."""
+    gap = after((9, "a", 0)).gap_seconds(work_seconds)
+    assert gap >= MIN_GAP_SECONDS
+    assert work_seconds / (work_seconds + gap) <= WORK_SHARE + 1e-9
+
+
+def test_no_rest_is_longer_than_the_longest():
+    """However costly an answer was, the next poll comes."""
+    assert after((9, "a", 0)).gap_seconds(1000) == MAX_GAP_SECONDS
+
+
+def test_wakes_for_nothing_rest_ever_longer():
+    """Newer indexes with the same answer, as on an empty prefix, are asked for less and less."""
+    query = after((9, "", 0))
+    gaps = []
+    for index in range(10, 22):
+        query = query.answered(index, "", index)
+        gaps.append(query.gap_seconds(0))
+    assert gaps == sorted(gaps)
+    assert gaps[0] > MIN_GAP_SECONDS
+    assert gaps[-1] == MAX_IDLE_GAP_SECONDS
+    assert query.answered(99, "x", 99).gap_seconds(0) == MIN_GAP_SECONDS
+
+
+def test_a_wait_that_ran_out_is_no_wake_for_nothing():
+    """A quiet cluster is asked again at once: a change right after is seen at once."""
+    query = after(*[(9, "a", 25 * n) for n in range(20)])
+    assert query.gap_seconds(0) == MIN_GAP_SECONDS
+
+
+def test_a_doubted_answer_is_asked_for_again_after_a_rest():
+    """Without an index polls come back at once, so doubting must not become a busy loop."""
+    assert after((9, "a", 0), (1, "", 1)).gap_seconds(0) == DOUBT_GAP_SECONDS

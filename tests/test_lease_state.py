@@ -1,0 +1,851 @@
+"""Tests of lease_state: the table, the rules of the reconciler, and random histories."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from consul_matchmaker.errors import Closed, Denied, LeaseLost, Unavailable
+from consul_matchmaker.lease_state import (
+    ASKED_RENEWAL_SECONDS,
+    TRANSITIONS,
+    Action,
+    Call,
+    Event,
+    ImpossibleEvent,
+    Kind,
+    Note,
+    Open,
+    Outcome,
+    Publish,
+    Reconciler,
+    Release,
+    Renew,
+    State,
+    Stop,
+    Wait,
+    Withdraw,
+)
+from consul_matchmaker.model import Host, Lease, Registration
+
+TTL = 9.0
+INTERVAL = TTL / 3
+A = Registration("scheduler", Host("10.0.0.5", 9501))
+B = Registration("conductor", Host("10.0.0.5", 9501))
+C = Registration("scheduler", Host("10.0.0.5", 9501), server="node7")
+
+
+class Consul:
+    """What the other side holds, and how it answers: a Consul of a few lines."""
+
+    def __init__(self) -> None:
+        self.leases: dict[str, set[Registration]] = {}
+        self.count = 0
+        self.answer = "yes"  # yes | silent | deaf | denied | denies publishing
+        self.late: list[Callable[[], Outcome]] = []  # arrives after the caller gave up
+
+    def carry_out(self, call: Call) -> Outcome:
+        if self.answer == "silent":  # did nothing, and did not say so
+            return Unavailable("connection refused")
+        if self.answer == "denied" or (
+            self.answer == "denies publishing" and isinstance(call, Publish)
+        ):
+            return Denied("token refused")
+        if self.answer == "deaf":  # did it, but the answer was lost
+            self._do(call)
+            return Unavailable("timed out")
+        if self.answer == "late":  # will do it, some time
+            self.late.append(lambda: self._do(call))
+            return Unavailable("timed out")
+        return self._do(call)
+
+    def _do(self, call: Call) -> Outcome:
+        if isinstance(call, Open):
+            self.count += 1
+            lease = Lease(f"lease-{self.count}", TTL)
+            self.leases[lease.id] = set()
+            return lease
+        if isinstance(call, Release):
+            self.leases.pop(call.lease.id, None)
+            return None
+        held = self.leases.get(call.lease.id)
+        if isinstance(call, Withdraw):
+            if held is not None:
+                held.discard(call.registration)
+            return None
+        if held is None:  # as the KV store does: only a renewal says that the lease is gone
+            return LeaseLost("gone") if isinstance(call, Renew) else Unavailable("HTTP 500")
+        if isinstance(call, Publish):
+            held.add(call.registration)
+            return None
+        return set(held)
+
+    @property
+    def visible(self) -> set[Registration]:
+        return set().union(*self.leases.values())
+
+
+class Play:
+    """A reconciler, the Consul of above, and a clock that only moves when told."""
+
+    def __init__(self, jitter: Callable[[], float] = lambda: 0.5) -> None:
+        self.consul = Consul()
+        self.reconciler = Reconciler(TTL, jitter)
+        self.now = 100.0
+        self.calls: list[Call] = []
+        self.notes: list[Note] = []
+
+    def want(self, *registrations: Registration) -> None:
+        for each in registrations:
+            self.reconciler.want(each, self.now)
+
+    def unwant(self, *registrations: Registration) -> None:
+        for each in registrations:
+            self.reconciler.unwant(each, self.now)
+
+    def step(self) -> Action:
+        action = self.reconciler.next_action(self.now)
+        if not isinstance(action, Wait | Stop):
+            self.calls.append(action)
+            self.reconciler.handle(self.consul.carry_out(action), self.now, action)
+        self.notes += self.reconciler.take_notes()
+        return action
+
+    def run(self) -> float | None:
+        """Do all there is to do now; return the seconds until there is more."""
+        for _ in range(100):
+            action = self.step()
+            if isinstance(action, Wait):
+                return action.seconds
+            if isinstance(action, Stop):
+                return None
+        raise AssertionError(f"never comes to rest: {self.calls[-5:]}")
+
+    def run_for(self, seconds: float) -> None:
+        until = self.now + seconds
+        for _ in range(10_000):
+            pause = self.run()
+            if pause is None or self.now + pause > until:
+                self.now = until
+                return
+            self.now += pause
+        raise AssertionError("busy loop")
+
+    def take_calls(self) -> list[str]:
+        calls, self.calls = self.calls, []
+        return [type(call).__name__ for call in calls]
+
+    def take_notes(self) -> list[Kind]:
+        notes, self.notes = self.notes, []
+        return [note.kind for note in notes]
+
+    @property
+    def state(self) -> State:
+        return self.reconciler.state
+
+    def is_in(self, state: State) -> bool:
+        return self.reconciler.state is state
+
+
+@pytest.fixture
+def play() -> Play:
+    return Play()
+
+
+@pytest.fixture
+def held(play: Play) -> Play:
+    """A and B are published and all is quiet."""
+    play.want(A, B)
+    play.run()
+    play.take_calls()
+    play.take_notes()
+    return play
+
+
+# --- the table
+
+
+CELLS = [(state, event) for state in State for event in Event]
+
+
+EXPECTED = """
+            WANTED   UNWANTED OPENED  CONFIRMED FAILED  GONE   RELEASED CLOSE
+    IDLE    OPENING  -        -       -         -       -      -        CLOSED
+    OPENING -        IDLE     HELD    -         OPENING -      -        CLOSING
+    HELD    -        -        -       HELD      SUSPECT LOST   IDLE     CLOSING
+    SUSPECT -        -        -       HELD      SUSPECT LOST   IDLE     CLOSING
+    LOST    -        IDLE     HELD    -         LOST    -      -        CLOSING
+    CLOSING -        -        CLOSING CLOSING   CLOSING CLOSED CLOSED   CLOSING
+    CLOSED  -        -        -       -         -       -      -        CLOSED
+"""
+
+
+@pytest.mark.parametrize(("state", "event"), CELLS)
+def test_every_cell_of_the_table(state: State, event: Event) -> None:
+    """Each event leads where the picture above says, and what is not in it cannot happen."""
+    header, *rows = (line.split() for line in EXPECTED.strip().splitlines())
+    row = next(row for row in rows if row[0] == state.name)
+    expected = row[1 + header.index(event.name)]
+    reconciler = Reconciler(TTL, random.random)
+    reconciler.state = state
+    if expected == "-":
+        with pytest.raises(ImpossibleEvent, match=f"{state}: {event.value}"):
+            reconciler._on(event)
+        assert reconciler.state is state
+    else:
+        reconciler._on(event)
+        assert reconciler.state is State[expected]
+
+
+def test_only_a_lost_lease_leads_to_lost() -> None:
+    """No outage, refusal or deadline has a way to LOST: only Consul's word that it is gone."""
+    ways = {
+        event
+        for state, row in TRANSITIONS.items()
+        for event, to in row.items()
+        if to is State.LOST and state is not State.LOST
+    }
+    assert ways == {Event.GONE}
+
+
+# --- getting there
+
+
+def test_nothing_wanted_nothing_done(play: Play) -> None:
+    """Without a registration there is no lease and nothing to wake up for."""
+    assert play.run() is None or play.run() is None
+    assert play.step() == Wait(None)
+    assert (play.state, play.take_calls()) == (State.IDLE, [])
+
+
+def test_all_registrations_share_one_lease(play: Play) -> None:
+    """Three registrations in two topics: one lease, three publications, then rest."""
+    play.want(A, B, C)
+    play.run()
+    assert play.take_calls() == ["Open", "Publish", "Publish", "Publish"]
+    assert play.consul.leases == {"lease-1": {A, B, C}}
+    assert play.state is State.HELD
+    assert play.reconciler.is_published(A)
+    assert play.take_notes() == [Kind.PUBLISHED] * 3
+
+
+def test_registering_again_is_registering_once(held: Play) -> None:
+    """register is idempotent, and one unregister takes it back."""
+    held.want(A)
+    held.run()
+    assert held.take_calls() == []
+    held.unwant(A)
+    held.run()
+    assert held.consul.visible == {B}
+
+
+def test_consul_absent_at_the_start_is_only_a_delay(play: Play) -> None:
+    """The opening is retried with growing, jittered pauses and then everything is published."""
+    play.consul.answer = "silent"
+    play.want(A)
+    pauses = []
+    for _ in range(6):
+        pause = play.run()
+        assert pause is not None
+        pauses.append(pause)
+        play.now += pause
+    assert pauses == [0.25, 0.5, 1.0, 1.5, 1.5, 1.5]  # full jitter of 0.5 doubling to 3, drawn 0.5
+    assert play.state is State.OPENING
+    assert str(play.reconciler.error_of(A)) == "connection refused"
+    assert play.reconciler.standing(A) == "pending"
+    assert play.take_notes() == [Kind.UNREACHABLE]  # once, not six times
+    play.consul.answer = "yes"
+    play.run()
+    assert play.consul.visible == {A}
+    assert play.reconciler.error_of(A) is None
+    assert play.take_notes() == [Kind.RECOVERED, Kind.PUBLISHED]
+
+
+# --- staying there
+
+
+def test_renews_three_times_a_ttl_and_a_little_early(held: Play) -> None:
+    """Two renewals may fail before the lease runs out; the first is anywhere in the interval."""
+    assert held.run() == pytest.approx(INTERVAL * 0.55)
+    held.now += INTERVAL * 0.55
+    assert held.run() == pytest.approx(INTERVAL * 0.95)
+    assert held.take_calls() == ["Renew"]
+
+
+def test_renewals_of_processes_started_together_drift_apart() -> None:
+    """First renewals are spread over nine tenths of the interval, later ones over a tenth."""
+    dice = random.Random(7)
+    firsts, seconds = [], []
+    for _ in range(200):
+        play = Play(dice.random)
+        play.want(A)
+        first = play.run()
+        assert first is not None
+        play.now += first
+        second = play.run()
+        assert second is not None
+        firsts.append(first)
+        seconds.append(second)
+    assert min(firsts) < 0.15 * INTERVAL and max(firsts) > 0.95 * INTERVAL
+    assert min(seconds) >= 0.9 * INTERVAL and max(seconds) <= INTERVAL
+    assert max(seconds) - min(seconds) > 0.09 * INTERVAL
+
+
+def test_at_rest_it_only_renews(held: Play) -> None:
+    """A minute without change: renewals and nothing else, so nothing is written."""
+    held.run_for(60)
+    assert set(held.take_calls()) == {"Renew"}
+    assert held.take_notes() == []
+
+
+def test_an_outage_shorter_than_the_ttl_keeps_the_lease(held: Play) -> None:
+    """A renewal that fails makes it SUSPECT; one that succeeds makes it HELD again."""
+    held.consul.answer = "silent"
+    held.run_for(INTERVAL)
+    assert held.is_in(State.SUSPECT)
+    assert held.reconciler.is_published(A)
+    assert held.reconciler.standing(A) == "suspect"
+    held.consul.answer = "yes"
+    held.run_for(INTERVAL)
+    assert held.state is State.HELD
+    assert held.reconciler.lease == Lease("lease-1", TTL)
+    assert "Publish" not in held.take_calls()
+    assert held.take_notes() == [Kind.UNREACHABLE, Kind.RECOVERED]
+
+
+def test_silence_never_means_that_the_lease_is_lost(held: Play) -> None:
+    """An hour without an answer: still SUSPECT, said once, renewed as soon as Consul is back."""
+    held.consul.answer = "silent"
+    held.run_for(3600)
+    assert held.is_in(State.SUSPECT)
+    assert set(held.take_calls()) == {"Renew"}
+    assert held.take_notes() == [Kind.UNREACHABLE, Kind.OVERDUE]
+    held.consul.answer = "yes"
+    held.run_for(INTERVAL)  # no retry waits longer than one interval
+    assert held.state is State.HELD
+    assert held.take_notes() == [Kind.RECOVERED]
+
+
+def test_retries_of_an_outage_come_back_spread(held: Play) -> None:
+    """1,000 processes whose agent died together do not ask together when it is back."""
+    dice = random.Random(11)
+    returns = []
+    for _ in range(1000):
+        play = Play(dice.random)
+        play.want(A)
+        play.run()
+        play.consul.answer = "silent"
+        play.run_for(60)
+        play.consul.answer = "yes"
+        back = play.now
+        play.calls.clear()
+        while not play.calls:
+            pause = play.run()
+            play.now += pause if not play.calls and pause else 0
+        returns.append(play.now - back)
+        assert play.state is State.HELD
+    assert max(returns) <= INTERVAL
+    buckets = [sum(i / 10 <= r / INTERVAL < (i + 1) / 10 for r in returns) for i in range(10)]
+    assert max(buckets) < 350, buckets
+
+
+def test_a_suspended_machine_renews_at_once(held: Play) -> None:
+    """The monotonic clock jumped by an hour: the very next action is a renewal, then a repair."""
+    del held.consul.leases["lease-1"]
+    held.now += 3600
+    held.run()
+    assert held.take_calls() == ["Renew", "Open", "Publish", "Publish"]
+    assert held.consul.leases == {"lease-2": {A, B}}
+
+
+def test_margin_counts_from_when_the_last_answered_renewal_was_sent(held: Play) -> None:
+    """Consul may give us up one TTL after it last heard us, and we cannot know it heard us later
+    than when we sent."""
+    assert held.reconciler.margin_seconds(held.now) == TTL
+    held.now += INTERVAL
+    renewal = held.reconciler.next_action(held.now)
+    assert isinstance(renewal, Renew)
+    sent_at = held.now
+    held.now += 2
+    held.reconciler.handle({A, B}, held.now, renewal)
+    assert held.reconciler.margin_seconds(held.now) == sent_at + TTL - held.now
+    held.now += 100
+    assert held.reconciler.margin_seconds(held.now) == 0.0
+
+
+def test_overdue_is_said_when_the_margin_is_used_up(held: Play) -> None:
+    """After a TTL without an answered renewal, Consul may have given us up: said at that moment."""
+    held.consul.answer = "silent"
+    held.run_for(TTL - 0.01)
+    assert Kind.OVERDUE not in held.take_notes()
+    held.run_for(0.02)
+    held.run()
+    assert held.take_notes() == [Kind.OVERDUE]
+    assert held.state is State.SUSPECT
+
+
+def test_asking_for_renewals_in_a_loop_does_not_flood_consul(held: Play) -> None:
+    """renew now means now, but a second time not before a second later."""
+    held.now += ASKED_RENEWAL_SECONDS
+    for _ in range(100):
+        held.reconciler.ask_renewal(held.now)
+        held.run()
+    assert held.take_calls() == ["Renew"]
+    assert held.run() == pytest.approx(ASKED_RENEWAL_SECONDS)
+    held.now += ASKED_RENEWAL_SECONDS
+    held.run()
+    assert held.take_calls() == ["Renew"]
+
+
+def test_asking_for_a_renewal_without_a_lease_does_nothing(play: Play) -> None:
+    """There is nothing to renew."""
+    play.reconciler.ask_renewal(play.now)
+    assert play.step() == Wait(None)
+
+
+# --- losses and repairs
+
+
+def test_a_lost_lease_is_replaced_and_everything_published_again(held: Play) -> None:
+    """One note per repair: cause, how many, how long."""
+    del held.consul.leases["lease-1"]
+    held.run_for(INTERVAL)
+    assert held.consul.leases == {"lease-2": {A, B}}
+    assert held.take_calls() == ["Renew", "Open", "Publish", "Publish"]
+    assert [(note.kind, note.text) for note in held.notes] == [
+        (Kind.LOST, "lease lease-1 lost (Consul does not know it any more)"),
+        (
+            Kind.REPAIRED,
+            "lease lease-1 lost (Consul does not know it any more); "
+            "published 2 registrations again after 0.0 s",
+        ),
+    ]
+    assert held.notes[1].registrations == (A, B)
+    assert held.reconciler.counts["lost"] == held.reconciler.counts["repaired"] == 1
+
+
+def test_a_repair_that_meets_an_outage_counts_from_the_loss(held: Play) -> None:
+    """Lost, then no new lease for a while: LOST until one is opened, and one repair in the end."""
+    held.now += INTERVAL
+    call = held.reconciler.next_action(held.now)
+    assert isinstance(call, Renew)
+    held.reconciler.handle(LeaseLost("gone"), held.now, call)
+    held.consul.answer = "silent"
+    held.consul.leases.clear()
+    held.run_for(20)
+    assert held.state is State.LOST
+    assert held.reconciler.standing(A) == "lost"
+    assert held.reconciler.margin_seconds(held.now) == 0.0
+    held.consul.answer = "yes"
+    held.run_for(INTERVAL)
+    assert held.consul.visible == {A, B}
+    assert held.notes[-1].text.startswith("lease lease-1 lost")
+    assert held.take_notes() == [Kind.LOST, Kind.UNREACHABLE, Kind.REPAIRED]
+
+
+def test_a_loss_found_after_an_outage_is_one_repair(held: Play) -> None:
+    """The agent was away and came back without our session: the duration counts from the first
+    renewal that failed."""
+    held.consul.answer = "silent"
+    held.run_for(60)
+    held.consul.leases.clear()
+    held.consul.answer = "yes"
+    held.run_for(INTERVAL)
+    repaired = held.notes[-1]
+    assert held.take_notes() == [Kind.UNREACHABLE, Kind.OVERDUE, Kind.LOST, Kind.REPAIRED]
+    assert "again after 5" in repaired.text or "again after 6" in repaired.text
+
+
+def test_a_deleted_key_is_published_again_under_the_same_lease(held: Play) -> None:
+    """The renewal says what Consul holds; what is missing comes back, and only that."""
+    held.consul.leases["lease-1"].discard(A)
+    held.run_for(INTERVAL)
+    assert held.consul.leases == {"lease-1": {A, B}}
+    assert held.take_calls() == ["Renew", "Publish"]
+    assert held.notes[-1].text == (
+        "Consul did not hold scheduler at 10.0.0.5:9501 any more (deleted by somebody); "
+        "published 1 registration again after 0.0 s"
+    )
+    assert held.take_notes() == [Kind.LOST, Kind.REPAIRED]
+
+
+def test_a_loss_during_a_repair_is_one_repair(held: Play) -> None:
+    """A deleted key whose publication finds the lease gone: one note with both causes."""
+    held.consul.leases["lease-1"].discard(A)
+    held.now += INTERVAL
+    assert isinstance(held.step(), Renew)
+    held.consul.leases.clear()
+    held.run_for(INTERVAL)
+    assert held.consul.visible == {A, B}
+    assert "deleted by somebody), then lease lease-1 lost" in held.notes[-1].text
+    assert held.take_notes().count(Kind.REPAIRED) == 1
+
+
+def test_unregistering_what_was_being_repaired_ends_the_repair(held: Play) -> None:
+    """Nobody waits for a registration that is not wanted any more."""
+    held.consul.leases.clear()
+    held.now += INTERVAL
+    assert isinstance(held.step(), Renew)
+    held.unwant(A, B)
+    held.run()
+    assert held.state is State.IDLE
+    assert held.notes[-1].text.endswith("; nothing of it is wanted any more")
+    assert held.take_notes() == [Kind.LOST, Kind.REPAIRED]
+
+
+def test_what_arrived_late_at_consul_is_withdrawn(held: Play) -> None:
+    """A publication that timed out, was given up, and reached Consul after all: found, removed."""
+    held.consul.answer = "late"
+    held.want(C)
+    held.run()
+    held.consul.answer = "yes"
+    held.unwant(C)
+    held.run_for(INTERVAL)
+    held.consul.late[0]()
+    assert held.consul.visible == {A, B, C}
+    held.take_notes()
+    held.run_for(INTERVAL)
+    assert held.consul.visible == {A, B}
+    assert held.take_notes() == [Kind.STRAY, Kind.WITHDRAWN]
+
+
+def test_a_failed_publication_asks_at_once_whether_the_lease_lives(held: Play) -> None:
+    """Consul's 500 may mean anything; the renewal knows.  So a new topic is not late."""
+    held.consul.leases.clear()
+    held.want(C)
+    held.run()
+    assert held.take_calls() == ["Publish", "Renew", "Open", "Publish", "Publish", "Publish"]
+    assert held.consul.visible == {A, B, C}
+
+
+def test_a_publication_without_an_answer_that_took_effect_is_not_repeated(held: Play) -> None:
+    """The renewal after it shows that Consul has it."""
+    held.consul.answer = "deaf"
+    held.want(C)
+    assert isinstance(held.step(), Publish)
+    held.consul.answer = "yes"
+    held.run()
+    assert held.take_calls() == ["Publish", "Renew"]
+    assert held.reconciler.is_published(C)
+    assert held.take_notes() == []
+
+
+def test_a_publication_that_goes_on_failing_is_retried_with_pauses(held: Play) -> None:
+    """Others are published meanwhile, and the trouble is told once."""
+
+    def refuse_c(call: Call) -> Outcome:
+        if isinstance(call, Publish) and call.registration == C:
+            return Unavailable("HTTP 500")
+        return held.consul._do(call)
+
+    held.consul.carry_out = refuse_c  # type: ignore[method-assign]
+    other = Registration("other", Host("10.0.0.5", 1))
+    held.want(C, other)
+    held.run_for(30)
+    assert held.reconciler.is_published(other)
+    assert not held.reconciler.is_published(C)
+    publications = [call for call in held.calls if isinstance(call, Publish)]
+    assert 15 < len(publications) < 30
+    assert held.state is State.HELD
+    assert held.take_notes() == [Kind.PUBLISHED, Kind.UNREACHABLE]
+    assert str(held.reconciler.error_of(C)) == "HTTP 500"
+    assert held.reconciler.error_of(A) is None
+    del held.consul.carry_out
+    held.run_for(INTERVAL)
+    assert held.reconciler.is_published(C)
+    assert "of trying" in held.notes[-1].text
+
+
+def test_a_refused_token_is_tried_on_and_said_once(play: Play) -> None:
+    """The token may be replaced: the refusal is visible until it is, and no longer."""
+    play.consul.answer = "denied"
+    play.want(A)
+    play.run_for(60)
+    assert play.take_notes() == [Kind.REFUSED]
+    assert isinstance(play.reconciler.error_of(A), Denied)
+    assert play.reconciler.standing(A) == "refused"
+    assert 20 < len(play.calls) < 60
+    play.consul.answer = "yes"
+    play.run_for(INTERVAL)
+    assert play.reconciler.is_published(A)
+    assert play.reconciler.error_of(A) is None
+    assert play.take_notes() == [Kind.RECOVERED, Kind.PUBLISHED]
+
+
+def test_a_refused_topic_does_not_hold_up_the_others(held: Play) -> None:
+    """The token may be good for one key and not for another."""
+    held.consul.answer = "denies publishing"
+    held.want(C)
+    held.run()
+    assert (held.state, held.reconciler.standing(C)) == (State.HELD, "refused")
+    assert held.reconciler.standing(A) == "published"
+    assert held.take_calls() == ["Publish"]  # a refusal is an answer: nothing to find out
+
+
+def test_an_outage_that_turns_into_a_refusal_is_news(play: Play) -> None:
+    """First unreachable, then refused: two different things to do, two notes."""
+    play.consul.answer = "silent"
+    play.want(A)
+    play.run_for(10)
+    play.consul.answer = "denied"
+    play.run_for(10)
+    assert play.take_notes() == [Kind.UNREACHABLE, Kind.REFUSED]
+
+
+# --- leaving
+
+
+def test_withdrawing_one_never_touches_another(held: Play) -> None:
+    """Two topics in one process, one unregistered: one call, about that one."""
+    held.unwant(A)
+    held.run()
+    assert [call for call in held.calls if not isinstance(call, Renew)] == [
+        Withdraw(Lease("lease-1", TTL), A)
+    ]
+    assert held.consul.visible == {B}
+    assert held.reconciler.is_withdrawn(A)
+    assert held.reconciler.standing(A) == "withdrawn"
+    assert held.take_notes() == [Kind.WITHDRAWN]
+
+
+def test_the_lease_is_released_with_its_last_registration(held: Play) -> None:
+    """No session is kept for nothing, and one call removes everything."""
+    held.unwant(A, B)
+    assert held.run() is None
+    assert held.take_calls() == ["Release"]
+    assert (held.state, held.consul.leases) == (State.IDLE, {})
+    held.want(A)
+    held.run()
+    assert held.consul.leases == {"lease-2": {A}}
+
+
+def test_unregistered_while_its_publication_is_under_way(held: Play) -> None:
+    """It must end withdrawn."""
+    held.want(C)
+    call = held.reconciler.next_action(held.now)
+    held.unwant(C)
+    assert not held.reconciler.is_withdrawn(C)
+    assert held.reconciler.standing(C) == "withdrawing"
+    assert isinstance(call, Publish)
+    held.reconciler.handle(held.consul.carry_out(call), held.now, call)
+    held.run()
+    assert held.consul.visible == {A, B}
+    assert held.reconciler.is_withdrawn(C)
+
+
+def test_registered_again_while_its_withdrawal_is_under_way(held: Play) -> None:
+    """It must end published, and nobody is told that it is before it is."""
+    held.unwant(A)
+    call = held.reconciler.next_action(held.now)
+    held.want(A)
+    assert isinstance(call, Withdraw)
+    assert not held.reconciler.is_published(A)
+    held.reconciler.handle(held.consul.carry_out(call), held.now, call)
+    assert held.consul.visible == {B}
+    held.run()
+    assert held.consul.visible == {A, B}
+
+
+def test_registered_again_while_the_lease_is_being_released(held: Play) -> None:
+    """The release took everything with it: a new lease, and published again."""
+    held.unwant(A, B)
+    call = held.reconciler.next_action(held.now)
+    held.want(A)
+    assert isinstance(call, Release)
+    assert not held.reconciler.is_published(A)
+    held.reconciler.handle(held.consul.carry_out(call), held.now, call)
+    held.run()
+    assert held.consul.leases == {"lease-2": {A}}
+
+
+@pytest.mark.parametrize("answer", ["silent", "deaf"])
+def test_a_release_without_an_answer_then_wanted_again(held: Play, answer: str) -> None:
+    """Nobody knows whether the lease lives: the renewal tells, and this is no repair to report."""
+    held.consul.answer = answer
+    held.unwant(A, B)
+    held.run()
+    assert held.state is State.SUSPECT
+    held.want(A)
+    assert not held.reconciler.is_published(A)
+    held.consul.answer = "yes"
+    held.run_for(INTERVAL)
+    assert held.consul.visible == {A}
+    assert held.reconciler.is_published(A)
+    assert Kind.REPAIRED not in held.take_notes()
+
+
+def test_a_withdrawal_without_an_answer_is_retried(held: Play) -> None:
+    """Until it is known that Consul does not show it."""
+    held.consul.answer = "silent"
+    held.unwant(A)
+    held.run_for(1)
+    assert held.reconciler.standing(A) == "withdrawing"
+    held.consul.answer = "yes"
+    held.run_for(INTERVAL)
+    assert held.consul.visible == {B}
+    assert held.reconciler.is_withdrawn(A)
+
+
+def test_a_release_that_fails_is_retried_without_a_busy_loop(held: Play) -> None:
+    """Nothing is wanted, Consul is away far beyond the TTL: retried with pauses, then done."""
+    held.consul.answer = "silent"
+    held.unwant(A, B)
+    held.run_for(10 * TTL)
+    assert 30 < len(held.calls) < 90
+    held.consul.answer = "yes"
+    held.run_for(INTERVAL)
+    assert (held.state, held.consul.leases) == (State.IDLE, {})
+
+
+def test_unregistered_before_there_was_a_lease(play: Play) -> None:
+    """While Consul is away, wishes come and go without a trace."""
+    play.consul.answer = "silent"
+    play.want(A)
+    play.run()
+    play.unwant(A)
+    assert play.run() is None
+    assert play.state is State.IDLE
+    assert play.reconciler.error_of() is None
+
+
+def test_closing_releases_the_lease_and_stops(held: Play) -> None:
+    """One call takes everything back; afterwards there is nothing to do, and nothing is taken."""
+    held.reconciler.close()
+    assert not held.reconciler.is_wanted(A)
+    held.run()
+    assert held.take_calls() == ["Release"]
+    assert (held.state, held.consul.leases) == (State.CLOSED, {})
+    assert held.step() == Stop()
+    with pytest.raises(Closed):
+        held.want(A)
+    held.unwant(A)
+    held.reconciler.close()
+    assert held.state is State.CLOSED
+
+
+def test_closing_while_the_lease_is_being_opened(play: Play) -> None:
+    """The lease that was just opened is released."""
+    play.want(A)
+    call = play.reconciler.next_action(play.now)
+    play.reconciler.close()
+    assert isinstance(call, Open)
+    play.reconciler.handle(play.consul.carry_out(call), play.now, call)
+    play.run()
+    assert (play.state, play.consul.leases) == (State.CLOSED, {})
+    assert play.take_calls() == ["Release"]
+
+
+def test_closing_does_not_wait_for_the_pause_of_an_outage(held: Play) -> None:
+    """In the middle of a pause the release is tried at once, then again until it is answered."""
+    held.consul.answer = "silent"
+    held.run_for(20)
+    held.take_calls()
+    held.reconciler.close()
+    assert isinstance(held.step(), Release)
+    held.consul.answer = "yes"
+    held.run_for(INTERVAL)
+    assert (held.state, held.consul.leases) == (State.CLOSED, {})
+
+
+def test_closing_a_lease_that_is_gone(held: Play) -> None:
+    """Somebody was faster: closed all the same."""
+    call = held.reconciler.next_action(held.now + INTERVAL)
+    held.reconciler.close()
+    assert isinstance(call, Renew)
+    held.reconciler.handle(LeaseLost("gone"), held.now, call)
+    assert held.state is State.CLOSED
+    assert held.step() == Stop()
+
+
+# --- misuse
+
+
+def test_an_action_under_way_forbids_another(play: Play) -> None:
+    """Two threads that both ask what to do would be a bug, and hear so."""
+    play.want(A)
+    play.reconciler.next_action(play.now)
+    with pytest.raises(ImpossibleEvent, match="under way"):
+        play.reconciler.next_action(play.now)
+
+
+def test_an_outcome_nobody_asked_for_is_refused(play: Play) -> None:
+    """Only the action that was given may come back."""
+    with pytest.raises(ImpossibleEvent, match="not asked for"):
+        play.reconciler.handle(Lease("x", TTL), play.now, Open())
+
+
+# --- random histories
+
+
+class Watched(Reconciler):
+    """Notes which cells of the table it goes through."""
+
+    def __init__(self, jitter: Callable[[], float], seen: set[tuple[State, Event]]) -> None:
+        super().__init__(TTL, jitter)
+        self._seen = seen
+
+    def _on(self, event: Event) -> None:
+        self._seen.add((self.state, event))
+        super()._on(event)
+
+
+ANSWERS = ("yes", "yes", "silent", "deaf", "late", "denied", "denies publishing")
+
+
+def live_randomly(dice: random.Random, seen: set[tuple[State, Event]], *, closes: bool) -> Play:
+    """A random history of wishes, outages, losses and interleavings, then peace."""
+    play = Play(dice.random)
+    play.reconciler = reconciler = Watched(dice.random, seen)
+    everything = (A, B, C)
+    for _ in range(dice.randrange(5, 60)):
+        action = reconciler.next_action(play.now)
+        for _ in range(dice.randrange(3)):  # all of this may happen while the call is under way
+            match dice.randrange(8):
+                case 0 | 1 if reconciler.state not in (State.CLOSING, State.CLOSED):
+                    play.want(dice.choice(everything))
+                case 2 | 3:
+                    play.unwant(dice.choice(everything))
+                case 4:
+                    play.consul.answer = dice.choice(ANSWERS)
+                case 5 if play.consul.leases:
+                    play.consul.leases.pop(dice.choice(list(play.consul.leases)))
+                case 6 if play.consul.late:
+                    play.consul.late.pop(dice.randrange(len(play.consul.late)))()
+                case 7 if closes and dice.random() < 0.1:
+                    reconciler.close()
+        if isinstance(action, Wait):
+            play.now += min(action.seconds or 1.0, dice.choice([0.0, 0.1, 5.0, 50.0]))
+        elif not isinstance(action, Stop):
+            outcome = play.consul.carry_out(action)
+            play.now += dice.choice([0.0, 0.0, 0.1, 12.0])
+            reconciler.handle(outcome, play.now, action)
+        assert reconciler.published_count <= len(reconciler.wanted)
+    play.consul.answer = "yes"
+    for late in play.consul.late:
+        late()
+    play.run_for(2 * INTERVAL)
+    return play
+
+
+@given(st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=300)
+def test_whatever_happened_two_intervals_of_peace_make_it_true(dice: random.Random) -> None:
+    """What Consul shows under our lease becomes exactly what is wanted, whatever came before."""
+    play = live_randomly(dice, set(), closes=False)
+    wanted = set(play.reconciler.wanted)
+    lease = play.reconciler.lease
+    assert (play.consul.leases[lease.id] if lease else set()) == wanted
+    assert all(play.reconciler.standing(each) == "published" for each in wanted)
+    assert play.reconciler.error_of() is None
+
+
+def test_random_histories_use_every_cell_of_the_table_and_no_other() -> None:
+    """Nothing in the table is dead, and no history needs what is not in it."""
+    seen: set[tuple[State, Event]] = set()
+    for seed in range(1500):
+        live_randomly(random.Random(seed), seen, closes=True)
+    assert seen == {(state, event) for state, row in TRANSITIONS.items() for event in row}

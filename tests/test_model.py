@@ -1,0 +1,236 @@
+"""What the values promise: hosts that parse and print, registrations, snapshots."""
+
+from __future__ import annotations
+
+import ipaddress
+import pickle
+from dataclasses import FrozenInstanceError
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consul_matchmaker.errors import ConfigurationError, InvalidTopic
+from consul_matchmaker.model import Host, Instance, Registration, Snapshot, checked_topic
+
+GOOD_HOSTS = [
+    ("10.0.0.5:9501", "10.0.0.5", 9501),
+    ("[::1]:9501", "::1", 9501),
+    ("[fe80::1%eth0]:1", "fe80::1%eth0", 1),
+    ("node7.example:65535", "node7.example", 65535),
+    ("node_7:80", "node_7", 80),
+    ("7.example.:80", "7.example.", 80),
+]
+BAD_HOSTS = [
+    *("", ":", "9501", "scheduler", "10.0.0.5", ":9501", "10.0.0.5:", "10.0.0.5:port"),
+    *("10.0.0.5:0", "10.0.0.5:65536", "10.0.0.5:-1", "10.0.0.5:+1", "10.0.0.5:1_0", "a:٣"),
+    *("10.0.0.5:09501", "10.0.0.5: 9501", " 10.0.0.5:9501", "10.0.0.5:9501\n", "10.0.0.5:1e3"),
+    *("10.0.0.256:1", "10.0.0:1", "010.0.0.1:1", "1.2.3.4.5:1", "...:1"),
+    *(
+        "::1:9501",
+        "[::1]",
+        "[::1]9501",
+        "[::g]:1",
+        "[]:1",
+        "[1.2.3.4]:1",
+        "[::1%]:1",
+        "[::1%a\n]:1",
+    ),
+    *("a b:1", "-a:1", "a-:1", "a..b:1", "é.example:1", "http://10.0.0.5:1", "a/b:1", "a@b:1"),
+    *("x" * 64 + ":1", "x." * 127 + "xx:1", "10.0.0.5:" + "1" * 5000),
+]
+
+
+@pytest.mark.parametrize(("text", "address", "port"), GOOD_HOSTS)
+def test_a_host_is_read_and_printed(text: str, address: str, port: int) -> None:
+    """What parses is printed back as it was."""
+    host = Host.parse(text)
+    assert (host.address, host.port, str(host)) == (address, port, text)
+
+
+@pytest.mark.parametrize("text", BAD_HOSTS)
+def test_a_typing_error_is_never_taken_for_a_host(text: str) -> None:
+    """Anything else is refused, and the message repeats it."""
+    with pytest.raises(ConfigurationError) as caught:
+        Host.parse(text)
+    assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "99999999999999999999"])
+def test_a_port_out_of_range_is_told_the_range(port: str) -> None:
+    """The message says which ports there are."""
+    with pytest.raises(ConfigurationError, match="from 1 to 65535"):
+        Host.parse(f"10.0.0.5:{port}")
+
+
+@pytest.mark.parametrize("value", [None, 9501, b"10.0.0.5:9501", ("10.0.0.5", 9501)])
+def test_only_text_is_parsed(value: object) -> None:
+    """Another type is refused as a bad value, not as a programming accident."""
+    with pytest.raises(ConfigurationError):
+        Host.parse(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("address", "port"), [("10.0.0.5", 0), ("10.0.0.5", 65536), ("", 1)])
+def test_an_impossible_host_cannot_be_made(address: str, port: int) -> None:
+    """The constructor too refuses what no text could say."""
+    with pytest.raises(ConfigurationError):
+        Host(address, port)
+
+
+def test_one_ipv6_address_is_one_host() -> None:
+    """Spellings of the same IPv6 address become the same host, and so the same key."""
+    assert Host.parse("[0:0::0001]:1") == Host.parse("[::1]:1")
+    assert Host.parse("[2001:DB8::A]:1") == Host.parse("[2001:db8::a]:1")
+
+
+@given(st.text())
+def test_no_text_breaks_the_parser(text: str) -> None:
+    """Every text is a host that prints as itself or as a canonical form, or is refused."""
+    try:
+        host = Host.parse(text)
+    except ConfigurationError:
+        return
+    assert Host.parse(str(host)) == host
+
+
+@given(st.ip_addresses(), st.integers(1, 65535))
+def test_every_address_and_port_round_trips(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int
+) -> None:
+    """str and parse are each other's inverse for every IP address."""
+    host = Host(str(address), port)
+    assert Host.parse(str(host)) == host
+
+
+@given(st.text(min_size=1))
+def test_an_opaque_host_is_kept_to_the_byte(text: str) -> None:
+    """What is not host:port prints as exactly what it was."""
+    host = Host.opaque(text)
+    assert (str(host), host.port) == (text, None)
+
+
+def test_an_opaque_host_is_never_the_host_it_looks_like() -> None:
+    """The identity '10.0.0.5:9501' is not the address 10.0.0.5:9501."""
+    assert Host.opaque("10.0.0.5:9501") != Host.parse("10.0.0.5:9501")
+    with pytest.raises(ConfigurationError):
+        Host.opaque("")
+
+
+def test_hosts_are_sorted_by_address_then_port() -> None:
+    """Any mixture of hosts has an order, opaque ones included."""
+    texts = ["b:2", "a:10", "b:1", "a:9"]
+    hosts = [*map(Host.parse, texts), Host.opaque("b")]
+    assert [str(host) for host in sorted(hosts)] == ["a:9", "a:10", "b", "b:1", "b:2"]
+
+
+def test_values_cannot_be_changed() -> None:
+    """A host handed out is the same for ever."""
+    with pytest.raises(FrozenInstanceError):
+        Host.parse("a:1").port = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("topic", ["", None, 7, b"scheduler"])
+def test_an_impossible_topic_is_refused(topic: object) -> None:
+    """A topic is a text that is not empty."""
+    with pytest.raises(InvalidTopic):
+        checked_topic(topic)  # type: ignore[arg-type]
+
+
+class Owner:
+    """Notes what a registration asks of its owner."""
+
+    def __init__(self) -> None:
+        self.unregistered: list[Registration] = []
+        self.waited: list[float] = []
+
+    def wait_until_published(self, registration: Registration, timeout_seconds: float) -> None:
+        self.waited.append(timeout_seconds)
+
+    def unregister(self, registration: Registration) -> None:
+        self.unregistered.append(registration)
+
+
+def test_leaving_the_block_unregisters_only_that_registration() -> None:
+    """A registration is a context manager, also when the block fails."""
+    owner = Owner()
+    registration = Registration("scheduler", Host.parse("a:1"), "node7", owner)
+    with pytest.raises(ZeroDivisionError), registration as entered:
+        entered.wait_until_published(timeout_seconds=2)
+        raise ZeroDivisionError
+    assert (owner.waited, owner.unregistered) == ([2], [registration])
+
+
+def test_a_registration_nobody_keeps_says_so() -> None:
+    """One made by hand cannot be waited for: the message says which would be."""
+    with pytest.raises(ConfigurationError, match=r"Matchmaker\.register"):
+        Registration("scheduler", Host.parse("a:1")).unregister()
+
+
+def test_registrations_are_equal_by_what_they_say() -> None:
+    """The owner takes no part in equality, and is not printed."""
+    one = Registration("scheduler", Host.parse("a:1"), "node7", Owner())
+    assert one == Registration("scheduler", Host.parse("a:1"), "node7")
+    assert str(one) == "scheduler at a:1 as node7"
+    assert "Owner" not in repr(one)
+
+
+def instances(*texts: str) -> tuple[Instance, ...]:
+    """Instances out of `host:port` or `host:port=server`."""
+    made = []
+    for text in texts:
+        host, _, server = text.partition("=")
+        made.append(Instance(Host.parse(host), server or None))
+    return tuple(made)
+
+
+def test_a_snapshot_is_a_sorted_sequence_without_duplicates() -> None:
+    """It behaves like a tuple of hosts."""
+    snapshot = Snapshot("scheduler", instances("b:1", "a:2", "b:1=node7", "a:1"), "memory")
+    assert [str(host) for host in snapshot] == ["a:1", "a:2", "b:1"]
+    assert (len(snapshot), str(snapshot[0]), str(snapshot[-1])) == (3, "a:1", "b:1")
+    assert snapshot[1:] == snapshot.hosts[1:]
+    assert Host.parse("b:1") in snapshot
+    assert Host.parse("b:2") not in snapshot
+    assert not Snapshot("scheduler", (), "memory")
+
+
+def test_two_ports_of_one_address_are_two_hosts() -> None:
+    """Identity is address and port (trap D9)."""
+    assert len(Snapshot("scheduler", instances("a:1", "a:2"), "dns")) == 2
+
+
+def test_a_snapshot_narrows_to_a_server() -> None:
+    """Only that server's host remains; the rest of the answer stays as it was."""
+    snapshot = Snapshot(
+        "scheduler", instances("a:1=node1", "b:1=node2", "c:1"), "kv", is_complete=False, taken_at=3
+    )
+    narrowed = snapshot.for_server("node2")
+    assert [str(host) for host in narrowed] == ["b:1"]
+    assert (narrowed.source, narrowed.is_complete, narrowed.taken_at) == ("kv", False, 3)
+    assert list(snapshot.for_server("nobody")) == []
+
+
+def test_age_and_staleness_go_on_counting() -> None:
+    """A snapshot that is held grows older, and becomes stale at its time."""
+    now = [100.0]
+    snapshot = Snapshot(
+        "scheduler", (), "kv", taken_at=100.0, fresh_until=105.0, clock=lambda: now[0]
+    )
+    assert (snapshot.age_seconds, snapshot.is_stale) == (0.0, False)
+    now[0] = 105.0
+    assert (snapshot.age_seconds, snapshot.is_stale) == (5.0, True)
+    assert str(snapshot) == "<scheduler: 0 hosts, kv, 5.0s old, stale>"
+
+
+def test_snapshots_are_equal_by_what_they_say() -> None:
+    """When an answer was taken does not make it another answer."""
+    one = Snapshot("scheduler", instances("a:1"), "kv", taken_at=1)
+    two = Snapshot("scheduler", instances("a:1"), "kv", taken_at=2)
+    assert one == two
+    assert hash(one) == hash(two)
+
+
+def test_a_snapshot_survives_pickling() -> None:
+    """It can be handed to another process."""
+    snapshot = Snapshot("scheduler", instances("a:1=node1"), "kv")
+    assert pickle.loads(pickle.dumps(snapshot)) == snapshot

@@ -1,0 +1,288 @@
+"""Tests of worker: one named thread that is woken, stopped, joined, and forgotten by a child."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from consul_matchmaker import worker
+from consul_matchmaker.worker import Worker, forget_in_child
+
+LONG = 10.0  # a deadline that is only reached when the test fails
+
+
+class Steps:
+    """A step that counts how often it ran, and rests as long as it is told."""
+
+    def __init__(self, pause: float | None = None) -> None:
+        self.pause = pause
+        self.count = 0
+        self.threads: set[str] = set()
+        self._ran = threading.Condition()
+
+    def __call__(self) -> float | None:
+        with self._ran:
+            self.count += 1
+            self.threads.add(threading.current_thread().name)
+            self._ran.notify_all()
+        return self.pause
+
+    def wait_for(self, count: int) -> bool:
+        with self._ran:
+            return self._ran.wait_for(lambda: self.count >= count, LONG)
+
+
+@pytest.fixture
+def steps() -> Steps:
+    return Steps()
+
+
+@pytest.fixture
+def resting(steps: Steps) -> Iterator[Worker]:
+    """A worker that ran its step once and rests until it is woken."""
+    resting = Worker("consul-matchmaker-test", steps)
+    resting.start()
+    assert steps.wait_for(1)
+    yield resting
+    resting.stop(LONG)
+
+
+def test_nothing_happens_before_start(steps: Steps) -> None:
+    """The constructor makes neither thread nor lock; waking what does not run does nothing."""
+    before = threading.active_count()
+    idle = Worker("idle", steps)
+    idle.wake()
+    assert threading.active_count() == before
+    assert repr(idle) == "<Worker idle, not started>"
+    assert idle.stop(0) is True
+
+
+def test_it_runs_its_step_on_one_named_daemon_thread(resting: Worker, steps: Steps) -> None:
+    """However often it is started."""
+    resting.start()
+    resting.start()
+    threads = [t for t in threading.enumerate() if t.name == "consul-matchmaker-test"]
+    assert len(threads) == 1
+    assert threads[0].daemon
+    assert steps.threads == {"consul-matchmaker-test"}
+    assert repr(resting) == "<Worker consul-matchmaker-test, running>"
+
+
+def test_first_starts_from_many_threads_make_one_thread(steps: Steps) -> None:
+    """Two first callers agree."""
+    together = threading.Barrier(8)
+    shared = Worker("shared", steps)
+
+    def start() -> None:
+        together.wait(LONG)
+        shared.start()
+
+    starters = [threading.Thread(target=start) for _ in range(8)]
+    for starter in starters:
+        starter.start()
+    for starter in starters:
+        starter.join(LONG)
+    assert [t.name for t in threading.enumerate()].count("shared") == 1
+    assert shared.stop(LONG)
+
+
+def test_waking_ends_the_rest(resting: Worker, steps: Steps) -> None:
+    """A step that asked for no next time runs when it is woken, and only then."""
+    resting.wake()
+    assert steps.wait_for(2)
+
+
+def test_a_wake_during_a_step_is_not_lost() -> None:
+    """What was asked for while the step ran is seen by the next one."""
+    in_step, go_on, ran_again = threading.Event(), threading.Event(), threading.Event()
+
+    def step() -> None:
+        if in_step.is_set():
+            ran_again.set()
+        in_step.set()
+        assert go_on.wait(LONG)
+
+    busy = Worker("busy", step)
+    busy.start()
+    assert in_step.wait(LONG)
+    busy.wake()
+    go_on.set()
+    assert ran_again.wait(LONG)
+    assert busy.stop(LONG)
+
+
+def test_it_comes_again_after_the_pause_it_asked_for() -> None:
+    """Without being woken."""
+    steps = Steps(pause=0.001)
+    ticking = Worker("ticking", steps)
+    ticking.start()
+    assert steps.wait_for(5)
+    assert ticking.stop(LONG)
+
+
+def test_stopping_ends_a_rest_and_is_for_ever(resting: Worker, steps: Steps) -> None:
+    """stop joins, is idempotent, and nothing starts it again."""
+    assert resting.stop(LONG) is True
+    assert resting.stop(0) is True
+    assert not resting.is_running
+    assert resting.is_stopping
+    resting.start()
+    resting.wake()
+    assert not resting.is_running
+    assert steps.count == 1
+    assert repr(resting) == "<Worker consul-matchmaker-test, stopped>"
+
+
+def test_stopping_a_step_that_hangs_ends_in_time() -> None:
+    """It says that the thread has not ended; the thread ends after its step."""
+    in_step, go_on = threading.Event(), threading.Event()
+
+    def step() -> None:
+        in_step.set()
+        assert go_on.wait(LONG)
+
+    hanging = Worker("hanging", step)
+    hanging.start()
+    assert in_step.wait(LONG)
+    assert hanging.stop(0.01) is False
+    go_on.set()
+    assert hanging.stop(LONG) is True
+
+
+def test_a_step_may_stop_its_own_worker() -> None:
+    """It does not join itself."""
+    stopped: list[bool] = []
+    suicidal = Worker("suicidal", lambda: stopped.append(suicidal.stop(LONG)))
+    suicidal.start()
+    assert suicidal.stop(LONG)
+    assert stopped in ([True], [])  # stopped from outside before its first step, perhaps
+
+
+def test_an_error_out_of_a_step_is_logged_and_outlived(caplog: pytest.LogCaptureFixture) -> None:
+    """The thread outlives every error, and rests before the next try unless it is woken."""
+    failed, went_on = threading.Event(), threading.Event()
+
+    def step() -> None:
+        if failed.is_set():
+            went_on.set()
+        else:
+            failed.set()
+            raise ZeroDivisionError("a bug")
+
+    stubborn = Worker("stubborn", step)
+    with caplog.at_level(logging.ERROR):
+        stubborn.start()
+        assert failed.wait(LONG)
+        while not went_on.wait(0.01):
+            stubborn.wake()
+    assert stubborn.stop(LONG)
+    assert "stubborn: unexpected error, going on" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_stop_meets_a_start_that_is_under_way() -> None:
+    """Whoever stops right after another thread started waits for the thread that it made."""
+    for _ in range(50):
+        steps = Steps()
+        raced = Worker("raced", steps)
+        starter = threading.Thread(target=raced.start)
+        starter.start()
+        assert raced.stop(LONG)
+        starter.join(LONG)
+        assert not raced.is_running
+
+
+def test_what_is_not_used_any_more_is_not_kept_for_children() -> None:
+    """forget_in_child does not keep its owner alive."""
+
+    class Owner:
+        def forget(self) -> None:
+            raise AssertionError("dead owners are not asked")
+
+    owner = Owner()
+    forget_in_child(owner)
+    gone = weakref.ref(owner)
+    del owner
+    gc.collect()
+    assert gone() is None
+    worker._forget_all()
+
+
+def test_a_forgotten_worker_was_never_started(resting: Worker, steps: Steps) -> None:
+    """In the child it can be started again, with a thread of its own."""
+    parents_thread = resting._thread
+    parents_wake = resting._wake
+    resting.forget()
+    assert not resting.is_running
+    resting.start()
+    assert steps.wait_for(2)
+    assert resting._thread is not parents_thread
+    assert resting.stop(LONG)
+    # This is no child, so the first thread is still there: let it go.
+    assert parents_thread is not None and parents_wake is not None
+    resting._stopping = True
+    parents_wake.set()
+    parents_thread.join(LONG)
+    assert not parents_thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_real_fork_leaves_threads_locks_and_stops_behind() -> None:
+    """The fork comes while the start lock is held; the child's worker starts, the parent's runs."""
+    script = """
+        import os, threading
+        from consul_matchmaker.worker import Worker, forget_in_child
+        ran = threading.Event()
+        class Owner:
+            def __init__(self):
+                self.worker = Worker("w", ran.set)
+            def forget(self):
+                global ran
+                ran = threading.Event()
+                self.worker.forget()
+                self.worker._step = ran.set
+        owner = Owner()
+        forget_in_child(owner)
+        owner.worker.start()
+        assert ran.wait(10)
+        locked, forked = threading.Event(), threading.Event()
+        def hold():
+            with owner.worker._own_lock():
+                locked.set()
+                forked.wait()
+        threading.Thread(target=hold).start()
+        locked.wait()
+        child = os.fork()
+        if child == 0:
+            assert threading.active_count() == 1
+            assert not owner.worker.is_running
+            assert owner.worker.stop(0) or True
+            owner.worker.forget()
+            owner.worker.start()
+            assert ran.wait(10)
+            assert owner.worker.is_running
+            assert owner.worker.stop(10)
+            os._exit(7)
+        forked.set()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        assert owner.worker.is_running
+        assert owner.worker.stop(10)
+        print("fine")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr
