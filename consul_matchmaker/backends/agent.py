@@ -1,0 +1,543 @@
+"""Speak HTTP to Consul agents: one exchange, its deadline, its token, and what its failure means.
+
+Of the ``consul`` package only ``consul.std.HTTPClient`` is used, in what python-consul2 and
+py-consul have in common: its addresses and its requests session, that is the transport.  Its
+``Consul`` class is not: there the environment wins over explicit arguments, session TTLs below 10
+are an assertion error, tokens are lost in transactions, and status codes become texts.
+
+Connections of a process: one to the agent in use for each thread that asks at the same moment (at
+rest that is one), and one more while a `poll` waits.  At most IDLE_CONNECTIONS are kept.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from typing import Any, cast
+
+import consul.std
+import requests
+import requests.adapters
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from ..backoff import Backoff
+from ..errors import ConfigurationError, Denied, TimedOut, Unavailable
+from ..model import Host
+from ..settings import Settings
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_SECONDS = 2.0
+"""An agent is on this machine or near it; one lost SYN is sent again after 1 s (RFC 6298)."""
+IDLE_CONNECTIONS = 10
+"""Kept open to an agent, if so many were needed at once.  Consul refuses more than 200 from one IP
+address, of all programs there together (fact C5)."""
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""More is no answer to a question of ours: 100,000 registrations are about 10 MB of keys."""
+HOLD_SECONDS = 8.0
+"""How much later than its wait a poll may come: Consul holds it for rpc_hold_timeout, 7 s, while
+there is no leader (fact C8) ..."""
+POLL_JITTER = 1 / 16
+"""... and adds up to this share of the wait (fact C2)."""
+FIRST_REPROBE_SECONDS = 1.0
+MAX_REPROBE_SECONDS = 15.0
+
+NO_PARAMETERS: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an agent said.  The status is 200, or one that the call was told to accept."""
+
+    status: int
+    body: bytes
+    index: int
+    """X-Consul-Index; 0 when it is missing or no number."""
+    is_filtered: bool
+    """Whether Consul (1.11 or later) says that ACLs removed something from the answer."""
+    where: str
+    """The exchange in words, for messages."""
+
+    def json(self) -> Any:
+        """The body, decoded; raises Unavailable when it is not JSON."""
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            raise self.unexpected() from None
+
+    def unexpected(self) -> Unavailable:
+        """The error to raise when the body is not what Consul would say."""
+        return Unavailable(
+            f"{self.where}: the answer is not Consul's; is this the HTTP port of a Consul agent?"
+        )
+
+
+class Agent:
+    """Consul's HTTP API at the configured addresses.  Thread-safe.
+
+    A call goes to the address that worked last; one that cannot be reached is left alone for a
+    while and the next in order takes over, so a dead agent costs one timeout, not one a call.  A
+    call ends within ``request_timeout_seconds`` for each address it has to try (resolving a host
+    name is not counted: prefer IP addresses).  Every call must be idempotent: one that meets a
+    connection closed in the meantime is repeated silently.
+
+    No connection is made before the first call.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._backoff = Backoff(FIRST_REPROBE_SECONDS, MAX_REPROBE_SECONDS, jitter)
+        self.forget()
+
+    def forget(self) -> None:
+        """In a forked child: drop the parent's connections; it goes on using them."""
+        # Dropping closes only our descriptors of them, which the parent does not notice.
+        self._lock = threading.Lock()
+        self._clients: dict[tuple[int, bool], consul.std.HTTPClient] = {}
+        self._current = 0
+        self._failures = [0] * len(self._settings.addresses)
+        self._shunned_until = [float("-inf")] * len(self._settings.addresses)
+        self._polls = _Polls()
+        self._token: str | None = None
+        self._token_stamp: object = None
+
+    def close(self) -> None:
+        """Close every connection; a call in flight on another thread ends by itself, a poll now."""
+        self.end_polls()
+        with self._lock:
+            clients, self._clients = self._clients, {}
+        for client in clients.values():
+            client.session.close()
+
+    def end_polls(self) -> None:
+        """Make every `poll` raise Unavailable at once, now and from now on."""
+        self._polls.end()
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str] = NO_PARAMETERS,
+        body: bytes = b"",
+        *,
+        accept: tuple[int, ...] = (),
+    ) -> Answer:
+        """Carry out one call.  Returns Consul's answer if its status is 200 or one of *accept*.
+
+        Raises Denied for 401 and 403, TimedOut when no agent answered in time, and Unavailable for
+        every other failure.  The texts of Consul's errors are shown, never interpreted.
+        """
+        timeout_seconds = self._settings.request_timeout_seconds
+        return self._ask(_Request(method, path, params, body, accept, timeout_seconds))
+
+    def poll(
+        self, path: str, params: Mapping[str, str], wait_seconds: float, *, accept: tuple[int, ...]
+    ) -> Answer:
+        """A blocking GET, on a connection of its own; raises as `call` does."""
+        params = {**params, "wait": go_duration(wait_seconds)}
+        timeout_seconds = self.poll_timeout_seconds(wait_seconds)
+        return self._ask(_Request("GET", path, params, b"", accept, timeout_seconds, is_poll=True))
+
+    def poll_timeout_seconds(self, wait_seconds: float) -> float:
+        """How long a poll may take at one address before it counts as unanswered."""
+        slack_seconds = max(HOLD_SECONDS, self._settings.request_timeout_seconds)
+        return wait_seconds * (1 + POLL_JITTER) + slack_seconds
+
+    def status(self) -> dict[str, object]:
+        """Which agent is in use, and which are left alone for now."""
+        now = self._clock()
+        with self._lock:
+            shunned = [i for i, until in enumerate(self._shunned_until) if until > now]
+            current = self._current
+        addresses = self._settings.addresses
+        return {
+            "agent": str(addresses[current]),
+            "agents_away": [str(addresses[i]) for i in shunned],
+        }
+
+    def __repr__(self) -> str:
+        return f"<Agent {self._settings.addresses[self._current]}>"
+
+    # -- which agent -------------------------------------------------------------------------
+
+    def _ask(self, request: _Request) -> Answer:
+        first_error: Unavailable | None = None
+        n_useless = 0
+        for place in self._places():
+            try:
+                answer = self._exchange(place, request)
+            except Unavailable as error:
+                if request.is_poll and self._polls.is_ended:
+                    raise
+                self._failed(place)
+                first_error = first_error or error
+                continue
+            if answer.status == 429 or answer.status >= 500:
+                # It lives, and cannot help: perhaps it alone has lost the servers.  One other
+                # opinion is enough, as without a leader all of them say the same.
+                first_error = first_error or self._useless(answer)
+                n_useless += 1
+                if n_useless == 2:
+                    break
+                continue
+            self._worked(place, first_error)
+            if answer.status == 200 or answer.status in request.accept:
+                return answer
+            raise self._refusal(request, answer)
+        assert first_error is not None
+        raise first_error
+
+    def _places(self) -> list[int]:
+        now = self._clock()
+        with self._lock:
+            order = [self._current]
+            order += [i for i in range(len(self._shunned_until)) if i != self._current]
+            ready = [i for i in order if self._shunned_until[i] <= now]
+            # All are away: one of them is asked, in turn, so that no call waits for each.
+            return ready or [min(order, key=self._shunned_until.__getitem__)]
+
+    def _failed(self, place: int) -> None:
+        with self._lock:
+            self._failures[place] += 1
+            bound = self._backoff.bound_seconds(self._failures[place])
+            self._shunned_until[place] = self._clock() + bound
+
+    def _worked(self, place: int, earlier: Unavailable | None) -> None:
+        with self._lock:
+            is_away = self._shunned_until[self._current] > self._clock()
+            self._failures[place] = 0
+            self._shunned_until[place] = float("-inf")
+            # Not by an answer to an old poll, when the others have moved on meanwhile.
+            is_new = place != self._current and (is_away or earlier is not None)
+            if is_new:
+                self._current = place
+        if is_new:
+            address = self._settings.addresses[place]
+            reason = earlier or "the last one is away"
+            logger.warning("asking the Consul agent %s from now on (%s)", address, reason)
+
+    # -- one exchange ------------------------------------------------------------------------
+
+    def _exchange(self, place: int, request: _Request) -> Answer:
+        """Ask one agent; whatever status it answers is an answer."""
+        where = f"{request.method} {request.path} at {self._settings.addresses[place]}"
+        token = self._current_token(where)
+        answer = self._send(place, request, where, token)
+        if answer.status == 403 and self._settings.token_file:
+            fresh = self._current_token(where, is_refused=True)
+            if fresh != token:
+                answer = self._send(place, request, where, fresh)
+        return answer
+
+    def _send(self, place: int, request: _Request, where: str, token: str | None) -> Answer:
+        deadline = time.monotonic() + request.timeout_seconds  # sockets know no other clock
+        client = self._client(place, request.is_poll)
+        try:
+            try:
+                return self._send_once(client, request, where, token, deadline)
+            except requests.ConnectionError as error:
+                # A kept connection that the agent has closed meanwhile shows only when used.
+                if not _is_closed_connection(error) or self._polls.is_ended:
+                    raise
+                return self._send_once(client, request, where, token, deadline)
+        except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError):
+            raise TimedOut(
+                f"{where}: no answer within {request.timeout_seconds:g} s; "
+                "check that the agent and its servers are up"
+            ) from None
+        except (
+            requests.RequestException,
+            urllib3.exceptions.HTTPError,
+            HTTPException,
+            OSError,
+        ) as error:
+            # Without the cause: it repeats the whole URL, and may repeat headers.
+            raise Unavailable(f"{where}: {_reason(error)}; {self._remedy()}") from None
+
+    def _send_once(
+        self,
+        client: consul.std.HTTPClient,
+        request: _Request,
+        where: str,
+        token: str | None,
+        deadline: float,
+    ) -> Answer:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        response = client.session.request(
+            request.method,
+            client.uri(request.path, request.params),
+            data=request.body,
+            headers={"X-Consul-Token": token} if token else None,
+            # `total` makes the read timeout what the connect has left over; _Answering makes that
+            # hold for the answer as a whole.
+            timeout=urllib3.Timeout(connect=min(CONNECT_TIMEOUT_SECONDS, left), total=left),
+            allow_redirects=False,
+            stream=True,
+        )
+        with response:
+            body = _read(response, where)
+        index = response.headers.get("X-Consul-Index", "")
+        filtered = response.headers.get("X-Consul-Results-Filtered-By-ACLs", "")
+        return Answer(
+            response.status_code,
+            body,
+            int(index) if index.isascii() and index.isdecimal() and len(index) < 20 else 0,
+            filtered.lower() == "true",
+            where,
+        )
+
+    def _client(self, place: int, is_poll: bool) -> consul.std.HTTPClient:
+        key = place, is_poll
+        client = self._clients.get(key)
+        if client is None:
+            made = self._new_client(self._settings.addresses[place], is_poll)
+            with self._lock:
+                client = self._clients.setdefault(key, made)
+        return client
+
+    def _new_client(self, address: Host, is_poll: bool) -> consul.std.HTTPClient:
+        settings = self._settings
+        scheme = "https" if settings.tls else "http"
+        name = f"[{address.address}]" if ":" in address.address else address.address
+        # True checks against the system's CAs, a text is the file of another.
+        verify: bool | str = (settings.ca_cert or True) if settings.verify else False
+        cert = (settings.client_cert, settings.client_key) if settings.client_cert else None
+        client = consul.std.HTTPClient(name, address.port, scheme, verify, cert)
+        session = cast("requests.Session", client.session)
+        session.trust_env = False  # no proxies, .netrc or CA bundles by surprise
+        session.verify, session.cert = verify, cast("tuple[str, str] | None", cert)
+        session.headers.clear()
+        # Identity: what comes is then bounded by what is read.
+        session.headers.update({"User-Agent": "consul-matchmaker", "Accept-Encoding": "identity"})
+        session.mount(f"{scheme}://", _Adapter(self._polls if is_poll else None))
+        return client
+
+    def _remedy(self) -> str:
+        setting = "addresses, tls, ca_cert and verify" if self._settings.tls else "addresses"
+        return f"check that a Consul agent listens there, and the setting {setting}"
+
+    def _refusal(self, request: _Request, answer: Answer) -> Unavailable | Denied:
+        if answer.status in (401, 403):
+            have = "the token" if self._token else "access without a token"
+            return Denied(
+                f"{self._said(answer)}: Consul refuses {have}; "
+                f"set token or token_file to one whose policy has {self._rights(request)}"
+            )
+        if 300 <= answer.status < 400:
+            return Unavailable(
+                f"{self._said(answer)}: redirects are not followed; "
+                "give the agent itself in addresses"
+            )
+        return Unavailable(f"{self._said(answer)}: Consul does not accept this call")
+
+    def _rights(self, request: _Request) -> str:
+        if request.path.startswith("/v1/session/"):
+            return 'session_prefix "" write'
+        policy = "read" if request.method == "GET" else "write"
+        return f'key_prefix "{self._settings.prefix}/" {policy}'
+
+    def _useless(self, answer: Answer) -> Unavailable:
+        return Unavailable(f"{self._said(answer)}: the agent cannot help now, try again")
+
+    def _said(self, answer: Answer) -> str:
+        text = answer.body[:200].decode("utf-8", "replace").strip()
+        if self._token and self._token in text:
+            text = "(not shown: it repeats the token)"
+        return f"{answer.where}: status {answer.status}" + (f", {text!r}" if text else "")
+
+    # -- token -------------------------------------------------------------------------------
+
+    def _current_token(self, where: str, *, is_refused: bool = False) -> str | None:
+        """The token to send; *is_refused* reads the file again even if it looks unchanged."""
+        stamp = self._stamp()
+        with self._lock:
+            if stamp is not None and stamp == self._token_stamp and not is_refused:
+                return self._token
+        try:
+            token = self._settings.read_token()
+        except ConfigurationError as error:
+            if self._token is not None:  # half-way through a rotation, the old one is the best bet
+                return self._token
+            raise Denied(f"{where}: {error}") from None
+        with self._lock:
+            self._token, self._token_stamp = token, stamp
+        return token
+
+    def _stamp(self) -> object:
+        """What changes when the token may have changed; None when that cannot be said."""
+        if self._settings.token_file is None:
+            return "it is a setting"
+        try:
+            found = Path(self._settings.token_file).stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def go_duration(seconds: float) -> str:
+    """*seconds* as Consul reads a duration: ``10s``, ``1500ms``."""
+    milliseconds = round(seconds * 1000)
+    return f"{milliseconds}ms" if milliseconds % 1000 else f"{milliseconds // 1000}s"
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    method: str
+    path: str
+    params: Mapping[str, str]
+    body: bytes
+    accept: tuple[int, ...]
+    timeout_seconds: float
+    is_poll: bool = False
+
+
+def _read(response: requests.Response, where: str) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while part := response.raw.read(65536, decode_content=False):
+        parts.append(part)
+        size += len(part)
+        if size > MAX_ANSWER_BYTES:
+            raise Unavailable(f"{where}: the answer exceeds {MAX_ANSWER_BYTES} bytes; not read")
+    return b"".join(parts)
+
+
+def _is_closed_connection(error: requests.ConnectionError) -> bool:
+    """Whether the agent closed an established connection: not a refused one, not a timeout."""
+    return bool(error.args) and isinstance(error.args[0], urllib3.exceptions.ProtocolError)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in words; the outer ones of requests and urllib3 repeat the URL."""
+    for _ in range(10):
+        inner = getattr(error, "reason", None)
+        if not isinstance(inner, BaseException):
+            inner = next((arg for arg in error.args if isinstance(arg, BaseException)), None)
+        if inner is None:
+            inner = error.__cause__ or error.__context__
+        if not isinstance(inner, (OSError, HTTPException, urllib3.exceptions.HTTPError)):
+            break
+        error = inner
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip() or type(error).__name__
+
+
+# -- what requests and urllib3 lack: a deadline for a whole answer, and an end for a poll ----------
+
+
+class _Deadline(io.RawIOBase):
+    """A socket's reader whose every piece has to arrive before one common deadline.
+
+    A plain timeout counts from piece to piece: a server that drips would hold us for ever.
+    """
+
+    def __init__(self, sock: socket.socket, reader: io.RawIOBase) -> None:
+        self._sock, self._reader = sock, reader
+        timeout = sock.gettimeout()
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            self._sock.settimeout(left)
+        return cast("int | None", self._reader.readinto(buffer))
+
+    def close(self) -> None:
+        self._reader.close()
+        super().close()
+
+
+class _Answering(HTTPResponse):
+    """An answer that is given the socket's timeout as a whole."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(_Deadline(sock, self.fp.detach()))
+
+
+class _Polls:
+    """The connections that wait for a poll's answer, so that waiting can be ended."""
+
+    def __init__(self) -> None:
+        self.is_ended = False
+        self._connections: set[HTTPConnection] = set()
+
+    def end(self) -> None:
+        self.is_ended = True
+        for connection in list(self._connections):
+            sock = cast("socket.socket | None", connection.sock)
+            if sock is not None:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads; close would not
+
+    @contextmanager
+    def waiting(self, connection: HTTPConnection) -> Iterator[None]:
+        self._connections.add(connection)
+        try:
+            if self.is_ended:  # looked at after the add, so that end() misses nobody
+                raise ConnectionAbortedError("polling has ended")
+            yield
+        finally:
+            self._connections.discard(connection)
+
+
+class _Connection:
+    """Mixed into urllib3's connections: gives an `_Answering`, is known to *polls* if it is one."""
+
+    response_class: Any = _Answering
+    polls: _Polls | None = None
+
+    def getresponse(self) -> Any:
+        ask = super().getresponse  # type: ignore[misc]
+        if self.polls is None:
+            return ask()
+        with self.polls.waiting(cast(HTTPConnection, self)):
+            return ask()
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    """An adapter to one agent, with connections of ours; those of polls are known to *waiting*."""
+
+    def __init__(self, waiting: _Polls | None) -> None:
+        super().__init__(pool_connections=1, pool_maxsize=IDLE_CONNECTIONS, max_retries=0)
+
+        class Plain(_Connection, HTTPConnection):
+            polls = waiting
+
+        class Secure(_Connection, HTTPSConnection):
+            polls = waiting
+
+        class PlainPool(HTTPConnectionPool):
+            ConnectionCls = Plain
+
+        class SecurePool(HTTPSConnectionPool):
+            ConnectionCls = Secure
+
+        self.poolmanager.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}

@@ -1,0 +1,394 @@
+"""Publish and look up registrations as Consul keys held under one session.
+
+What the choices rest on (facts B and C, measured): a key is written by ``acquire`` only and named
+after its lease, so that nothing outlives its process and a restarted process never meets its dead
+predecessor's key; a session has ``Behavior=delete``, no lock-delay and no serfHealth check, which
+would end it on a gossip blip; the address is in the key, so that ``?keys`` alone answers a lookup.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from datetime import datetime, timezone
+from functools import lru_cache
+
+from ..errors import ConfigurationError, Denied, LeaseLost, Unavailable
+from ..model import Host, Instance, Lease, Registration, Snapshot
+from ..naming import SENTINEL, Key, decode_segment, host_folder, topic_folder
+from ..settings import Settings
+from .agent import Agent, Answer, go_duration
+
+logger = logging.getLogger(__name__)
+
+CHECKS_PER_REQUEST = 64
+"""Operations that Consul takes in one transaction: 64 until 1.14, 128 since (fact B12)."""
+REMEMBERED_KEYS = 16384
+"""Keys whose parts are remembered from one answer to the next; about 10 MB when full."""
+CONSUL_SESSION_TTL_MIN_SECONDS = 10
+"""Consul's own floor, unless the servers' session_ttl_min lowers it (fact B1)."""
+NODE_CHECK = "serfHealth"
+"""Consul's name for "the node of this agent answers gossip"."""
+
+
+class Kv:
+    """A Resolver and a Registrar over Consul's KV store and sessions.  Thread-safe.
+
+    Makes no connection before the first call.
+    """
+
+    narrows = False
+
+    def __init__(
+        self, agent: Agent, settings: Settings, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        if settings.liveness == "check":
+            raise ConfigurationError(
+                "liveness=check is not available yet: use session (only the TTL ends a lease) "
+                "or node (so does the death of the agent's node)"
+            )
+        self._agent = agent
+        self._settings = settings
+        self._prefix = settings.prefix
+        self._clock = clock
+        self._begin()
+
+    def forget(self) -> None:
+        """In a forked child: no connection, no lease, nothing published."""
+        self._agent.forget()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._published: dict[str, set[Registration]] = {}
+        # Successive answers hold nearly the same keys, and taking one apart is what costs.
+        self._parsed = lru_cache(REMEMBERED_KEYS)(self._parse)
+        self._unknown_keys = 0
+        self._may_write_sentinel = True
+
+    def close(self) -> None:
+        """Close every connection, also a poll that waits; leases are left alone."""
+        self._agent.close()
+
+    def end_polls(self) -> None:
+        """Make every `poll` raise Unavailable at once, now and from now on."""
+        self._agent.end_polls()
+
+    # -- Resolver ----------------------------------------------------------------------------
+
+    def lookup(self, topic: str, server: str | None = None) -> Snapshot:
+        """Every live host of *topic*, perhaps none; with *server*, only that server's."""
+        folder = topic_folder(self._prefix, topic)
+        keys, _ = self._keys_under(folder)
+        found = self._registrations(keys)
+        snapshot = self._snapshot(topic, [key for key in found if key.topic == topic])
+        return snapshot if server is None else snapshot.for_server(server)
+
+    def poll(self, index: int, wait_seconds: float) -> tuple[int, Mapping[str, Snapshot]]:
+        """Every topic's hosts once something changed after *index*, or after *wait_seconds*.
+
+        With *index* 0 at once.  Returns the index the answer is from, and a snapshot for each topic
+        that has a host.  Raises Unavailable, also when `end_polls` was called, and Denied, also
+        when the token may read only some topics: the others would look as if nobody served them.
+        """
+        keys, answer = self._keys_under(self._prefix + "/", (index, wait_seconds))
+        if answer.is_filtered:
+            raise self._hidden(self._prefix + "/", answer)
+        if f"{self._prefix}/{SENTINEL}" not in keys:
+            if keys:  # else it is proven already
+                self._prove_readable(self._prefix + "/", answer)
+            self._write_sentinel()
+        by_topic: dict[str, list[Key]] = {}
+        for key in self._registrations(keys):
+            by_topic.setdefault(key.topic, []).append(key)
+        return answer.index, {
+            topic: self._snapshot(topic, found) for topic, found in by_topic.items()
+        }
+
+    def poll_timeout_seconds(self, wait_seconds: float) -> float:
+        """How long a poll may take before it counts as unanswered."""
+        return self._agent.poll_timeout_seconds(wait_seconds)
+
+    def topics(self) -> list[str]:
+        """Every topic that has a registration, sorted."""
+        keys, _ = self._keys_under(self._prefix + "/", separator="/")
+        found = []
+        for folder in keys:
+            try:
+                found.append(decode_segment(folder[len(self._prefix) + 1 :].rstrip("/")))
+            except ValueError:  # the sentinel, or not ours
+                continue
+        return sorted(found)
+
+    def orphans(self) -> dict[str, str]:
+        """Keys under the prefix that nobody will remove, each with the reason.
+
+        They are held by no session, or not named as we name keys; the sentinel is neither.
+        """
+        answer = self._agent.call("GET", _kv(self._prefix + "/"), {"recurse": ""}, accept=(404,))
+        entries = [] if answer.status == 404 else answer.json()
+        if not entries:
+            self._prove_readable(self._prefix + "/", answer)
+        found: dict[str, str] = {}
+        try:
+            for entry in entries:
+                text = entry["Key"]
+                if text == f"{self._prefix}/{SENTINEL}":
+                    continue
+                if self._parsed(text) is None:
+                    found[text] = "not a key of ours"
+                elif not entry.get("Session"):
+                    found[text] = "held by no session"
+        except (TypeError, KeyError, AttributeError):
+            raise answer.unexpected() from None
+        return found
+
+    # -- Registrar ---------------------------------------------------------------------------
+
+    def open(self) -> Lease:
+        """A new session, which Consul ends 2 x TTL after the last renewal at the latest."""
+        ttl_seconds = self._settings.session_ttl_seconds
+        node_checks = [NODE_CHECK] if self._settings.liveness == "node" else []
+        wanted = {
+            "Name": "consul-matchmaker",
+            "TTL": go_duration(ttl_seconds),
+            "Behavior": "delete",
+            "LockDelay": "0s",
+            # Said twice, as releases differ in which one they read (fact B4).
+            "Checks": node_checks,
+            "NodeChecks": node_checks,
+        }
+        try:
+            answer = self._agent.call("PUT", "/v1/session/create", body=_json(wanted))
+        except Unavailable as error:
+            if ttl_seconds >= CONSUL_SESSION_TTL_MIN_SECONDS:
+                raise
+            raise type(error)(
+                f"{error} (session_ttl_seconds is {ttl_seconds:g}: below "
+                f"{CONSUL_SESSION_TTL_MIN_SECONDS} the servers' session_ttl_min must allow it)"
+            ) from error
+        lease_id = _field(answer, "ID")
+        with self._lock:
+            self._published[lease_id] = set()
+        return Lease(lease_id, ttl_seconds)
+
+    def publish(self, lease: Lease, registration: Registration) -> None:
+        """Make *registration* visible as long as *lease* lives."""
+        key = Key.of(registration, lease.id).under(self._prefix)
+        with self._lock:  # before the call: if its outcome stays unknown, renew() finds out
+            self._published.setdefault(lease.id, set()).add(registration)
+        answer = self._agent.call(
+            "PUT", _kv(key), {"acquire": lease.id}, self._description(registration)
+        )
+        if answer.json() is not True:
+            raise Unavailable(f"{answer.where}: the key is held by another session, trying again")
+
+    def withdraw(self, lease: Lease, registration: Registration) -> None:
+        """Delete the one key that *lease* holds for *registration*."""
+        self._agent.call("DELETE", _kv(Key.of(registration, lease.id).under(self._prefix)))
+        with self._lock:
+            self._published.get(lease.id, set()).discard(registration)
+
+    def renew(self, lease: Lease) -> Collection[Registration]:
+        """Keep *lease* alive, and return what Consul holds of what we published under it.
+
+        Renewing alone proves nothing of the keys: Consul goes on answering 200 when one was deleted
+        (fact B7).  So each is checked, 64 a request, by a transaction that only reads: it costs
+        what this process has published, however big the cluster is, and writes nothing to Raft.
+        """
+        answer = self._agent.call("PUT", f"/v1/session/renew/{lease.id}", accept=(404,))
+        if answer.status == 404:
+            with self._lock:
+                self._published.pop(lease.id, None)
+            raise LeaseLost(f"{answer.where}: Consul has ended this session; open another")
+        with self._lock:
+            published = sorted(self._published.get(lease.id, ()), key=str)
+        held: set[Registration] = set()
+        for start in range(0, len(published), CHECKS_PER_REQUEST):
+            held.update(self._held(lease, published[start : start + CHECKS_PER_REQUEST]))
+        return held
+
+    def release(self, lease: Lease) -> None:
+        """Destroy the session; Consul deletes its keys with it, in the same Raft entry."""
+        self._agent.call("PUT", f"/v1/session/destroy/{lease.id}", accept=(404,))
+        with self._lock:
+            self._published.pop(lease.id, None)
+
+    def expire(self, topic: str, host: Host) -> int:
+        """Delete every key of *topic* on *host*, whoever holds it; return how many there were."""
+        folder = host_folder(self._prefix, topic, host)
+        keys, _ = self._keys_under(folder)
+        if keys:
+            self._agent.call("DELETE", _kv(folder), {"recurse": ""})
+        return len(self._registrations(keys))
+
+    def status(self) -> dict[str, object]:
+        """Which agent is in use, and how many keys were not understood when last met."""
+        return {**self._agent.status(), "unknown_keys": self._unknown_keys}
+
+    def __repr__(self) -> str:
+        return f"<Kv {self._prefix}/ at {self._agent!r}>"
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def _keys_under(
+        self,
+        folder: str,
+        after: tuple[int, float] | None = None,
+        *,
+        separator: str | None = None,
+    ) -> tuple[list[str], Answer]:
+        """The keys that begin with *folder*, and the answer they are from."""
+        params = {"keys": ""}
+        if separator is not None:
+            params["separator"] = separator
+        if self._settings.consistency != "default":
+            params[self._settings.consistency] = ""
+        if after is None:
+            answer = self._agent.call("GET", _kv(folder), params, accept=(404,))
+        else:
+            index, wait_seconds = after
+            if index > 0:
+                params["index"] = str(index)
+            answer = self._agent.poll(_kv(folder), params, wait_seconds, accept=(404,))
+            if not answer.index:  # without one the next poll would not wait
+                raise answer.unexpected()
+        keys = [] if answer.status == 404 else answer.json()
+        if not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+            raise answer.unexpected()
+        if not keys:
+            self._prove_readable(folder, answer)
+        return keys, answer
+
+    def _prove_readable(self, folder: str, answer: Answer) -> None:
+        """Raise Denied when *answer* lacks something because the token may not read *folder*.
+
+        Consul hides what a token may not list, as if it did not exist (fact D4); only a single key
+        is refused with 403.
+        """
+        if answer.is_filtered:
+            raise self._hidden(folder, answer)
+        self._agent.call("GET", _kv(folder + SENTINEL), accept=(404,))
+
+    def _hidden(self, folder: str, answer: Answer) -> Denied:
+        return Denied(
+            f"{answer.where}: Consul's ACLs hide something there; "
+            f'give the token a policy with key_prefix "{folder}" read'
+        )
+
+    def _registrations(self, keys: Iterable[str]) -> list[Key]:
+        """*keys* taken apart, without those that are not ours."""
+        found: list[Key] = []
+        unknown: list[str] = []
+        for text in keys:
+            key = self._parsed(text)
+            if key is not None:
+                found.append(key)
+            elif text != f"{self._prefix}/{SENTINEL}":
+                unknown.append(text)
+        if unknown and not self._unknown_keys:
+            logger.warning(
+                "ignoring %d keys under %s/ that are not ours, such as %r",
+                len(unknown),
+                self._prefix,
+                unknown[0],
+            )
+        if unknown:
+            self._unknown_keys = len(unknown)
+        return found
+
+    def _parse(self, text: str) -> Key | None:
+        try:
+            return Key.parse(self._prefix, text)
+        except ValueError:  # ConfigurationError is one
+            return None
+
+    def _snapshot(self, topic: str, keys: Iterable[Key]) -> Snapshot:
+        # Two incarnations of one host are one instance: the dead one's key leaves with its lease.
+        found = {Instance(key.host, key.server) for key in keys}
+        return Snapshot(
+            topic,
+            tuple(sorted(found, key=lambda instance: (instance.host, instance.server or ""))),
+            "kv",
+            taken_at=self._clock(),
+            clock=self._clock,
+        )
+
+    def _held(self, lease: Lease, registrations: list[Registration]) -> list[Registration]:
+        checks = [
+            {
+                "KV": {
+                    "Verb": "check-session",
+                    "Key": Key.of(registration, lease.id).under(self._prefix),
+                    "Session": lease.id,
+                }
+            }
+            for registration in registrations
+        ]
+        answer = self._agent.call("PUT", "/v1/txn", body=_json(checks), accept=(409,))
+        if answer.status == 200:
+            return registrations
+        try:
+            failed = {int(error["OpIndex"]) for error in answer.json()["Errors"]}
+        except (TypeError, KeyError, ValueError):
+            raise answer.unexpected() from None
+        return [each for number, each in enumerate(registrations) if number not in failed]
+
+    # -- writing -----------------------------------------------------------------------------
+
+    def _write_sentinel(self) -> None:
+        """Put one key without a session under the prefix, if there is none.
+
+        A poll on a prefix that never had a key wakes on every write anywhere in Consul's KV store
+        (fact C4).  Whoever may not write goes on without it.
+        """
+        if not self._may_write_sentinel:
+            return
+        text = "Kept by consul-matchmaker so that watching this folder stays cheap."
+        try:
+            self._agent.call(
+                "PUT", _kv(f"{self._prefix}/{SENTINEL}"), {"cas": "0"}, text.encode("ascii")
+            )
+        except Denied:
+            self._may_write_sentinel = False
+            logger.info(
+                "may not write %s/%s: until somebody does, an empty prefix is polled more often",
+                self._prefix,
+                SENTINEL,
+            )
+        except Unavailable as error:
+            logger.debug("sentinel not written: %s", error)
+
+    def _description(self, registration: Registration) -> bytes:
+        """For people: nothing reads it back."""
+        return _json(
+            {
+                "topic": registration.topic,
+                "host": str(registration.host),
+                "server": registration.server,
+                "pid": os.getpid(),
+                "hostname": socket.gethostname(),
+                "registered_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            }
+        )
+
+
+def _kv(key: str) -> str:
+    return f"/v1/kv/{key}"
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value).encode("ascii")
+
+
+def _field(answer: Answer, name: str) -> str:
+    body = answer.json()
+    value = body.get(name) if isinstance(body, dict) else None
+    if not isinstance(value, str) or not value:
+        raise answer.unexpected()
+    return value

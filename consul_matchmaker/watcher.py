@@ -1,0 +1,141 @@
+"""Keep every cached topic fresh by one blocking query over the whole prefix, on one thread."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from .backoff import Backoff
+from .blocking_query import MAX_WAIT_SECONDS, BlockingQuery
+from .errors import Denied, Unavailable
+from .model import Snapshot
+from .settings import Settings
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
+
+FIRST_RETRY_SECONDS = 0.5
+MAX_RETRY_SECONDS = 10.0
+LATEST_ANSWER_SECONDS = 3.0
+"""Beside the poll itself: the rest between two polls, a slow machine."""
+
+
+class Pollable(Protocol):
+    """What a watcher asks; `backends.kv.Kv` is one."""
+
+    def poll(self, index: int, wait_seconds: float) -> tuple[int, Mapping[str, Snapshot]]: ...
+    def poll_timeout_seconds(self, wait_seconds: float) -> float: ...
+    def end_polls(self) -> None: ...
+
+
+class Listener(Protocol):
+    """What a watcher tells; `cache.Cache` is one."""
+
+    def offer(self, snapshots: Mapping[str, Snapshot], fresh_seconds: float) -> None: ...
+    def watch_lost(self) -> None: ...
+
+
+class Watcher:
+    """Tells *cache* each change under the prefix, and when it can no longer do so.
+
+    One request waits at Consul for all topics; what it costs is bounded by `BlockingQuery`.  What
+    it offers counts as fresh until the next answer is overdue, up to about 40 s later, or until the
+    watch is lost: only an agent that goes silent on an open connection is noticed so late.
+    Starts nothing before `start`; all methods are thread-safe.
+    """
+
+    def __init__(
+        self,
+        kv: Pollable,
+        cache: Listener,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+        cpu_clock: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._kv = kv
+        self._cache = cache
+        self._settings = settings
+        self._clock = clock
+        self._jitter = jitter
+        self._cpu_clock = cpu_clock
+        self._backoff = Backoff(FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS, jitter)
+        self._worker = Worker("consul-matchmaker-watcher", self._step)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._query = BlockingQuery(self._settings.confirm_empty_seconds)
+        self._lost_at: float | None = None
+        self._answered_at: float | None = None
+        self._answers = 0
+
+    def start(self) -> None:
+        """Start watching if it is not running; does nothing after `close`."""
+        self._worker.start()
+
+    def close(self, timeout_seconds: float) -> bool:
+        """End the poll that waits, and the thread; return whether it ended within the timeout."""
+        self._worker.stop(0)  # first, so that the step knows why its poll ends
+        self._kv.end_polls()
+        return self._worker.stop(timeout_seconds)
+
+    def forget(self) -> None:
+        """In a forked child: not started yet, nothing known."""
+        self._worker.forget()
+        self._begin()
+
+    def status(self) -> dict[str, object]:
+        """Whether answers come, how many came, how old the last one is."""
+        now, answered_at = self._clock(), self._answered_at
+        return {
+            "is_watching": self._worker.is_running and self._query.is_believed,
+            "answers": self._answers,
+            "answer_age_seconds": None if answered_at is None else now - answered_at,
+            "index": self._query.believed_index,
+            "is_doubting": self._query.doubted_since is not None,
+            "failures": self._query.failures,
+        }
+
+    def __repr__(self) -> str:
+        return f"<Watcher {self._query!r}, {self._worker!r}>"
+
+    def _step(self) -> float | None:
+        query, cpu_started = self._query, self._cpu_clock()
+        try:
+            index, snapshots = self._kv.poll(query.index, query.wait_seconds(self._jitter()))
+        except (Unavailable, Denied) as error:
+            return None if self._worker.is_stopping else self._on_failure(error)
+        now = self._clock()
+        self._answers, self._answered_at = self._answers + 1, now
+        self._query = query.answered(index, snapshots, now)
+        if self._query.is_believed:
+            self._on_answer(snapshots, now)
+        elif query.doubted_since is None:
+            logger.warning(
+                "Consul's answer is older than the last (index %d after %d): "
+                "not believed unless it stays so for %g s",
+                index,
+                query.believed_index,
+                query.confirm_seconds,
+            )
+        return self._query.gap_seconds(self._cpu_clock() - cpu_started)
+
+    def _on_answer(self, snapshots: Mapping[str, Snapshot], now: float) -> None:
+        # An answer that confirms the last one is offered too: it makes it fresh again.
+        fresh_seconds = self._kv.poll_timeout_seconds(MAX_WAIT_SECONDS) + LATEST_ANSWER_SECONDS
+        self._cache.offer(snapshots, fresh_seconds)
+        if self._lost_at is not None:
+            logger.info("watching again after %.1f s", now - self._lost_at)
+            self._lost_at = None
+
+    def _on_failure(self, error: Exception) -> float:
+        self._query = self._query.failed()
+        if self._lost_at is None:
+            self._lost_at = self._clock()
+            logger.warning("watch lost, asking for each topic meanwhile: %s", error)
+            self._cache.watch_lost()
+        return max(self._query.gap_seconds(0), self._backoff.seconds(self._query.failures))

@@ -1,0 +1,524 @@
+"""kv mode's backend and its watcher against a real Consul, also while agents and servers fail."""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from consul_matchmaker.backends.agent import Agent
+from consul_matchmaker.backends.kv import Kv
+from consul_matchmaker.demo.consul_probe import Node, read_json, request
+from consul_matchmaker.errors import LeaseLost, TimedOut, Unavailable
+from consul_matchmaker.model import Host, Registration, Snapshot
+from consul_matchmaker.naming import SENTINEL, Key
+from consul_matchmaker.settings import Settings
+from consul_matchmaker.watcher import Watcher
+from integration.cluster import Cluster
+from tests.contract import ONE, TWO, RegistrarContract, eventually
+
+MakeKv = Callable[..., Kv]
+ELECTION_SECONDS = 30.0  # an election takes about 6 s, on a loaded machine more
+
+
+@pytest.fixture
+def make_kv(agent: Node, prefix: str) -> Iterator[MakeKv]:
+    """Make a Kv over the cluster's agent, or over other addresses."""
+    made: list[Kv] = []
+
+    def make(*addresses: str, **values: Any) -> Kv:
+        values = {"mode": "kv", "prefix": prefix, "addresses": addresses or (agent.http,), **values}
+        settings = Settings.from_mapping(values, {})
+        made.append(Kv(Agent(settings), settings))
+        return made[-1]
+
+    yield make
+    for kv in made:
+        kv.close()
+
+
+@pytest.fixture
+def kv(make_kv: MakeKv) -> Kv:
+    return make_kv()
+
+
+class TestContract(RegistrarContract):
+    """Everything a backend has to do, done by the real one."""
+
+    @pytest.fixture
+    def backend(self, kv: Kv) -> Kv:
+        return kv
+
+    @pytest.fixture
+    def topic(self) -> str:
+        return "scheduler"  # the prefix is of this test's own
+
+    @pytest.fixture
+    def away(self, make_kv: MakeKv) -> Kv:
+        return make_kv("127.0.0.1:1")
+
+
+def last_raft_index(agent: Node) -> int:
+    return int(read_json(agent, "/v1/agent/self")["Stats"]["raft"]["last_log_index"])
+
+
+# -- sessions and keys ----------------------------------------------------------------------------
+
+
+def test_the_session_is_what_we_meant(kv: Kv, agent: Node) -> None:
+    """Consul stored a session without checks, without lock-delay, that deletes its keys."""
+    lease = kv.open()
+    (session,) = read_json(agent, f"/v1/session/info/{lease.id}")
+    assert (session["Behavior"], session["LockDelay"], session["TTL"]) == ("delete", 0, "10s")
+    assert not session.get("NodeChecks") and not session.get("ServiceChecks")
+    kv.release(lease)
+
+
+def test_liveness_node_hangs_on_the_node(make_kv: MakeKv, agent: Node) -> None:
+    """With liveness=node the session has the serfHealth check and no other."""
+    kv = make_kv(liveness="node")
+    lease = kv.open()
+    (session,) = read_json(agent, f"/v1/session/info/{lease.id}")
+    assert session["NodeChecks"] == ["serfHealth"]
+    kv.release(lease)
+
+
+def test_a_ttl_below_the_servers_floor_is_explained(make_kv: MakeKv) -> None:
+    """Where Consul refuses a short TTL, the error names the server setting."""
+    kv = make_kv(session_ttl_seconds=1.5)
+    try:
+        lease = kv.open()
+    except Unavailable as error:
+        assert "session_ttl_min" in str(error)
+    else:  # this cluster's servers allow it
+        kv.release(lease)
+
+
+def test_every_key_is_held_by_its_session(kv: Kv, agent: Node, prefix: str, topic: str) -> None:
+    """What is published bears the session that its name says, so it leaves with it."""
+    lease = kv.open()
+    registration = Registration(topic, ONE, "node7")
+    kv.publish(lease, registration)
+    text = Key.of(registration, lease.id).under(prefix)
+    (entry,) = read_json(agent, f"/v1/kv/{text}")
+    assert entry["Session"] == lease.id
+    assert kv.orphans() == {}
+    kv.release(lease)
+    assert request(agent, "GET", f"/v1/kv/{text}")[0] == 404
+
+
+def test_a_destroyed_session_is_lost(kv: Kv, agent: Node, topic: str) -> None:
+    """Destroyed by somebody else, the lease is gone, with its keys; publishing shows nothing."""
+    lease = kv.open()
+    kv.publish(lease, Registration(topic, ONE))
+    assert request(agent, "PUT", f"/v1/session/destroy/{lease.id}")[0] == 200
+    assert kv.lookup(topic).hosts == ()
+    with pytest.raises(Unavailable):
+        kv.publish(lease, Registration(topic, ONE))
+    with pytest.raises(LeaseLost):
+        kv.renew(lease)
+
+
+def test_a_deleted_key_is_missed_by_the_next_renewal(
+    kv: Kv, agent: Node, prefix: str, topic: str
+) -> None:
+    """Renewing proves each key, of many, not only the session."""
+    lease = kv.open()
+    mine = [Registration(topic, Host("10.0.0.1", port)) for port in range(1, 101)]
+    for registration in mine:
+        kv.publish(lease, registration)
+    assert set(kv.renew(lease)) == set(mine)
+    for gone in (mine[0], mine[70]):
+        text = Key.of(gone, lease.id).under(prefix)
+        assert request(agent, "DELETE", f"/v1/kv/{text}")[0] == 200
+    assert set(kv.renew(lease)) == set(mine) - {mine[0], mine[70]}
+    kv.release(lease)
+
+
+def test_a_key_without_a_session_is_an_orphan(kv: Kv, agent: Node, prefix: str, topic: str) -> None:
+    """What nobody will remove is found: a lock that was given back, and a foreign key."""
+    lease = kv.open()
+    registration = Registration(topic, ONE)
+    kv.publish(lease, registration)
+    text = Key.of(registration, lease.id).under(prefix)
+    assert request(agent, "PUT", f"/v1/kv/{text}?release={lease.id}")[0] == 200
+    assert request(agent, "PUT", f"/v1/kv/{prefix}/rubbish", "x")[0] == 200
+    assert kv.orphans() == {
+        text: "held by no session",
+        f"{prefix}/rubbish": "not a key of ours",
+    }
+    assert set(kv.renew(lease)) == set()
+    kv.release(lease)
+
+
+def test_renewing_writes_nothing_to_raft(kv: Kv, agent: Node, cluster: Cluster, topic: str) -> None:
+    """100 renewals of 100 registrations move the Raft index no more than the idle cluster does."""
+    lease = kv.open()
+    for port in range(1, 101):
+        kv.publish(lease, Registration(topic, Host("10.0.0.1", port)))
+    server = cluster.nodes[cluster.leader()]
+    before = last_raft_index(server)
+    for _ in range(100):
+        assert len(kv.renew(lease)) == 100
+    # The idle cluster writes a few entries by itself: coordinates, autopilot.
+    assert last_raft_index(server) - before <= 5
+    kv.release(lease)
+
+
+def test_a_restarted_process_and_its_predecessor_do_not_meet(
+    kv: Kv, make_kv: MakeKv, topic: str
+) -> None:
+    """The successor at the same host:port is seen at once and stays when the dead one expires."""
+    registration = Registration(topic, ONE)
+    dead = make_kv()
+    dead_lease = dead.open()
+    dead.publish(dead_lease, registration)
+    lease = kv.open()
+    kv.publish(lease, registration)
+    assert kv.lookup(topic).hosts == (ONE,)
+    dead.release(dead_lease)
+    assert kv.lookup(topic).hosts == (ONE,)
+    assert set(kv.renew(lease)) == {registration}
+    kv.release(lease)
+
+
+# -- agents and servers that fail -----------------------------------------------------------------
+
+
+def test_a_killed_agent_is_unavailable_and_then_back(kv: Kv, cluster: Cluster, topic: str) -> None:
+    """Without its agent every verb is Unavailable at once; with it back, the lease still lives."""
+    lease = kv.open()
+    registration = Registration(topic, ONE)
+    kv.publish(lease, registration)
+    cluster.kill("agent1")
+    started = time.monotonic()
+    verbs: list[Callable[[], object]] = [
+        lambda: kv.lookup(topic),
+        lambda: kv.renew(lease),
+        kv.topics,
+        kv.open,
+    ]
+    for verb in verbs:
+        with pytest.raises(Unavailable):
+            verb()
+    assert time.monotonic() - started < 10
+    cluster.start("agent1")
+    held = eventually(lambda: _renewed(kv, lease), bool, ELECTION_SECONDS)
+    assert held == {registration}
+    assert kv.lookup(topic).hosts == (ONE,)
+    kv.release(lease)
+
+
+def _renewed(kv: Kv, lease: Any) -> set[Registration]:
+    try:
+        return set(kv.renew(lease))
+    except Unavailable:
+        return set()
+
+
+def test_a_paused_agent_times_out(make_kv: MakeKv, cluster: Cluster, topic: str) -> None:
+    """An agent that accepts and says nothing holds a call no longer than its timeout."""
+    kv = make_kv(request_timeout_seconds=1)
+    kv.lookup(topic)
+    cluster.pause("agent1")
+    started = time.monotonic()
+    with pytest.raises(TimedOut):
+        kv.lookup(topic)
+    assert time.monotonic() - started < 3
+    cluster.resume("agent1")
+    assert eventually(lambda: _looked_up(kv, topic), bool)
+
+
+def _looked_up(kv: Kv, topic: str) -> bool:
+    try:
+        kv.lookup(topic)
+    except Unavailable:
+        return False
+    return True
+
+
+def test_a_second_address_takes_over(
+    make_kv: MakeKv, agent: Node, cluster: Cluster, topic: str
+) -> None:
+    """The agent killed, the next call goes to the other address, under the same lease."""
+    other = cluster.nodes["server1"]
+    kv = make_kv(agent.http, other.http)
+    lease = kv.open()
+    registration = Registration(topic, ONE)
+    kv.publish(lease, registration)
+    cluster.kill("agent1")
+    assert set(kv.renew(lease)) == {registration}
+    assert kv.lookup(topic).hosts == (ONE,)
+    assert kv.status()["agent"] == other.http
+    kv.release(lease)
+
+
+def test_a_paused_agent_costs_one_timeout(
+    make_kv: MakeKv, agent: Node, cluster: Cluster, topic: str
+) -> None:
+    """With another address at hand, one call waits, and none after it."""
+    kv = make_kv(agent.http, cluster.nodes["server1"].http, request_timeout_seconds=2)
+    kv.lookup(topic)
+    cluster.pause("agent1")
+    kv.lookup(topic)
+    started = time.monotonic()
+    for _ in range(10):
+        kv.lookup(topic)
+    assert time.monotonic() - started < 1
+    assert kv.status()["agents_away"] == [agent.http]
+
+
+def test_a_lost_leader_never_looks_like_a_lost_lease(kv: Kv, cluster: Cluster, topic: str) -> None:
+    """While a leader is elected renewals may fail, but none says that the lease is gone."""
+    lease = kv.open()
+    registration = Registration(topic, ONE)
+    kv.publish(lease, registration)
+    cluster.kill(cluster.leader())
+    failures = 0
+    deadline = time.monotonic() + ELECTION_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            held = kv.renew(lease)  # LeaseLost would fail the test
+        except Unavailable:
+            failures += 1
+        else:
+            assert set(held) == {registration}
+            break
+    else:
+        pytest.fail(f"no renewal succeeded after {failures} failures")
+    assert kv.lookup(topic).hosts == (ONE,)
+    kv.release(lease)
+
+
+# -- polling and watching -------------------------------------------------------------------------
+
+
+def test_a_poll_wakes_for_a_change_and_not_without(
+    kv: Kv, make_kv: MakeKv, agent: Node, prefix: str, topic: str
+) -> None:
+    """It comes back soon after a registration, else when its wait ends, whoever else writes."""
+    kv.poll(0, 1)  # leaves the sentinel
+    assert request(agent, "GET", f"/v1/kv/{prefix}/{SENTINEL}")[0] == 200
+    index, snapshots = kv.poll(0, 1)
+    assert snapshots == {}
+    neighbours = f"{prefix}-neighbour"
+    timer = threading.Timer(0.3, request, (agent, "PUT", f"/v1/kv/{neighbours}/x", "x"))
+    timer.start()
+    started = time.monotonic()
+    same_index, _ = kv.poll(index, 1)
+    assert time.monotonic() - started >= 1
+    assert same_index == index
+    timer.join()
+    request(agent, "DELETE", f"/v1/kv/{neighbours}/?recurse")
+
+    writer = make_kv()
+    lease = writer.open()
+    timer = threading.Timer(0.3, writer.publish, (lease, Registration(topic, ONE)))
+    timer.start()
+    started = time.monotonic()
+    new_index, snapshots = kv.poll(index, 20)
+    assert time.monotonic() - started < 5
+    assert new_index > index
+    assert snapshots[topic].hosts == (ONE,)
+    timer.join()
+    writer.release(lease)
+
+
+class Told:
+    """Stands in for the cache: keeps what the watcher tells."""
+
+    def __init__(self) -> None:
+        self.current: dict[str, Snapshot] = {}
+        self.losses = 0
+        self.offers = 0
+        self._changed = threading.Condition()
+
+    def offer(self, snapshots: Any, fresh_seconds: float) -> None:
+        with self._changed:
+            self.current = dict(snapshots)
+            self.offers += 1
+            self._changed.notify_all()
+
+    def watch_lost(self) -> None:
+        with self._changed:
+            self.losses += 1
+            self._changed.notify_all()
+
+    def wait_for(self, is_right: Callable[[], bool], seconds: float = 10.0) -> None:
+        with self._changed:
+            assert self._changed.wait_for(is_right, seconds)
+
+    def hosts(self, topic: str) -> tuple[Host, ...]:
+        snapshot = self.current.get(topic)
+        return () if snapshot is None else snapshot.hosts
+
+
+@pytest.fixture
+def watching(make_kv: MakeKv) -> Iterator[tuple[Watcher, Told]]:
+    """A watcher that has told its first answer."""
+    told = Told()
+    watcher = Watcher(make_kv(), told, Settings(mode="kv"))
+    watcher.start()
+    told.wait_for(lambda: told.offers > 0)
+    yield watcher, told
+    assert watcher.close(5)
+
+
+def test_a_watcher_sees_hosts_come_and_go(
+    kv: Kv, watching: tuple[Watcher, Told], topic: str
+) -> None:
+    """Registrations, withdrawals and the end of a session are told within a moment."""
+    _, told = watching
+    lease = kv.open()
+    kv.publish(lease, Registration(topic, ONE))
+    told.wait_for(lambda: told.hosts(topic) == (ONE,), 1)
+    kv.publish(lease, Registration(topic, TWO))
+    told.wait_for(lambda: told.hosts(topic) == (ONE, TWO), 1)
+    kv.withdraw(lease, Registration(topic, ONE))
+    told.wait_for(lambda: told.hosts(topic) == (TWO,), 1)
+    kv.release(lease)
+    told.wait_for(lambda: told.hosts(topic) == (), 1)
+    assert told.losses == 0
+
+
+def test_a_registration_is_told_within_100_ms(
+    kv: Kv, watching: tuple[Watcher, Told], topic: str
+) -> None:
+    """Of 100 registrations, 99 reach a watching reader within 100 ms."""
+    _, told = watching
+    lease = kv.open()
+    took = []
+    for port in range(1, 101):
+        host = Host("10.0.0.1", port)
+        started = time.monotonic()
+        kv.publish(lease, Registration(topic, host))
+        told.wait_for(lambda host=host: host in told.hosts(topic))  # type: ignore[misc]
+        took.append(time.monotonic() - started)
+    took.sort()
+    print(f"p50 {took[50] * 1000:.1f} ms, p99 {took[98] * 1000:.1f} ms")
+    assert took[98] <= 0.1
+    kv.release(lease)
+
+
+def test_closing_a_watcher_does_not_wait_for_its_poll(make_kv: MakeKv) -> None:
+    """close() ends a poll that would wait for 20 s more."""
+    told = Told()
+    watcher = Watcher(make_kv(), told, Settings(mode="kv"))
+    watcher.start()
+    told.wait_for(lambda: told.offers > 0)
+    started = time.monotonic()
+    assert watcher.close(5)
+    assert time.monotonic() - started < 1
+
+
+def test_a_watcher_rides_out_an_agent_restart(
+    kv: Kv, watching: tuple[Watcher, Told], cluster: Cluster, topic: str
+) -> None:
+    """The loss is told once; back, the watcher tells the truth, and never an empty one between."""
+    _, told = watching
+    lease = kv.open()
+    kv.publish(lease, Registration(topic, ONE))
+    told.wait_for(lambda: told.hosts(topic) == (ONE,))
+    seen: list[tuple[Host, ...]] = []
+    offer = told.offer
+
+    def note(snapshots: Any, fresh_seconds: float) -> None:
+        offer(snapshots, fresh_seconds)
+        seen.append(told.hosts(topic))
+
+    told.offer = note  # type: ignore[method-assign]
+    cluster.kill("agent1")
+    told.wait_for(lambda: told.losses == 1)
+    before = told.offers
+    cluster.start("agent1")
+    told.wait_for(lambda: told.offers > before, ELECTION_SECONDS)
+    eventually(lambda: _renewed(kv, lease), bool, ELECTION_SECONDS)
+    assert told.losses == 1
+    assert set(seen) == {(ONE,)}
+    kv.publish(lease, Registration(topic, TWO))
+    told.wait_for(lambda: told.hosts(topic) == (ONE, TWO))
+    kv.release(lease)
+
+
+def test_a_watcher_rides_out_the_loss_of_quorum(
+    kv: Kv, watching: tuple[Watcher, Told], cluster: Cluster, topic: str
+) -> None:
+    """Two of three servers killed and restarted: no answer in between says that nobody is there.
+
+    A server that has just restarted denies what it knows, for some seconds.
+    """
+    _, told = watching
+    lease = kv.open()
+    kv.publish(lease, Registration(topic, ONE))
+    told.wait_for(lambda: told.hosts(topic) == (ONE,))
+    seen: list[tuple[Host, ...]] = []
+    offer = told.offer
+
+    def note(snapshots: Any, fresh_seconds: float) -> None:
+        offer(snapshots, fresh_seconds)
+        seen.append(told.hosts(topic))
+
+    told.offer = note  # type: ignore[method-assign]
+    victims = ("server1", "server2")
+    for name in victims:
+        cluster.kill(name)
+    told.wait_for(lambda: told.losses >= 1, 60)
+    for name in victims:
+        cluster.start(name)
+    cluster.wait_ready()
+    before = told.offers
+    kv.publish(lease, Registration(topic, TWO))
+    told.wait_for(lambda: told.hosts(topic) == (ONE, TWO), 60)
+    assert told.offers > before
+    assert () not in seen
+    with contextlib.suppress(Unavailable):
+        kv.release(lease)
+
+
+def test_a_restarted_server_that_denies_everything_is_not_believed(
+    kv: Kv, make_kv: MakeKv, cluster: Cluster, topic: str
+) -> None:
+    """Read with consistency=stale, a server may say for seconds after its restart that there is
+    nothing, with index 1 (fact A9): the watcher never passes that on."""
+    follower = next(n for n in ("server1", "server2", "server3") if n != cluster.leader())
+    told = Told()
+    watcher = Watcher(
+        make_kv(cluster.nodes[follower].http, consistency="stale"), told, Settings(mode="kv")
+    )
+    lease = kv.open()
+    kv.publish(lease, Registration(topic, ONE))
+    watcher.start()
+    told.wait_for(lambda: told.hosts(topic) == (ONE,))
+    seen: list[tuple[Host, ...]] = []
+    offer = told.offer
+
+    def note(snapshots: Any, fresh_seconds: float) -> None:
+        offer(snapshots, fresh_seconds)
+        seen.append(told.hosts(topic))
+
+    told.offer = note  # type: ignore[method-assign]
+    cluster.kill(follower)
+    told.wait_for(lambda: told.losses == 1)
+    before = told.offers
+    cluster.start(follower)
+    told.wait_for(lambda: told.offers > before, ELECTION_SECONDS)
+    kv.publish(lease, Registration(topic, TWO))
+    told.wait_for(lambda: told.hosts(topic) == (ONE, TWO), ELECTION_SECONDS)
+    assert () not in seen
+    assert watcher.close(5)
+    kv.release(lease)
+
+
+def test_what_people_see_in_the_ui(kv: Kv, agent: Node, prefix: str, topic: str) -> None:
+    """A key's value says in JSON who registered what, where and when."""
+    lease = kv.open()
+    registration = Registration(topic, ONE, "node7")
+    kv.publish(lease, registration)
+    text = Key.of(registration, lease.id).under(prefix)
+    status, value = request(agent, "GET", f"/v1/kv/{text}?raw")
+    assert status == 200
+    assert json.loads(value)["server"] == "node7"
+    kv.release(lease)

@@ -1,0 +1,393 @@
+"""Registrations against a real Consul: they appear at once, leave in time, and heal themselves."""
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from consul_matchmaker import Matchmaker, Registration, errors
+from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json, request, wait_until
+from integration.cluster import Cluster
+from integration.registering_process import RegisteringProcess
+
+TTL = 10.0  # the least that Consul accepts by default
+INTERVAL = TTL / 3
+CRASH_SECONDS = 2 * TTL + 1
+SOON = 1.0
+SLACK = 0.7  # what requests, and two busy cores, may add to a renewal interval
+POLL = 0.02
+
+# A watching reader, and one that asks Consul again every quarter of a second.
+READERS = {"watching": "", "asking": "&watch=false&ttl_seconds=0.25&empty_ttl_seconds=0.25"}
+
+
+@pytest.fixture
+def url(agent: Node, prefix: str) -> str:
+    return f"consul+kv://{agent.http}/{prefix}?session_ttl_seconds={TTL:g}"
+
+
+@pytest.fixture
+def join(url: str) -> Iterator[Callable[..., Matchmaker]]:
+    """Makes matchmakers, each with a lease of its own; closes them afterwards."""
+    with contextlib.ExitStack() as stack:
+        yield lambda extra="": stack.enter_context(Matchmaker.from_url(url + extra))
+
+
+def until(claim: Callable[[], object], timeout_seconds: float, what: str) -> float:
+    """Wait until *claim* is true; return how long that took.  Fails after the timeout."""
+    began = time.monotonic()
+    while not claim():
+        if time.monotonic() - began > timeout_seconds:
+            pytest.fail(f"not within {timeout_seconds:g} s: {what}")
+        time.sleep(POLL)
+    return time.monotonic() - began
+
+
+def keys(agent: Node, prefix: str) -> list[str]:
+    """Every key under the prefix, without the sentinel; [] while the agent does not answer."""
+    with contextlib.suppress(NotReady):
+        status, text = request(agent, "GET", f"/v1/kv/{prefix}/?keys")
+        if status == 200:
+            return [key for key in json.loads(text) if key != f"{prefix}/_"]
+    return []
+
+
+def hosts(reader: Matchmaker, topic: str) -> list[str]:
+    return [str(host) for host in reader.hosts(topic)]
+
+
+def lease_of(matchmaker: Matchmaker) -> str:
+    keeper = matchmaker.status()["keeper"]
+    assert isinstance(keeper, dict) and isinstance(keeper["lease"], str)
+    return keeper["lease"]
+
+
+def destroy_session(agent: Node, session: str) -> None:
+    assert request(agent, "PUT", f"/v1/session/destroy/{session}")[0] == 200
+
+
+def delete_key(agent: Node, key: str) -> None:
+    assert request(agent, "DELETE", f"/v1/kv/{key}")[0] == 200
+
+
+def repairs(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the keepers said at WARNING or above."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "consul_matchmaker.keeper" and record.levelno >= logging.WARNING
+    ]
+
+
+def answers(node: Node) -> bool:
+    """Whether the agent can reach the servers."""
+    try:
+        return request(node, "GET", "/v1/kv/none?consistent")[0] == 404
+    except NotReady:
+        return False
+
+
+class Sampler:
+    """Looks through every reader all the time, in one thread, and remembers what it saw."""
+
+    def __init__(self, readers: dict[str, Matchmaker], topic: str) -> None:
+        self._readers, self._topic = readers, topic
+        self.seen: dict[str, list[tuple[float, frozenset[str]]]] = {name: [] for name in readers}
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sampler")
+
+    def _run(self) -> None:
+        while not self._end.wait(POLL):
+            for name, reader in self._readers.items():
+                found = frozenset(hosts(reader, self._topic))
+                self.seen[name].append((time.monotonic(), found))
+
+    def __enter__(self) -> "Sampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def last_with(self, reader: str, host: str) -> float:
+        """When *reader* last saw *host*."""
+        return max(at for at, found in self.seen[reader] if host in found)
+
+    def always(self, host: str) -> bool:
+        return all(host in found for seen in self.seen.values() for _, found in seen)
+
+
+def test_processes_come_crash_end_restart_and_fork(
+    url: str, join: Callable[..., Matchmaker], agent: Node, prefix: str
+) -> None:
+    """Seen within 1 s; killed: gone within 2 x TTL + 1 s for every reader; ended without close:
+    gone within 1 s; restarted at the same host:port: visible within 1 s and for good; a forked
+    child has nothing, and its exit takes nothing."""
+    crashing, ending, restarting, forking = (f"10.0.0.{n}:9501" for n in range(1, 5))
+    readers = {name: join(extra) for name, extra in READERS.items()}
+    for reader in readers.values():
+        assert hosts(reader, "scheduler") == []
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for host in (crashing, ending, restarting, forking):
+            processes[host] = stack.enter_context(RegisteringProcess(url))
+            processes[host].register("scheduler", host)
+        for name, reader in readers.items():
+            until(lambda reader=reader: len(hosts(reader, "scheduler")) == 4, SOON, name)  # type: ignore[misc]
+
+        with Sampler(readers, "scheduler") as sampler:
+            processes[crashing].kill()
+            processes[restarting].kill()
+            killed_at = time.monotonic()
+            (old_key,) = (key for key in keys(agent, prefix) if "10_2e0_2e0_2e3" in key)
+
+            successor = stack.enter_context(RegisteringProcess(url))
+            visible_after = successor.register("scheduler", restarting)
+            assert old_key in keys(agent, prefix), "the dead predecessor still holds its key"
+            assert len([key for key in keys(agent, prefix) if "10_2e0_2e0_2e3" in key]) == 2
+
+            processes[ending].end()
+            ended_at = time.monotonic()
+            child = processes[forking].ask("fork")
+            until(
+                lambda: len(keys(agent, prefix)) == 2,
+                killed_at + CRASH_SECONDS - time.monotonic(),
+                "only the successor and the forking one are left",
+            )
+            time.sleep(1.0)  # now that the predecessor's session is gone: does the successor stay?
+
+        crash = {name: sampler.last_with(name, crashing) - killed_at for name in readers}
+        end = {name: sampler.last_with(name, ending) - ended_at for name in readers}
+        print(f"restarted: {visible_after:.2f} s; killed: {crash}; ended: {end}")
+        assert child == {"threads": ["MainThread"], "lease": None, "wanted": []}
+        assert max(crash.values()) <= CRASH_SECONDS
+        assert max(end.values()) <= SOON
+        assert visible_after <= SOON
+        assert sampler.always(restarting)
+        assert sampler.always(forking)
+        for reader in readers.values():
+            assert hosts(reader, "scheduler") == [restarting, forking]
+        assert len(keys(agent, prefix)) == 2
+
+
+def test_two_topics_in_one_process_one_unregistered(
+    join: Callable[..., Matchmaker], agent: Node, prefix: str
+) -> None:
+    """The other topic's key is not even written again."""
+    owner, reader = join(), join()
+    owner.register("scheduler", "10.0.0.1:9501").wait_until_published(timeout_seconds=5)
+    owner.register("conductor", "10.0.0.1:9501").wait_until_published(timeout_seconds=5)
+    assert hosts(reader, "scheduler") == hosts(reader, "conductor") == ["10.0.0.1:9501"]
+    (kept,) = (key for key in keys(agent, prefix) if "/conductor/" in key)
+    (before,) = read_json(agent, f"/v1/kv/{kept}")
+    owner.unregister("scheduler", "10.0.0.1:9501")
+    until(lambda: hosts(reader, "scheduler") == [], SOON, "unregistered is gone")
+    assert keys(agent, prefix) == [kept]
+    assert read_json(agent, f"/v1/kv/{kept}") == [before]
+    assert hosts(reader, "conductor") == ["10.0.0.1:9501"]
+
+
+def test_session_destroyed_key_deleted_host_expired(
+    join: Callable[..., Matchmaker],
+    agent: Node,
+    prefix: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each is back within one renewal interval, with one log line that says why."""
+    losing_session, losing_key, expired, reader = join(), join(), join(), join()
+    owners = {
+        "10.0.0.1:9501": losing_session,
+        "10.0.0.2:9501": losing_key,
+        "10.0.0.3:9501": expired,
+    }
+    for host, owner in owners.items():
+        for topic in ("scheduler", "conductor"):
+            owner.register(topic, host).wait_until_published(timeout_seconds=5)
+    until(lambda: hosts(reader, "scheduler") == list(owners), SOON, "all are there")
+    session = lease_of(losing_session)
+    (key,) = (k for k in keys(agent, prefix) if "/scheduler/10_2e0_2e0_2e2" in k)
+
+    destroy_session(agent, session)
+    delete_key(agent, key)
+    assert reader.expire("scheduler", "10.0.0.3:9501") == 1
+    assert len(keys(agent, prefix)) == 2
+    took = until(lambda: len(keys(agent, prefix)) == 6, INTERVAL + SLACK, "all are back")
+    until(lambda: hosts(reader, "scheduler") == list(owners), SOON, "and seen")
+
+    print(f"back after {took:.2f} s; {repairs(caplog)}")
+    until(lambda: len(repairs(caplog)) >= 3, SOON, "three lines")
+    assert len(repairs(caplog)) == 3
+    deleted, expiry, lost = sorted(repairs(caplog))
+    assert lost.startswith(f"lease {session[:8]}… lost (Consul does not know it any more)")
+    assert "published 2 registrations again after" in lost
+    for line, host in ((deleted, "10.0.0.2:9501"), (expiry, "10.0.0.3:9501")):
+        assert line.startswith(f"Consul did not hold scheduler at {host} any more")
+        assert "published 1 registration again after" in line
+    assert lease_of(losing_session) != session
+
+
+def test_closing_leaves_neither_key_nor_session(
+    join: Callable[..., Matchmaker], agent: Node, prefix: str
+) -> None:
+    """Gone for a watching reader at once, not after a TTL."""
+    owner, reader = join(), join()
+    owner.register("scheduler", "10.0.0.1:9501").wait_until_published(timeout_seconds=5)
+    until(lambda: hosts(reader, "scheduler") == ["10.0.0.1:9501"], SOON, "there")
+    session = lease_of(owner)
+    assert [s["ID"] for s in read_json(agent, f"/v1/session/info/{session}")] == [session]
+    owner.close()
+    until(lambda: hosts(reader, "scheduler") == [], SOON, "gone")
+    assert keys(agent, prefix) == []
+    assert read_json(agent, f"/v1/session/info/{session}") == []
+
+
+def test_leader_killed_while_registering_and_looking_up(
+    cluster: Cluster, join: Callable[..., Matchmaker], agent: Node, prefix: str
+) -> None:
+    """No failed lookup of a known topic in four threads; what was registered before and during
+    the election is there afterwards, once."""
+    owner, reader = join(), join()
+    first = owner.register("scheduler", "10.0.0.1:9501")
+    first.wait_until_published(timeout_seconds=5)
+    until(lambda: hosts(reader, "scheduler") == ["10.0.0.1:9501"], SOON, "there")
+    failed: list[object] = []
+    lookups = [0] * 4
+    done = threading.Event()
+
+    def look_up(number: int) -> None:
+        while not done.wait(0.002):
+            lookups[number] += 1
+            try:
+                found = hosts(reader, "scheduler")
+            except errors.MatchmakerError as error:
+                failed.append(error)
+            else:
+                if "10.0.0.1:9501" not in found:
+                    failed.append(found)
+
+    threads = [threading.Thread(target=look_up, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        cluster.kill(cluster.leader())
+        late: list[Registration] = []
+        for port in range(9502, 9507):
+            late.append(owner.register("scheduler", f"10.0.0.1:{port}"))
+        for registration in late:
+            registration.wait_until_published(timeout_seconds=30)
+        cluster.leader()
+        until(lambda: len(hosts(reader, "scheduler")) == 6, INTERVAL + SLACK, "all are seen")
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert failed == []
+    assert min(lookups) > 100
+    assert len(keys(agent, prefix)) == 6
+
+
+@pytest.mark.parametrize("graceful", [False, True], ids=["killed", "left"])
+def test_agent_away_and_back(
+    cluster: Cluster,
+    join: Callable[..., Matchmaker],
+    agent: Node,
+    prefix: str,
+    graceful: bool,
+) -> None:
+    """Killed or left gracefully (which ends its sessions), then started again: all registrations
+    are back within one renewal interval, once each; so is one whose process started meanwhile,
+    which could say why it waited."""
+    owner = join()
+    before = [owner.register("scheduler", f"10.0.0.1:{port}") for port in (9501, 9502)]
+    for registration in before:
+        registration.wait_until_published(timeout_seconds=5)
+    (cluster.stop if graceful else cluster.kill)("agent1")
+    newcomer = join()
+    began = time.monotonic()
+    new = newcomer.register("scheduler", "10.0.0.2:9501")
+    assert time.monotonic() - began < 0.2, "register never waits for Consul"
+    with pytest.raises(errors.TimedOut, match=r"within 1 s: .*refused|reset|closed|Consul"):
+        new.wait_until_published(timeout_seconds=1)
+    time.sleep(INTERVAL)  # long enough for a renewal to fail
+    cluster.start("agent1")
+    until(lambda: answers(agent), 30, "the agent is back")
+    took = until(lambda: len(keys(agent, prefix)) == 3, INTERVAL + SLACK, "all are back")
+    new.wait_until_published(timeout_seconds=1)
+    print(f"all back {took:.2f} s after the agent")
+    with Matchmaker.from_url(f"consul+kv://{agent.http}/{prefix}") as reader:
+        until(
+            lambda: (
+                hosts(reader, "scheduler") == ["10.0.0.1:9501", "10.0.0.1:9502", "10.0.0.2:9501"]
+            ),
+            SOON,
+            "and seen",
+        )
+    time.sleep(INTERVAL)
+    assert len(keys(agent, prefix)) == 3, "exactly one key a registration, also later"
+    wait_until(lambda: cluster.wait_ready(), 30)
+
+
+def test_an_agent_that_hangs_delays_nobody_and_loses_nothing(
+    cluster: Cluster, join: Callable[..., Matchmaker], agent: Node, prefix: str
+) -> None:
+    """Longer than the TTL without any answer: register returns at once, close in time, and the
+    lease is the same one afterwards, for only Consul's word ends it."""
+    owner, leaving, reader = join(), join(), join()
+    owner.register("scheduler", "10.0.0.1:9501").wait_until_published(timeout_seconds=5)
+    leaving.register("scheduler", "10.0.0.2:9501").wait_until_published(timeout_seconds=5)
+    until(lambda: len(hosts(reader, "scheduler")) == 2, SOON, "both are there")
+    lease = lease_of(owner)
+    cluster.pause("agent1")
+    paused_at = time.monotonic()
+    added = owner.register("conductor", "10.0.0.1:9501")
+    leaving.close(timeout_seconds=1)
+    assert time.monotonic() - paused_at < 2
+    with pytest.raises(errors.TimedOut):
+        added.wait_until_published(timeout_seconds=TTL + 2)
+    assert len(hosts(reader, "scheduler")) == 2
+    cluster.resume("agent1")
+    until(lambda: answers(agent), 30, "the agent is back")
+    added.wait_until_published(timeout_seconds=INTERVAL + SLACK)
+    assert lease_of(owner) == lease
+    until(
+        lambda: len(keys(agent, prefix)) == 2, CRASH_SECONDS, "what could not leave ends by its TTL"
+    )
+
+
+def test_quorum_lost_for_longer_than_a_lease_lives(
+    cluster: Cluster,
+    join: Callable[..., Matchmaker],
+    agent: Node,
+    prefix: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """2 x TTL without a leader: nothing is given up meanwhile, and everything is there afterwards,
+    together with what was registered and without what was unregistered in between."""
+    owner, reader = join(), join()
+    for port in (9501, 9502):
+        owner.register("scheduler", f"10.0.0.1:{port}").wait_until_published(timeout_seconds=5)
+    until(lambda: len(hosts(reader, "scheduler")) == 2, SOON, "both are there")
+    lease = lease_of(owner)
+    leader = cluster.leader()
+    follower = next(n for n in cluster.nodes if n.startswith("server") and n != leader)
+    cluster.kill(leader)
+    cluster.kill(follower)
+    owner.unregister("scheduler", "10.0.0.1:9502")
+    added = owner.register("scheduler", "10.0.0.1:9503")
+    time.sleep(2 * TTL + 1)
+    assert len(hosts(reader, "scheduler")) == 2
+    assert lease_of(owner) == lease
+    cluster.start(leader)
+    cluster.start(follower)
+    until(lambda: answers(agent), 30, "there is a leader again")
+    added.wait_until_published(timeout_seconds=INTERVAL + SLACK)
+    expected = ["10.0.0.1:9501", "10.0.0.1:9503"]
+    until(lambda: hosts(reader, "scheduler") == expected, INTERVAL + SLACK, "all are seen")
+    assert len(keys(agent, prefix)) == 2
+    print(repairs(caplog))
+    assert len(repairs(caplog)) <= 3  # unreachable, overdue, and one repair if the lease was lost

@@ -1,0 +1,867 @@
+"""One exchange with an agent: form, deadline, token, what each failure means, which agent."""
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+
+import pytest
+
+from consul_matchmaker.backends.agent import MAX_ANSWER_BYTES, Agent, go_duration
+from consul_matchmaker.errors import Denied, TimedOut, Unavailable
+from consul_matchmaker.settings import Settings
+
+TOKEN = "5e4bc9f2-secret"
+
+
+def reply(status=200, body=b"true", headers=()):
+    """A whole HTTP answer."""
+    lines = [f"HTTP/1.1 {status} Said", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+class Request:
+    def __init__(self, head, body):
+        lines = head.decode("latin-1").split("\r\n")
+        self.method, self.target, _ = lines[0].split(" ")
+        self.path = self.target.partition("?")[0]
+        self.headers = {k.lower(): v for k, _, v in (line.partition(": ") for line in lines[1:])}
+        self.body = body
+
+    @property
+    def token(self):
+        return self.headers.get("x-consul-token")
+
+
+class Server:
+    """An HTTP server that does as told: *behave* gets a Request and returns bytes to send, None to
+    close without a word, or a function that is handed the socket."""
+
+    def __init__(self, behave=lambda request: reply(), *, family=socket.AF_INET, tls=None):
+        self.behave = behave
+        self.requests = []
+        self.connections = 0
+        self.stopping = threading.Event()
+        self._tls = tls
+        self._listener = socket.create_server(
+            ("::1" if family == socket.AF_INET6 else "127.0.0.1", 0), family=family, backlog=64
+        )
+        self.port = self._listener.getsockname()[1]
+        self.address = f"127.0.0.1:{self.port}"
+        self._open = set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.stopping.set()
+        # close() alone would leave accept() waiting, and with it the port open.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.close_connections()
+
+    def close_connections(self):
+        for sock in list(self._open):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+            self._open.discard(sock)
+
+    def _accept(self):
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
+
+    def _serve(self, sock):
+        with contextlib.suppress(OSError):
+            if self._tls is not None:
+                sock = self._tls.wrap_socket(sock, server_side=True)
+            self.connections += 1
+            self._open.add(sock)
+            with sock.makefile("rb") as reader:
+                while self._serve_one(sock, reader):
+                    pass
+        self._open.discard(sock)
+        sock.close()
+
+    def _serve_one(self, sock, reader):
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            line = reader.readline()
+            if not line:
+                return False
+            head += line
+        request = Request(head[:-4], b"")
+        request.body = reader.read(int(request.headers.get("content-length", 0)))
+        self.requests.append(request)
+        answer = self.behave(request)
+        if answer is None:
+            return False
+        if callable(answer):
+            answer(sock)
+            return False
+        sock.sendall(answer)
+        return True
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def server():
+    with Server() as it:
+        yield it
+
+
+def agent_at(*addresses, **settings):
+    clock = settings.pop("clock", time.monotonic)
+    values = {"mode": "kv", "request_timeout_seconds": 5, "addresses": ",".join(addresses)}
+    return Agent(Settings(**{**values, **settings}), clock=clock)
+
+
+def closed_port():
+    """An address where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return f"127.0.0.1:{sock.getsockname()[1]}"
+
+
+# -- the form of a request ------------------------------------------------------------------------
+
+
+def test_the_token_goes_into_its_header_and_nowhere_else(server):
+    """No URL, which ends up in logs, ever holds the token."""
+    agent = agent_at(server.address, token=TOKEN)
+    agent.call("PUT", "/v1/kv/a", {"acquire": "id"}, b"value")
+    (request,) = server.requests
+    assert request.token == TOKEN
+    assert TOKEN not in request.target
+    assert request.target == "/v1/kv/a?acquire=id"
+
+
+def test_no_token_no_header(server):
+    """Without a token there is no token header."""
+    agent_at(server.address).call("GET", "/v1/kv/a")
+    assert server.requests[0].token is None
+
+
+@pytest.mark.parametrize("body", [b"", b"x", b"x" * 100_000])
+@pytest.mark.parametrize("method", ["PUT", "DELETE"])
+def test_a_body_has_a_length_and_is_never_chunked(server, method, body):
+    """New Consul releases check Content-Length, and old ones let chunked bodies of any size in."""
+    agent_at(server.address).call(method, "/v1/kv/a", body=body)
+    (request,) = server.requests
+    assert request.headers["content-length"] == str(len(body))
+    assert "transfer-encoding" not in request.headers
+    assert request.body == body
+
+
+def test_only_the_settings_count(server, monkeypatch, tmp_path):
+    """Proxies, tokens and .netrc of the environment do not reach a request."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login somebody password something\n")
+    for name, value in {
+        "HTTP_PROXY": "http://127.0.0.1:1",
+        "http_proxy": "http://127.0.0.1:1",
+        "ALL_PROXY": "http://127.0.0.1:1",
+        "NETRC": str(netrc),
+        "CONSUL_HTTP_TOKEN": "from-the-environment",
+        "CONSUL_HTTP_ADDR": "127.0.0.1:1",
+        "CONSUL_HTTP_SSL": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    agent_at(server.address, token=TOKEN).call("GET", "/v1/kv/a")
+    (request,) = server.requests
+    assert request.token == TOKEN
+    assert "authorization" not in request.headers
+
+
+def test_calls_share_one_connection(server):
+    """At rest an agent costs one connection, however many calls there are."""
+    agent = agent_at(server.address)
+    for _ in range(20):
+        agent.call("GET", "/v1/kv/a")
+    assert server.connections == 1
+
+
+def test_threads_never_mix_their_answers():
+    """Each thread gets the answer to its own question, from one pool of connections."""
+    with Server(lambda request: reply(body=request.path.encode())) as server:
+        agent = agent_at(server.address)
+        wrong = []
+
+        def ask(number):
+            for n in range(30):
+                path = f"/v1/kv/{number}-{n}"
+                if agent.call("GET", path).body != path.encode():
+                    wrong.append(path)
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert wrong == []
+        assert len(server.requests) == 240
+        assert server.connections < 240
+
+
+def test_making_an_agent_opens_nothing():
+    """No socket, no thread, no file is touched before the first call."""
+    before = threading.active_count()
+    agent = agent_at(closed_port(), token_file="/nonexistent/token")
+    assert threading.active_count() == before
+    assert "127.0.0.1" in repr(agent)
+    agent.close()
+
+
+def test_ipv6_addresses_are_bracketed():
+    """An agent at ::1 can be asked."""
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    try:
+        server = Server(family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("no ::1 here")
+    with server:
+        agent = agent_at(f"[::1]:{server.port}")
+        assert agent.call("GET", "/v1/kv/a").body == b"true"
+        assert server.requests[0].headers["host"] == f"[::1]:{server.port}"
+
+
+# -- what an answer means -------------------------------------------------------------------------
+
+
+def test_an_accepted_status_is_an_answer():
+    """404 means what the call says it means."""
+    with Server(lambda request: reply(404, b"")) as server:
+        agent = agent_at(server.address)
+        assert agent.call("GET", "/v1/kv/a", accept=(404,)).status == 404
+        with pytest.raises(Unavailable, match="404"):
+            agent.call("GET", "/v1/kv/a")
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, Unavailable),
+        (401, Denied),
+        (403, Denied),
+        (405, Unavailable),
+        (413, Unavailable),
+        (429, Unavailable),
+        (500, Unavailable),
+        (502, Unavailable),
+        (503, Unavailable),
+        (599, Unavailable),
+    ],
+)
+def test_the_status_decides_never_the_text(status, error):
+    """A misleading text changes nothing; it is shown, with method, path and agent."""
+    with Server(lambda request: reply(status, b"Permission denied: No cluster leader")) as server:
+        with pytest.raises(error) as caught:
+            agent_at(server.address).call("PUT", "/v1/session/create")
+        assert type(caught.value) is error
+        message = str(caught.value)
+        assert f"PUT /v1/session/create at {server.address}: status {status}" in message
+        assert "No cluster leader" in message
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_redirects_are_errors_and_not_followed(status):
+    """A redirect would carry the token to somebody else."""
+    with Server() as other:
+        where = f"Location: http://{other.address}/"
+        with Server(lambda request: reply(status, b"", [where])) as server:
+            with pytest.raises(Unavailable, match="redirect"):
+                agent_at(server.address, token=TOKEN).call("GET", "/v1/kv/a")
+            assert len(server.requests) == 1
+        assert other.requests == []
+
+
+@pytest.mark.parametrize(
+    ("header", "index"),
+    [
+        ("X-Consul-Index: 17", 17),
+        ("X-Consul-Index: 18446744073709551615", 0),  # more than any Raft index
+        ("X-Consul-Index: 0", 0),
+        ("X-Consul-Index: -3", 0),
+        ("X-Consul-Index: 1e3", 0),
+        ("X-Consul-Index: ²", 0),
+        ("X-Consul-Index:", 0),
+        ("X-Other: 1", 0),
+    ],
+)
+def test_the_index_is_a_number_or_zero(header, index):
+    """A missing or strange X-Consul-Index is 0, whatever it looks like."""
+    raw = reply(headers=["X-None: 1"]).replace(b"X-None: 1", header.encode("latin-1"))
+    with Server(lambda request: raw) as server:
+        assert agent_at(server.address).call("GET", "/v1/kv/a").index == index
+
+
+def test_filtering_by_acls_is_noticed():
+    """Consul 1.11 and later says when ACLs hid something."""
+    headers = ["X-Consul-Results-Filtered-By-ACLs: true"]
+    with Server(lambda request: reply(headers=headers)) as server:
+        assert agent_at(server.address).call("GET", "/v1/kv/a").is_filtered
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b'["a', b"\xff\xfe", b"[" * 100_000])
+def test_what_is_not_json_is_no_answer(body):
+    """A cut or foreign body is Unavailable, not a Python error."""
+    with Server(lambda request: reply(body=body)) as server:
+        answer = agent_at(server.address).call("GET", "/v1/kv/a")
+        with pytest.raises(Unavailable, match="Consul"):
+            answer.json()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 abc\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\ncut",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X-Long: " + b"x" * 200_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X-Many: 1\r\n" * 2000 + b"\r\n",
+    ],
+    ids=["no HTTP", "no status", "cut body", "broken chunks", "long header", "many headers"],
+)
+def test_broken_http_is_unavailable(raw):
+    """Whatever a broken peer sends, it is Unavailable."""
+    with Server(lambda request: lambda sock: sock.sendall(raw)) as server:
+        agent = agent_at(server.address)
+        with pytest.raises(Unavailable):
+            agent.call("GET", "/v1/kv/a").json()
+
+
+def test_a_body_without_end_is_not_read():
+    """What exceeds every sensible answer is given up, with its connection."""
+
+    def flood(sock):
+        sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        for _ in range(MAX_ANSWER_BYTES // 2**20 + 8):
+            sock.sendall(b"x" * 2**20)
+
+    with Server(lambda request: flood) as server, pytest.raises(Unavailable, match="exceeds"):
+        agent_at(server.address).call("GET", "/v1/kv/a")
+
+
+# -- deadlines ------------------------------------------------------------------------------------
+
+
+def drip(server, start):
+    """Send *start*, then byte after byte, each well within any timeout from piece to piece."""
+
+    def send(sock):
+        sock.sendall(start)
+        while not server.stopping.wait(0.03):
+            sock.sendall(b"x")
+
+    return send
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nX-Header: ",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n",
+    ],
+    ids=["status line", "header", "body with length", "body without length"],
+)
+def test_a_dripping_server_does_not_hold_us_past_the_deadline(start):
+    """The deadline is for the whole answer, however many pieces it comes in."""
+    with Server() as server:
+        server.behave = lambda request: drip(server, start)
+        agent = agent_at(server.address, request_timeout_seconds=0.3)
+        started = time.monotonic()
+        with pytest.raises(TimedOut, match=r"within 0\.3 s"):
+            agent.call("GET", "/v1/kv/a")
+        assert time.monotonic() - started < 2
+
+
+def test_a_silent_agent_times_out():
+    """An agent that accepts and says nothing is TimedOut, once."""
+    with Server() as server:
+        server.behave = lambda request: lambda sock: server.stopping.wait(30)
+        agent = agent_at(server.address, request_timeout_seconds=0.2)
+        started = time.monotonic()
+        with pytest.raises(TimedOut, match="GET /v1/kv/a"):
+            agent.call("GET", "/v1/kv/a")
+        assert time.monotonic() - started < 2
+        assert len(server.requests) == 1
+
+
+def test_the_deadline_of_one_call_does_not_reach_the_next():
+    """A connection that was kept starts each call with the whole time."""
+    with Server(lambda request: reply(body=b"x" * 100)) as server:
+        agent = agent_at(server.address, request_timeout_seconds=0.5)
+        ends_at = time.monotonic() + 0.8
+        while time.monotonic() < ends_at:
+            agent.call("GET", "/v1/kv/a")
+        assert server.connections == 1
+
+
+def test_a_poll_waits_longer_than_a_call():
+    """Consul holds a poll for its wait, a sixteenth of it, and while there is no leader."""
+    agent = agent_at("127.0.0.1:1", request_timeout_seconds=10)
+    assert agent.poll_timeout_seconds(16) == 17 + 10
+    assert agent_at("127.0.0.1:1", request_timeout_seconds=1).poll_timeout_seconds(16) == 17 + 8
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(10, "10s"), (1.5, "1500ms"), (0.05, "50ms"), (86400, "86400s")]
+)
+def test_durations_are_what_go_reads(seconds, text):
+    """Consul refuses a bare number and reads whole seconds or milliseconds."""
+    assert go_duration(seconds) == text
+
+
+# -- connections that break -----------------------------------------------------------------------
+
+
+def test_a_kept_connection_that_was_closed_is_replaced_silently(server):
+    """An agent that was restarted between two calls costs nobody an error."""
+    agent = agent_at(server.address)
+    agent.call("GET", "/v1/kv/a")
+    server.close_connections()
+    agent.call("GET", "/v1/kv/b")
+    assert server.connections == 2
+
+
+def test_a_connection_closed_under_a_request_is_retried_once():
+    """The close may cross the request: the call, idempotent as all are, is made again."""
+    answers = iter([None, reply(body=b"2")])
+    with Server(lambda request: next(answers)) as server:
+        assert agent_at(server.address).call("GET", "/v1/kv/a").body == b"2"
+        assert len(server.requests) == 2
+
+
+def test_connections_that_are_always_closed_are_unavailable():
+    """As Consul does to whoever has too many of them: one more try, then an error."""
+    with Server(lambda request: None) as server:
+        with pytest.raises(Unavailable, match="without response"):
+            agent_at(server.address).call("GET", "/v1/kv/a")
+        assert len(server.requests) == 2
+
+
+def test_nobody_listening_says_what_to_check():
+    """The error names the call, the agent, the reason and the remedy, and no Python internals."""
+    address = closed_port()
+    with pytest.raises(Unavailable) as caught:
+        agent_at(address, token=TOKEN).call("GET", "/v1/kv/a", {"acquire": "x"})
+    assert str(caught.value) == (
+        f"GET /v1/kv/a at {address}: Connection refused; "
+        "check that a Consul agent listens there, and the setting addresses"
+    )
+
+
+def test_an_unknown_name_is_unavailable():
+    """A host name that does not resolve is a failure like any other."""
+    with pytest.raises(Unavailable, match="check that a Consul agent"):
+        agent_at("no-such-host.invalid:8500").call("GET", "/v1/kv/a")
+
+
+def test_close_then_call_opens_a_new_connection(server):
+    """close() drops what is open and nothing else."""
+    agent = agent_at(server.address)
+    agent.call("GET", "/v1/kv/a")
+    agent.close()
+    agent.call("GET", "/v1/kv/a")
+    assert server.connections == 2
+
+
+def test_a_forked_child_leaves_the_parents_connection_alone(server):
+    """The child forgets, connects anew and ends; the parent goes on with its own connection."""
+    agent = agent_at(server.address)
+    agent.call("GET", "/v1/kv/parent")
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        with contextlib.suppress(BaseException):
+            agent.forget()
+            agent.call("GET", "/v1/kv/child")
+            agent.close()
+            status = 0
+        os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    agent.call("GET", "/v1/kv/parent")
+    assert [request.path for request in server.requests] == [
+        "/v1/kv/parent",
+        "/v1/kv/child",
+        "/v1/kv/parent",
+    ]
+    assert server.connections == 2
+
+
+# -- polls ----------------------------------------------------------------------------------------
+
+
+def test_a_poll_has_a_connection_of_its_own():
+    """A poll says how long to wait, and calls meanwhile are not held up."""
+    release = threading.Event()
+
+    def behave(request):
+        if "wait=" in request.target:
+            release.wait(30)
+            return reply(headers=["X-Consul-Index: 8"])
+        return reply()
+
+    with Server(behave) as server:
+        agent = agent_at(server.address)
+        answers = []
+        thread = threading.Thread(
+            target=lambda: answers.append(
+                agent.poll("/v1/kv/p/", {"keys": "", "index": "7"}, 2.5, accept=())
+            )
+        )
+        thread.start()
+        while not server.requests:
+            thread.join(0.01)
+        agent.call("GET", "/v1/kv/a")
+        release.set()
+        thread.join(10)
+        assert answers[0].index == 8
+        assert server.requests[0].target == "/v1/kv/p/?keys=&index=7&wait=2500ms"
+        assert server.connections == 2
+
+
+def test_ending_polls_wakes_the_one_that_waits(caplog):
+    """A poll in flight ends at once, without a retry, and none begins after; calls go on."""
+    with Server() as server:
+        server.behave = lambda request: (
+            (lambda sock: server.stopping.wait(30)) if "wait=" in request.target else reply()
+        )
+        agent = agent_at(server.address)
+        errors = []
+
+        def poll():
+            try:
+                agent.poll("/v1/kv/p/", {}, 20, accept=())
+            except Unavailable as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=poll)
+        thread.start()
+        while not server.requests:
+            thread.join(0.01)
+        started = time.monotonic()
+        agent.end_polls()
+        thread.join(10)
+        poll()
+        assert time.monotonic() - started < 5
+        assert len(errors) == 2
+        assert len([r for r in server.requests if "wait=" in r.target]) < 3
+        agent.call("GET", "/v1/kv/a")
+        assert agent.status() == {"agent": server.address, "agents_away": []}
+
+
+# -- tokens ---------------------------------------------------------------------------------------
+
+
+def test_a_changed_token_file_is_used_at_the_next_call(server, tmp_path):
+    """Rotating the file is enough; nothing has to be restarted."""
+    file = tmp_path / "token"
+    file.write_text("first\n")
+    agent = agent_at(server.address, token_file=str(file))
+    agent.call("GET", "/v1/kv/a")
+    new = tmp_path / "new"
+    new.write_text("second\n")
+    new.replace(file)
+    agent.call("GET", "/v1/kv/a")
+    assert [request.token for request in server.requests] == ["first", "second"]
+
+
+def test_a_refused_token_is_read_again_and_tried_once(tmp_path):
+    """A file that changed without looking changed is read again when Consul refuses."""
+    file = tmp_path / "token"
+    file.write_text("first")
+    stamp = file.stat()
+
+    def behave(request):
+        if request.token == "good!":
+            return reply()
+        file.write_text("good!")  # the same size, and below the same time stamp
+        os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        return reply(403, b"ACL not found")
+
+    with Server(behave) as server:
+        agent = agent_at(server.address, token_file=str(file))
+        assert agent.call("GET", "/v1/kv/a").status == 200
+        assert [request.token for request in server.requests] == ["first", "good!"]
+
+
+def test_a_refused_token_that_stays_is_denied(tmp_path):
+    """The same token is not sent twice, and the error names the remedy but not the token."""
+    file = tmp_path / "token"
+    file.write_text(TOKEN)
+    with Server(lambda request: reply(403, f"token {TOKEN} is bad".encode())) as server:
+        with pytest.raises(Denied, match="token_file") as caught:
+            agent_at(server.address, token_file=str(file)).call("GET", "/v1/kv/a")
+        assert TOKEN not in str(caught.value)
+        assert len(server.requests) == 1
+
+
+def test_access_without_a_token_is_denied_in_other_words():
+    """Who gave no token is told to give one."""
+    refusal = reply(403, b"Permission denied")
+    with Server(lambda r: refusal) as server, pytest.raises(Denied, match="without a token"):
+        agent_at(server.address).call("GET", "/v1/kv/a")
+
+
+def test_a_token_file_that_never_was_is_denied(server, tmp_path):
+    """Without a token there is nothing to ask with; the error names the file."""
+    with pytest.raises(Denied, match="no-such-file"):
+        agent_at(server.address, token_file=str(tmp_path / "no-such-file")).call("GET", "/v1/a")
+    assert server.requests == []
+
+
+def test_a_token_file_that_is_gone_for_a_while_leaves_the_old_token(server, tmp_path):
+    """Between the two halves of a rotation calls go on."""
+    file = tmp_path / "token"
+    file.write_text("first")
+    agent = agent_at(server.address, token_file=str(file))
+    agent.call("GET", "/v1/kv/a")
+    file.unlink()
+    agent.call("GET", "/v1/kv/a")
+    file.write_text("second")
+    agent.call("GET", "/v1/kv/a")
+    assert [request.token for request in server.requests] == ["first", "first", "second"]
+
+
+@pytest.mark.parametrize("token", ["evil\r\nX-Other: 1", "schlüssel", "two words"])
+def test_a_token_file_that_holds_something_else_is_denied(server, tmp_path, token):
+    """What no header can carry is neither sent nor shown."""
+    file = tmp_path / "token"
+    file.write_text(token)
+    with pytest.raises(Denied, match="token_file") as caught:
+        agent_at(server.address, token_file=str(file)).call("GET", "/v1/kv/a")
+    assert token not in str(caught.value)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "right"),
+    [
+        ("GET", "/v1/kv/mm/t/", 'key_prefix "mm/" read'),
+        ("PUT", "/v1/kv/mm/t/h/i", 'key_prefix "mm/" write'),
+        ("PUT", "/v1/session/create", 'session_prefix "" write'),
+    ],
+)
+def test_a_refusal_names_the_right_that_is_missing(method, path, right):
+    """What to write into the policy stands in the error."""
+    refusal = reply(403, b"Permission denied")
+    with Server(lambda r: refusal) as server, pytest.raises(Denied, match=right):
+        agent_at(server.address, prefix="mm", token=TOKEN).call(method, path)
+
+
+# -- several agents -------------------------------------------------------------------------------
+
+
+def test_the_first_address_that_works_is_kept(server, caplog):
+    """The next in order takes over, it is said once, and the dead one is not asked again."""
+    dead = closed_port()
+    clock = Clock()
+    with Server() as third:
+        agent = agent_at(dead, server.address, third.address, clock=clock)
+        for _ in range(10):
+            agent.call("GET", "/v1/kv/a")
+        assert len(server.requests) == 10
+        assert third.requests == []
+    (record,) = caplog.records
+    assert (record.levelno, server.address in record.getMessage()) == (logging.WARNING, True)
+    assert agent.status() == {"agent": server.address, "agents_away": [dead]}
+
+
+def test_a_silent_agent_costs_one_timeout_not_one_a_call():
+    """After one timeout the other agent is asked directly."""
+    with Server() as silent, Server() as good:
+        silent.behave = lambda request: lambda sock: silent.stopping.wait(30)
+        agent = agent_at(silent.address, good.address, request_timeout_seconds=0.3, clock=Clock())
+        started = time.monotonic()
+        for _ in range(5):
+            agent.call("GET", "/v1/kv/a")
+        assert 0.3 <= time.monotonic() - started < 0.3 * 2
+        assert len(silent.requests) == 1
+        assert len(good.requests) == 5
+
+
+def test_a_dead_agent_is_asked_again_after_its_back_off():
+    """It is the last resort meanwhile, and takes over again when its turn comes."""
+    clock = Clock()
+    with Server() as first, Server(lambda request: reply(500, b"")) as second:
+        first.behave = lambda request: None
+        agent = agent_at(first.address, second.address, clock=clock)
+        with pytest.raises(Unavailable):
+            agent.call("GET", "/v1/kv/a")
+        seen = len(first.requests)
+        first.behave = lambda request: reply()
+        with pytest.raises(Unavailable, match="status 500"):
+            agent.call("GET", "/v1/kv/a")
+        assert len(first.requests) == seen
+        clock.now += 60
+        agent.call("GET", "/v1/kv/a")
+        assert len(first.requests) == seen + 1
+
+
+def test_when_all_are_away_one_is_asked_a_call():
+    """No call waits for every dead agent; each gets its turn, so the one that is back is found."""
+    clock = Clock()
+    with Server(lambda r: None) as a, Server(lambda r: None) as b, Server(lambda r: None) as c:
+        servers = [a, b, c]
+        agent = agent_at(*(server.address for server in servers), clock=clock)
+        with pytest.raises(Unavailable, match=a.address):
+            agent.call("GET", "/v1/kv/a")
+        counts = [len(server.requests) for server in servers]
+        assert counts == [2, 2, 2]  # each is given its one retry
+        with pytest.raises(Unavailable):
+            agent.call("GET", "/v1/kv/a")
+        assert sum(len(server.requests) for server in servers) == 8
+        c.behave = lambda request: reply()
+        for _ in range(3):
+            with contextlib.suppress(Unavailable):
+                agent.call("GET", "/v1/kv/a")
+        assert agent.status()["agent"] == c.address
+
+
+def test_an_agent_that_cannot_help_costs_one_other_opinion():
+    """Without a leader all agents answer 500: two are asked, not all, and none is shunned."""
+    with (
+        Server(lambda r: reply(500, b"No cluster leader")) as a,
+        Server(lambda r: reply(500, b"No cluster leader")) as b,
+        Server() as c,
+    ):
+        agent = agent_at(a.address, b.address, c.address)
+        with pytest.raises(Unavailable, match=a.address):
+            agent.call("GET", "/v1/kv/a")
+        assert [len(server.requests) for server in (a, b, c)] == [1, 1, 0]
+        assert agent.status() == {"agent": a.address, "agents_away": []}
+
+
+def test_an_agent_that_lost_the_servers_is_left_for_one_that_has_them(server):
+    """An isolated client agent answers 500; the other one answers, and is kept."""
+    with Server(lambda r: reply(500, b"No known Consul servers")) as isolated:
+        agent = agent_at(isolated.address, server.address)
+        for _ in range(5):
+            agent.call("GET", "/v1/kv/a")
+        assert len(isolated.requests) == 1
+        assert len(server.requests) == 5
+
+
+@pytest.mark.parametrize("status", [403, 404, 400, 301])
+def test_a_clear_answer_is_not_taken_to_another_agent(server, status):
+    """What one agent says for the whole cluster, another would say as well."""
+    with Server(lambda r: reply(status)) as first, pytest.raises((Unavailable, Denied)):
+        agent_at(first.address, server.address).call("GET", "/v1/kv/a")
+    assert server.requests == []
+
+
+# -- TLS ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A certificate for 127.0.0.1, signed by itself, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl command to make a certificate with")
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    request = [
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=test",
+        "-addext",
+    ]
+    files = ["-keyout", str(key), "-out", str(cert)]
+    subprocess.run(
+        ["openssl", *request, "subjectAltName=IP:127.0.0.1", *files],
+        check=True,
+        capture_output=True,
+    )
+    return str(cert), str(key)
+
+
+@pytest.fixture
+def tls_server(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    context.load_verify_locations(certificate[0])
+    context.verify_mode = ssl.CERT_OPTIONAL
+    with Server(tls=context) as it:
+        yield it
+
+
+def test_tls_with_its_ca(tls_server, certificate):
+    """ca_cert, client_cert and client_key make a verified connection, kept between calls."""
+    cert, key = certificate
+    agent = agent_at(
+        tls_server.address, tls=True, ca_cert=cert, client_cert=cert, client_key=key, token=TOKEN
+    )
+    for _ in range(3):
+        assert agent.call("GET", "/v1/kv/a").status == 200
+    assert tls_server.connections == 1
+    assert tls_server.requests[0].token == TOKEN
+
+
+def test_tls_with_an_unknown_ca_is_refused(tls_server, monkeypatch, certificate):
+    """The token is not sent to a stranger; CAs of the environment do not count."""
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", certificate[0])
+    monkeypatch.setenv("CURL_CA_BUNDLE", certificate[0])
+    with pytest.raises(Unavailable, match="ca_cert"):
+        agent_at(tls_server.address, tls=True, token=TOKEN).call("GET", "/v1/kv/a")
+    assert tls_server.requests == []
+
+
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_tls_without_verification(tls_server):
+    """verify=false talks to anybody."""
+    agent = agent_at(tls_server.address, tls=True, verify=False)
+    assert agent.call("GET", "/v1/kv/a").status == 200
+
+
+def test_a_missing_ca_file_is_named(tls_server, tmp_path):
+    """A wrong path is said, not a stack trace of a foreign library."""
+    with pytest.raises(Unavailable, match=r"missing\.pem"):
+        agent_at(tls_server.address, tls=True, ca_cert=str(tmp_path / "missing.pem")).call(
+            "GET", "/v1/kv/a"
+        )
+
+
+def test_a_tls_poll_can_be_ended(tls_server, certificate):
+    """Ending polls wakes one over TLS as well."""
+    tls_server.behave = lambda request: lambda sock: tls_server.stopping.wait(30)
+    agent = agent_at(tls_server.address, tls=True, ca_cert=certificate[0])
+    ended = threading.Event()
+
+    def poll():
+        with contextlib.suppress(Unavailable):
+            agent.poll("/v1/kv/p/", {}, 20, accept=())
+        ended.set()
+
+    threading.Thread(target=poll, daemon=True).start()
+    while not tls_server.requests:
+        ended.wait(0.01)
+    agent.end_polls()
+    assert ended.wait(5)

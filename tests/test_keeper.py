@@ -1,0 +1,758 @@
+"""Tests of keeper: wishes become true, repairs are told, and it always ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Collection, Iterator
+
+import pytest
+
+from consul_matchmaker.backends.memory import Memory
+from consul_matchmaker.errors import Closed, ConfigurationError, Denied, TimedOut, Unavailable
+from consul_matchmaker.keeper import Keeper
+from consul_matchmaker.model import Host, Lease, Registration
+from consul_matchmaker.settings import Settings
+
+TTL = 9.0
+INTERVAL = TTL / 3
+LONG = 10.0  # a deadline that is only reached when the test fails
+A = Registration("scheduler", Host("10.0.0.5", 9501))
+B = Registration("conductor", Host("10.0.0.5", 9501))
+A7 = Registration("scheduler", Host("10.0.0.5", 9501), server="node7")
+SETTINGS = Settings(mode="kv", session_ttl_seconds=TTL)
+THREAD = "consul-matchmaker-keeper"
+
+
+class Clock:
+    """Monotonic time that moves when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Gate(Memory):
+    """A Memory that does not answer one verb until it is let: a hanging Consul."""
+
+    def __init__(self, verb: str) -> None:
+        super().__init__()
+        self._verb = verb
+        self.reached = threading.Event()
+        self.open_up = threading.Event()
+
+    def _pass(self, verb: str) -> None:
+        if verb == self._verb:
+            self.reached.set()
+            assert self.open_up.wait(LONG)
+
+    def open(self) -> Lease:
+        self._pass("open")
+        return super().open()
+
+    def publish(self, lease: Lease, registration: Registration) -> None:
+        self._pass("publish")
+        super().publish(lease, registration)
+
+    def release(self, lease: Lease) -> None:
+        self._pass("release")
+        super().release(lease)
+
+
+class ByHand:
+    """A keeper without a thread, a memory and a clock that moves when told."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.memory = Memory(session_ttl_seconds=TTL, clock=self.clock)
+        self.keeper = Keeper(
+            self.memory, SETTINGS, clock=self.clock, jitter=lambda: 0.5, threaded=False
+        )
+
+    def run(self) -> float | None:
+        """Do all there is to do now; return the seconds until there is more."""
+        for _ in range(100):
+            pause = self.keeper.step()
+            if pause != 0.0:
+                return pause
+        raise AssertionError("never comes to rest")
+
+    def run_for(self, seconds: float) -> None:
+        until = self.clock.now + seconds
+        while (pause := self.run()) is not None and self.clock.now + pause <= until:
+            self.clock.now += pause
+        self.clock.now = until
+
+    def visible(self, topic: str = "scheduler") -> list[str]:
+        return [str(host) for host in self.memory.lookup(topic)]
+
+
+@pytest.fixture
+def by_hand() -> ByHand:
+    return ByHand()
+
+
+@pytest.fixture
+def threaded() -> Iterator[Callable[[Memory], Keeper]]:
+    """Makes keepers with a real thread and clock; closes them afterwards."""
+    made: list[Keeper] = []
+
+    def make(memory: Memory) -> Keeper:
+        made.append(Keeper(memory, SETTINGS))
+        return made[-1]
+
+    yield make
+    for keeper in made:
+        keeper.close(LONG)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What a person would be told, at WARNING or above."""
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def lease_of(keeper: Keeper) -> str:
+    lease = keeper.status()["lease"]
+    assert isinstance(lease, str)
+    return lease
+
+
+# --- wishes
+
+
+def test_the_constructor_starts_nothing() -> None:
+    """Hosts such as oslo.messaging build it and fork: no thread, no call before register."""
+    memory = Memory()
+    memory.open = None  # type: ignore[assignment,method-assign]
+    before = threading.active_count()
+    keeper = Keeper(memory, SETTINGS)
+    assert threading.active_count() == before
+    assert repr(keeper) == "<Keeper IDLE, 0 published>"
+    assert keeper.close(LONG)
+
+
+def test_register_returns_at_once_and_owns_the_registration(by_hand: ByHand) -> None:
+    """Consul is not asked in the caller's thread; the registration knows whom to ask."""
+    registration = by_hand.keeper.register(A)
+    assert registration == A
+    assert registration.owner is by_hand.keeper
+    assert by_hand.visible() == []
+    by_hand.run()
+    assert by_hand.visible() == ["10.0.0.5:9501"]
+    registration.wait_until_published(timeout_seconds=0)
+    registration.unregister()
+    by_hand.run()
+    assert by_hand.visible() == []
+
+
+def test_unregister_takes_back_only_that_one(by_hand: ByHand) -> None:
+    """Same topic and host under another server name, and another topic, stay."""
+    for registration in (A, A7, B):
+        by_hand.keeper.register(registration)
+    by_hand.run()
+    by_hand.keeper.unregister(A)
+    by_hand.keeper.unregister(A)
+    by_hand.run()
+    assert by_hand.memory.lookup("scheduler", "node7").hosts == (A.host,)
+    assert by_hand.visible("conductor") == ["10.0.0.5:9501"]
+    assert len(by_hand.memory.lookup("scheduler").instances) == 1
+
+
+def test_unregister_host_takes_back_every_server_of_it(by_hand: ByHand) -> None:
+    """matchmaker.unregister(topic, host) knows no server name."""
+    elsewhere = Registration("scheduler", Host("10.0.0.6", 9501))
+    for registration in (A, A7, B, elsewhere):
+        by_hand.keeper.register(registration)
+    by_hand.run()
+    by_hand.keeper.unregister_host("scheduler", A.host)
+    by_hand.run()
+    assert by_hand.visible() == ["10.0.0.6:9501"]
+    assert by_hand.visible("conductor") == ["10.0.0.5:9501"]
+
+
+def test_holds_is_about_wishes(by_hand: ByHand) -> None:
+    """True from register to unregister, whatever Consul knows."""
+    assert not by_hand.keeper.holds("scheduler", A.host)
+    by_hand.keeper.register(A7)
+    assert by_hand.keeper.holds("scheduler", A.host)
+    assert not by_hand.keeper.holds("conductor", A.host)
+    by_hand.keeper.unregister(A7)
+    assert not by_hand.keeper.holds("scheduler", A.host)
+
+
+# --- waiting
+
+
+def test_waiting_says_why_it_was_in_vain(by_hand: ByHand) -> None:
+    """TimedOut holds the last reason, so that nobody has to look into the log."""
+    by_hand.memory.is_available = False
+    registration = by_hand.keeper.register(A)
+    with pytest.raises(TimedOut, match=r"10\.0\.0\.5:9501 .*within 0 s: Consul has not answered"):
+        registration.wait_until_published(timeout_seconds=0)
+    by_hand.run()
+    with pytest.raises(TimedOut, match="told not to answer"):
+        registration.wait_until_published(timeout_seconds=0)
+
+
+def test_waiting_is_refused_as_long_as_consul_refuses(by_hand: ByHand) -> None:
+    """Denied at once, however long one would wait; another token ends it."""
+    by_hand.memory.is_denied = True
+    registration = by_hand.keeper.register(A)
+    by_hand.run()
+    for _ in range(2):
+        with pytest.raises(Denied, match=r"scheduler at .* was not published: .* refuse"):
+            registration.wait_until_published(timeout_seconds=LONG)
+    by_hand.memory.is_denied = False
+    by_hand.run_for(INTERVAL)
+    registration.wait_until_published(timeout_seconds=0)
+
+
+def test_waiting_for_what_is_not_registered(by_hand: ByHand) -> None:
+    """Nobody would ever publish it: said at once."""
+    registration = by_hand.keeper.register(A)
+    registration.unregister()
+    with pytest.raises(Closed, match="not registered here"):
+        registration.wait_until_published(timeout_seconds=LONG)
+
+
+def test_a_waiter_is_woken_by_the_publication(threaded: Callable[[Memory], Keeper]) -> None:
+    """The thread publishes, the waiter returns."""
+    memory = Memory()
+    registration = threaded(memory).register(A)
+    registration.wait_until_published(timeout_seconds=LONG)
+    assert memory.lookup("scheduler").hosts == (A.host,)
+
+
+def test_a_waiter_is_woken_by_close(threaded: Callable[[Memory], Keeper]) -> None:
+    """Closed, not TimedOut, and at once."""
+    gate = Gate("open")
+    keeper = threaded(gate)
+    registration = keeper.register(A)
+    assert gate.reached.wait(LONG)
+    raised: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            registration.wait_until_published(timeout_seconds=LONG)
+        except Closed as error:
+            raised.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    assert keeper.close(0.0) is False
+    waiter.join(LONG)
+    gate.open_up.set()
+    assert len(raised) == 1
+    assert keeper.close(LONG) is True
+    assert repr(gate) == "<Memory 0 leases>"
+
+
+def test_waiting_until_withdrawn(by_hand: ByHand) -> None:
+    """Draining begins when Consul does not show the registration any more."""
+    by_hand.keeper.register(A)
+    registration = by_hand.keeper.register(B)
+    by_hand.run()
+    by_hand.memory.is_available = False
+    registration.unregister()
+    by_hand.run()
+    with pytest.raises(TimedOut, match=r"not withdrawn within 0 s: .*told not to answer"):
+        by_hand.keeper.wait_until_withdrawn(registration, 0)
+    by_hand.memory.is_available = True
+    by_hand.run_for(INTERVAL)
+    by_hand.keeper.wait_until_withdrawn(registration, 0)
+    assert by_hand.keeper.standing(registration) == "withdrawn"
+
+
+# --- repairs
+
+
+def test_a_lost_lease_is_one_log_line_one_event_one_count(
+    by_hand: ByHand, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Destroyed from outside: back within one renewal interval, and one line says why."""
+    by_hand.keeper.register(A)
+    by_hand.keeper.register(B)
+    by_hand.run()
+    lost = lease_of(by_hand.keeper)
+    by_hand.memory.end_lease()
+    by_hand.run_for(INTERVAL)
+    assert by_hand.visible() == by_hand.visible("conductor") == ["10.0.0.5:9501"]
+    assert warnings(caplog) == [
+        f"lease {lost[:8]}… lost (Consul does not know it any more); "
+        "published 2 registrations again after 0.0 s"
+    ]
+    status = by_hand.keeper.status()
+    assert status["counts"]["repaired"] == 1  # type: ignore[index]
+    repairs = [e for e in status["events"] if e["kind"] == "repaired"]  # type: ignore[attr-defined]
+    assert [e["text"] for e in repairs] == warnings(caplog)
+
+
+def test_a_deleted_key_is_one_log_line(by_hand: ByHand, caplog: pytest.LogCaptureFixture) -> None:
+    """One key deleted from outside: only that one is published again, under the same lease."""
+    by_hand.keeper.register(A)
+    by_hand.keeper.register(B)
+    by_hand.run()
+    lease = lease_of(by_hand.keeper)
+    by_hand.memory.delete("scheduler", A.host)
+    by_hand.run_for(INTERVAL)
+    assert by_hand.visible() == ["10.0.0.5:9501"]
+    assert lease_of(by_hand.keeper) == lease
+    assert warnings(caplog) == [
+        "Consul did not hold scheduler at 10.0.0.5:9501 any more (deleted by somebody); "
+        "published 1 registration again after 0.0 s"
+    ]
+
+
+def test_renew_now_verifies_at_once(by_hand: ByHand) -> None:
+    """acknowledge() of our own host does not wait for the next renewal."""
+    by_hand.keeper.register(A)
+    by_hand.run()
+    by_hand.clock.now += 1.0
+    by_hand.memory.delete("scheduler", A.host)
+    by_hand.keeper.renew_now()
+    by_hand.run()
+    assert by_hand.visible() == ["10.0.0.5:9501"]
+
+
+def test_an_outage_is_told_once_and_its_end_once(
+    by_hand: ByHand, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A minute without Consul is two warnings, not twenty: unreachable, overdue."""
+    caplog.set_level(logging.INFO, "consul_matchmaker")
+    by_hand.keeper.register(A)
+    by_hand.run()
+    caplog.clear()
+    by_hand.memory.is_available = False
+    by_hand.run_for(15)
+    by_hand.memory.is_available = True
+    by_hand.run_for(INTERVAL)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO"]
+    assert "cannot be renewed" in caplog.messages[0]
+    assert "may have ended it" in caplog.messages[1]
+    assert "renewed after 1" in caplog.messages[2]
+    assert by_hand.visible() == ["10.0.0.5:9501"]
+
+
+def test_listeners_hear_of_held_and_lost(by_hand: ByHand) -> None:
+    """A server can stop serving what it no longer owns, and begin again; nothing is said twice."""
+    heard: list[tuple[str, str]] = []
+    by_hand.keeper.listen(lambda registration, change: heard.append((registration.topic, change)))
+    by_hand.keeper.register(A)
+    by_hand.run()
+    by_hand.keeper.register(B)
+    by_hand.run()
+    by_hand.memory.delete("scheduler", A.host)
+    by_hand.run_for(INTERVAL)
+    assert heard == [
+        ("scheduler", "held"),
+        ("conductor", "held"),
+        ("scheduler", "lost"),
+        ("scheduler", "held"),
+    ]
+
+
+def test_listeners_hear_of_a_lease_that_may_have_run_out(by_hand: ByHand) -> None:
+    """The margin is used up: lost at that moment, held again when Consul says so."""
+    heard: list[str] = []
+    by_hand.keeper.listen(lambda registration, change: heard.append(change))
+    registration = by_hand.keeper.register(A)
+    by_hand.run()
+    assert by_hand.keeper.margin_seconds(registration) == TTL
+    by_hand.memory.is_available = False
+    by_hand.run_for(TTL - 0.1)
+    assert (heard, by_hand.keeper.standing(registration)) == (["held"], "suspect")
+    by_hand.run_for(0.2)
+    by_hand.run()
+    assert heard == ["held", "lost"]
+    assert by_hand.keeper.margin_seconds(registration) == 0.0
+    by_hand.memory.is_available = True
+    by_hand.run_for(INTERVAL)
+    assert heard == ["held", "lost", "held"]
+
+
+def test_a_listener_that_fails_harms_nobody(
+    by_hand: ByHand, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Logged, and the keeping goes on."""
+
+    def fail(registration: Registration, change: str) -> None:
+        raise ZeroDivisionError
+
+    by_hand.keeper.listen(fail)
+    by_hand.keeper.register(A)
+    by_hand.run_for(2 * INTERVAL)
+    assert by_hand.visible() == ["10.0.0.5:9501"]
+    assert "listener" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("a bug"), ConfigurationError("token_file cannot be read")]
+)
+def test_no_error_of_a_backend_ends_the_keeping(by_hand: ByHand, error: Exception) -> None:
+    """Even a bug, or a token file that is missing for a moment, is only a delay."""
+
+    def fail() -> Lease:
+        raise error
+
+    by_hand.memory.open = fail  # type: ignore[method-assign]
+    registration = by_hand.keeper.register(A)
+    by_hand.run()
+    with pytest.raises(TimedOut, match=r"ZeroDivisionError|token_file"):
+        registration.wait_until_published(timeout_seconds=0)
+    del by_hand.memory.open
+    by_hand.run_for(INTERVAL)
+    assert by_hand.visible() == ["10.0.0.5:9501"]
+
+
+# --- races, with a real thread
+
+
+def test_unregistered_while_its_publication_is_under_way(
+    threaded: Callable[[Memory], Keeper],
+) -> None:
+    """It ends withdrawn."""
+    gate = Gate("publish")
+    keeper = threaded(gate)
+    keeper.register(B)
+    assert gate.reached.wait(LONG)
+    keeper.unregister(B)
+    registration = keeper.register(A)
+    gate.open_up.set()
+    keeper.wait_until_withdrawn(B, LONG)
+    registration.wait_until_published(timeout_seconds=LONG)
+    assert gate.lookup("conductor").hosts == ()
+    assert gate.lookup("scheduler").hosts == (A.host,)
+
+
+def test_registered_again_while_everything_is_being_released(
+    threaded: Callable[[Memory], Keeper],
+) -> None:
+    """It ends published, under another lease."""
+    gate = Gate("release")
+    keeper = threaded(gate)
+    keeper.register(A).wait_until_published(timeout_seconds=LONG)
+    keeper.unregister(A)
+    assert gate.reached.wait(LONG)
+    registration = keeper.register(A)
+    with pytest.raises(TimedOut):
+        registration.wait_until_published(timeout_seconds=0)
+    gate.open_up.set()
+    registration.wait_until_published(timeout_seconds=LONG)
+    assert gate.lookup("scheduler").hosts == (A.host,)
+
+
+def test_closed_while_the_lease_is_being_opened(threaded: Callable[[Memory], Keeper]) -> None:
+    """The lease that was just opened is released."""
+    gate = Gate("open")
+    keeper = threaded(gate)
+    keeper.register(A)
+    assert gate.reached.wait(LONG)
+    closed: list[bool] = []
+    closer = threading.Thread(target=lambda: closed.append(keeper.close(LONG)))
+    closer.start()
+    with keeper._changed:
+        assert keeper._changed.wait_for(lambda: "CLOSING" in repr(keeper), LONG)
+    gate.open_up.set()
+    closer.join(LONG)
+    assert closed == [True]
+    assert repr(gate) == "<Memory 0 leases>"
+
+
+# --- its end
+
+
+def test_close_takes_everything_back_at_once(threaded: Callable[[Memory], Keeper]) -> None:
+    """The lease is released, the thread is gone, and nothing is accepted any more."""
+    memory = Memory()
+    keeper = threaded(memory)
+    registration = keeper.register(A)
+    registration.wait_until_published(timeout_seconds=LONG)
+    assert keeper.close(LONG) is True
+    assert repr(memory) == "<Memory 0 leases>"
+    assert THREAD not in [thread.name for thread in threading.enumerate()]
+    with pytest.raises(Closed):
+        keeper.register(B)
+    with pytest.raises(Closed):
+        registration.wait_until_published(timeout_seconds=LONG)
+    registration.unregister()
+    assert not keeper.holds("scheduler", A.host)
+    assert keeper.close(LONG) is True
+    assert repr(keeper) == "<Keeper CLOSED, 0 published>"
+
+
+def test_close_ends_in_time_when_consul_hangs(threaded: Callable[[Memory], Keeper]) -> None:
+    """It says that it did not manage; the lease then runs out by itself."""
+    gate = Gate("release")
+    keeper = threaded(gate)
+    keeper.register(A).wait_until_published(timeout_seconds=LONG)
+    assert keeper.close(0.05) is False
+    gate.open_up.set()
+    assert keeper.close(LONG) is True
+
+
+def test_closing_while_consul_is_away_ends_the_thread(
+    threaded: Callable[[Memory], Keeper],
+) -> None:
+    """No thread is left trying for ever; the lease runs out by itself."""
+    memory = Memory()
+    keeper = threaded(memory)
+    keeper.register(A).wait_until_published(timeout_seconds=LONG)
+    memory.is_available = False
+    assert keeper.close(0.05) is False
+    for thread in threading.enumerate():
+        if thread.name == THREAD:
+            thread.join(LONG)
+    assert not keeper._worker.is_running
+    assert keeper.close(LONG) is False  # at once: there is nobody left to do it
+
+
+def test_close_of_a_stepped_keeper_tries_once(by_hand: ByHand) -> None:
+    """Without a thread there is nobody to retry: it says whether Consul answered."""
+    by_hand.keeper.register(A)
+    by_hand.run()
+    by_hand.memory.is_available = False
+    assert by_hand.keeper.close(LONG) is False
+    by_hand.memory.is_available = True
+    by_hand.clock.now += INTERVAL
+    assert by_hand.keeper.close(LONG) is True
+
+
+def test_a_listener_may_close_the_keeper(threaded: Callable[[Memory], Keeper]) -> None:
+    """On the keeper's own thread close does not wait for itself."""
+    memory = Memory()
+    keeper = threaded(memory)
+    heard = threading.Event()
+
+    def close(registration: Registration, change: str) -> None:
+        assert keeper.close(LONG) is False
+        heard.set()
+
+    keeper.listen(close)
+    keeper.register(A)
+    assert heard.wait(LONG)
+    assert keeper.close(LONG) is True
+    assert repr(memory) == "<Memory 0 leases>"
+
+
+def test_the_thread_is_named_and_single(threaded: Callable[[Memory], Keeper]) -> None:
+    """One keeper, one thread, however many registrations."""
+    keeper = threaded(Memory())
+    for port in range(1, 30):
+        keeper.register(Registration("scheduler", Host("10.0.0.5", port)))
+    names = [thread.name for thread in threading.enumerate()]
+    assert names.count(THREAD) == 1
+
+
+# --- other processes
+
+
+def run_python(script: str) -> list[str]:
+    """Run *script* in a fresh interpreter; return the lines it printed."""
+    prelude = """
+        import logging, os, sys, threading
+        from consul_matchmaker.backends.memory import Memory
+        from consul_matchmaker.keeper import Keeper
+        from consul_matchmaker.model import Host, Registration
+        from consul_matchmaker.settings import Settings
+        def say(text):
+            os.write(1, f"{text}\\n".encode())
+        class Telling(Memory):
+            def open(self):
+                say(f"open {'parent' if os.getpid() == parent else 'child'}")
+                return super().open()
+            def release(self, lease):
+                say(f"release {'parent' if os.getpid() == parent else 'child'}")
+                super().release(lease)
+        parent = os.getpid()
+        keeper = Keeper(Telling(), Settings(mode="kv"))
+        A = Registration("scheduler", Host("10.0.0.5", 9501))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_process_that_just_ends_leaves_at_once() -> None:
+    """Without close(): the lease is released while the interpreter goes down."""
+    assert run_python("keeper.register(A).wait_until_published(timeout_seconds=10)") == [
+        "open parent",
+        "release parent",
+    ]
+
+
+def test_leaving_at_exit_is_bounded() -> None:
+    """A Consul that hangs does not keep the process from ending."""
+    assert run_python("""
+        keeper.register(A).wait_until_published(timeout_seconds=10)
+        keeper._registrar.release = lambda lease: threading.Event().wait()
+        say("end")
+    """) == ["open parent", "end"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_forked_child_has_nothing_and_leaves_its_parent_alone() -> None:
+    """No registration, lease or thread; its exit, by the interpreter too, releases nothing."""
+    assert run_python("""
+        registration = keeper.register(A)
+        registration.wait_until_published(timeout_seconds=10)
+        child = os.fork()
+        if child == 0:
+            say(repr(keeper))
+            say(keeper.holds("scheduler", A.host))
+            say([t.name for t in threading.enumerate()])
+            try:
+                registration.wait_until_published(timeout_seconds=10)
+            except Exception as error:
+                say(type(error).__name__)
+            registration.unregister()
+            sys.exit(0)
+        os.waitpid(child, 0)
+        say(keeper.standing(registration))
+        say(len(keeper._registrar.lookup("scheduler")))
+    """) == [
+        "open parent",
+        "<Keeper IDLE, 0 published>",
+        "False",
+        "['MainThread']",
+        "Closed",
+        "published",
+        "1",
+        "release parent",
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_forked_child_may_register_by_itself() -> None:
+    """It opens a lease of its own, and releases that when it ends."""
+    assert run_python("""
+        keeper.register(A).wait_until_published(timeout_seconds=10)
+        child = os.fork()
+        if child == 0:
+            keeper._registrar.forget()
+            keeper.register(A).wait_until_published(timeout_seconds=10)
+            sys.exit(0)
+        os.waitpid(child, 0)
+        say("end")
+    """) == ["open parent", "open child", "release child", "end", "release parent"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_forking_while_the_keeper_is_busy_does_not_hang_the_child() -> None:
+    """The fork may come while another thread holds the lock, or is in a call."""
+    assert run_python("""
+        reached, go_on = threading.Event(), threading.Event()
+        real = keeper._registrar.publish
+        def slow(lease, registration):
+            if os.getpid() == parent:
+                reached.set()
+                go_on.wait()
+            real(lease, registration)
+        keeper._registrar.publish = slow
+        keeper.register(A)
+        reached.wait()
+        locked, fork_now = threading.Event(), threading.Event()
+        def hold():
+            with keeper._changed:
+                locked.set()
+                fork_now.wait()
+        threading.Thread(target=hold).start()
+        locked.wait()
+        child = os.fork()
+        if child == 0:
+            keeper._registrar.forget()
+            keeper.register(A).wait_until_published(timeout_seconds=10)
+            say("published")
+            sys.exit(0)
+        os.waitpid(child, 0)
+        fork_now.set(); go_on.set()
+    """) == ["open parent", "open child", "published", "release child", "release parent"]
+
+
+def test_a_child_of_a_closed_keeper_is_closed(by_hand: ByHand) -> None:
+    """Closed means for ever, also after a fork."""
+    by_hand.keeper.close(LONG)
+    by_hand.keeper.forget()
+    with pytest.raises(Closed):
+        by_hand.keeper.register(A)
+
+
+# --- what people see
+
+
+def test_status_is_plain_and_complete(by_hand: ByHand) -> None:
+    """JSON can say it, and it says where each registration stands and why."""
+    by_hand.keeper.register(A7)
+    by_hand.run()
+    by_hand.memory.is_available = False
+    by_hand.run_for(INTERVAL)
+    status = json.loads(json.dumps(by_hand.keeper.status()))
+    assert status["state"] == "SUSPECT"
+    assert 0 < status["margin_seconds"] < TTL
+    assert status["renews_in_seconds"] >= 0
+    assert "told not to answer" in status["error"]
+    assert status["registrations"] == [
+        {
+            "topic": "scheduler",
+            "host": "10.0.0.5:9501",
+            "server": "node7",
+            "standing": "suspect",
+            "error": status["error"],
+        }
+    ]
+    assert [event["kind"] for event in status["events"]] == ["published", "unreachable"]
+
+
+def test_its_repr_is_a_status_line(by_hand: ByHand) -> None:
+    """Short enough for a log, true enough for an assertion."""
+    by_hand.keeper.register(A)
+    assert repr(by_hand.keeper) == "<Keeper IDLE, 0 of 1 published>"
+    by_hand.run()
+    assert repr(by_hand.keeper) == "<Keeper HELD, 1 published, renews in 1.6s>"
+
+
+def test_waits_do_not_hold_the_lock_over_the_network(
+    threaded: Callable[[Memory], Keeper],
+) -> None:
+    """While Consul hangs, every other call returns at once."""
+    gate = Gate("open")
+    keeper = threaded(gate)
+    keeper.register(A)
+    assert gate.reached.wait(LONG)
+    keeper.register(B)
+    keeper.unregister(B)
+    keeper.renew_now()
+    assert keeper.holds("scheduler", A.host)
+    assert keeper.status()["state"] == "OPENING"
+    gate.open_up.set()
+
+
+class Refusing(Memory):
+    """Publishes nothing, and says what it thinks of it."""
+
+    def publish(self, lease: Lease, registration: Registration) -> None:
+        raise Unavailable("HTTP 500: no leader")
+
+    def renew(self, lease: Lease) -> Collection[Registration]:  # type: ignore[override]
+        return ()
+
+
+def test_the_reason_of_a_single_registration_is_told(by_hand: ByHand) -> None:
+    """The lease is well, this registration is not: its own reason."""
+    by_hand.keeper._registrar = Refusing()
+    registration = by_hand.keeper.register(A)
+    by_hand.run_for(INTERVAL)
+    with pytest.raises(TimedOut, match="no leader"):
+        registration.wait_until_published(timeout_seconds=0)

@@ -1,0 +1,590 @@
+"""What kv mode says to Consul and how it reads the answers; against a Consul made of two dicts.
+
+That the real one behaves like this is shown in integration/test_kv_backend.py.
+"""
+
+import json
+import logging
+import uuid
+
+import pytest
+
+from consul_matchmaker.backends.agent import Answer
+from consul_matchmaker.backends.kv import CHECKS_PER_REQUEST, Kv
+from consul_matchmaker.errors import ConfigurationError, Denied, LeaseLost, TimedOut, Unavailable
+from consul_matchmaker.model import Host, Instance, Lease, Registration
+from consul_matchmaker.naming import Key
+from consul_matchmaker.settings import Settings
+
+from .contract import ONE, TWO, RegistrarContract
+from .doubles import ManualClock
+
+PREFIX = "matchmaker"
+SENTINEL = "matchmaker/_"
+
+
+class FakeConsul:
+    """Plays the Agent: the part of Consul that kv mode uses, as measured on 1.8.7."""
+
+    def __init__(self):
+        self.sessions = {}
+        self.keys = {}  # key -> [value, session]
+        self.index = 10
+        self.calls = []  # (method, path, params)
+        self.bodies = []
+        self.failures = {}  # (method, beginning of the path) -> error
+        self.hidden = ()  # beginnings of keys that ACLs hide
+        self.says_filtered = False
+        self.forgets = self.closes = self.ends = 0
+
+    def call(self, method, path, params=None, body=b"", *, accept=()):
+        params = dict(params or {})
+        self.calls.append((method, path, params))
+        self.bodies.append(body)
+        for (verb, start), error in self.failures.items():
+            if method == verb and path.startswith(start):
+                raise error
+        status, said = self._do(method, path, params, body)
+        where = f"{method} {path} at fake:8500"
+        if status == 403:
+            raise Denied(where)
+        if status != 200 and status not in accept:
+            raise Unavailable(f"{where}: status {status}")
+        raw = said if isinstance(said, bytes) else json.dumps(said).encode()
+        return Answer(status, raw, self.index, self.says_filtered, where)
+
+    def poll(self, path, params, wait_seconds, *, accept):
+        return self.call("GET", path, {**params, "wait": str(wait_seconds)}, accept=accept)
+
+    def poll_timeout_seconds(self, wait_seconds):
+        return wait_seconds + 10
+
+    def status(self):
+        return {"agent": "fake:8500"}
+
+    def forget(self):
+        self.forgets += 1
+
+    def close(self):
+        self.closes += 1
+
+    def end_polls(self):
+        self.ends += 1
+
+    def _do(self, method, path, params, body):
+        verb, _, rest = path.removeprefix("/v1/").partition("/")
+        if verb == "session":
+            return self._session(*rest.split("/"), body=body)
+        if verb == "txn":
+            return self._txn(json.loads(body))
+        if method == "PUT":
+            return self._put(rest, params, body)
+        if method == "DELETE":
+            return self._delete(rest, params)
+        return self._get(rest, params)
+
+    def _session(self, verb, session_id=None, body=b""):
+        if verb == "create":
+            session_id = str(uuid.uuid4())
+            self.sessions[session_id] = json.loads(body)
+            return 200, {"ID": session_id}
+        if verb == "destroy":
+            self.end(session_id)
+            return 200, True
+        if session_id not in self.sessions:
+            return 404, b"Session id not found"
+        return 200, [self.sessions[session_id]]
+
+    def end(self, session_id):
+        self.sessions.pop(session_id, None)
+        for key in [key for key, (_, holder) in self.keys.items() if holder == session_id]:
+            del self.keys[key]
+        self.index += 1
+
+    def _txn(self, operations):
+        assert len(operations) <= 64
+        errors = []
+        for number, operation in enumerate(operations):
+            check = operation["KV"]
+            assert check["Verb"] == "check-session"
+            if self.keys.get(check["Key"], [None, None])[1] != check["Session"]:
+                errors.append({"OpIndex": number, "What": "some text"})
+        return (409, {"Errors": errors}) if errors else (200, {"Results": [], "Errors": None})
+
+    def _put(self, key, params, body):
+        self.index += 1
+        if "cas" in params:
+            if key in self.keys:
+                return 200, False
+            self.keys[key] = [body, None]
+            return 200, True
+        session = params["acquire"]
+        if session not in self.sessions:
+            return 500, b"invalid session"
+        if self.keys.get(key, [None, session])[1] != session:
+            return 200, False
+        self.keys[key] = [body, session]
+        return 200, True
+
+    def _delete(self, key, params):
+        self.index += 1
+        for each in list(self.keys):
+            if each == key or ("recurse" in params and each.startswith(key)):
+                del self.keys[each]
+        return 200, True
+
+    def _get(self, key, params):
+        def is_hidden(each):
+            return bool(self.hidden) and each.startswith(self.hidden)
+
+        if not params:
+            if is_hidden(key):
+                return 403, b"Permission denied"
+            return (200, b"value") if key in self.keys else (404, b"")
+        found = sorted(each for each in self.keys if each.startswith(key) and not is_hidden(each))
+        if "recurse" in params:
+            entries = [
+                {"Key": each, "Value": None}
+                | ({"Session": self.keys[each][1]} if self.keys[each][1] else {})
+                for each in found
+            ]
+            return (200, entries) if entries else (404, b"")
+        if "separator" in params:
+            cut = {
+                each[: each.index("/", len(key)) + 1] if "/" in each[len(key) :] else each
+                for each in found
+            }
+            found = sorted(cut)
+        return (200, found) if found else (404, b"")
+
+
+@pytest.fixture
+def consul():
+    return FakeConsul()
+
+
+def kv_over(consul, **settings):
+    clock = settings.pop("clock", ManualClock())
+    return Kv(consul, Settings(mode="kv", **settings), clock=clock)
+
+
+@pytest.fixture
+def kv(consul):
+    return kv_over(consul)
+
+
+class TestContract(RegistrarContract):
+    """Everything a backend has to do."""
+
+    @pytest.fixture
+    def backend(self, kv):
+        return kv
+
+    @pytest.fixture
+    def topic(self):
+        return "scheduler"
+
+    @pytest.fixture
+    def away(self, consul):
+        consul = FakeConsul()
+        consul.failures["GET", "/"] = Unavailable("nobody there")
+        return kv_over(consul)
+
+
+# -- leases ---------------------------------------------------------------------------------------
+
+
+def test_a_session_takes_its_keys_along_and_hangs_on_its_ttl_alone(consul, kv):
+    """Deleted at once when it ends, no lock-delay, no serfHealth, and the TTL as Go writes it."""
+    lease = kv.open()
+    assert consul.sessions[lease.id] == {
+        "Name": "consul-matchmaker",
+        "TTL": "10s",
+        "Behavior": "delete",
+        "LockDelay": "0s",
+        "Checks": [],
+        "NodeChecks": [],
+    }
+    assert lease.ttl_seconds == 10
+
+
+def test_liveness_node_adds_the_node_check(consul):
+    """A dead node then ends the session without waiting for the TTL."""
+    lease = kv_over(consul, liveness="node").open()
+    assert consul.sessions[lease.id]["NodeChecks"] == ["serfHealth"]
+
+
+def test_liveness_check_is_refused_as_long_as_it_is_missing(consul):
+    """Nobody believes to be watched that closely who is not."""
+    with pytest.raises(ConfigurationError, match="liveness=check"):
+        kv_over(consul, liveness="check")
+
+
+def test_a_short_ttl_that_consul_refuses_is_explained(consul):
+    """Below 10 s the error names the server setting that has to allow it."""
+    consul.failures["PUT", "/v1/session/create"] = Unavailable("status 500")
+    with pytest.raises(Unavailable, match="session_ttl_min"):
+        kv_over(consul, session_ttl_seconds=5).open()
+    with pytest.raises(Unavailable) as caught:
+        kv_over(consul).open()
+    assert "session_ttl_min" not in str(caught.value)
+
+
+def test_a_fractional_ttl_is_written_in_milliseconds(consul):
+    """1.5 seconds are 1500ms for Consul."""
+    lease = kv_over(consul, session_ttl_seconds=1.5).open()
+    assert consul.sessions[lease.id]["TTL"] == "1500ms"
+
+
+@pytest.mark.parametrize("error", [Unavailable("500"), TimedOut("late"), Denied("403")])
+def test_only_a_404_says_that_the_lease_is_gone(consul, kv, error):
+    """5xx, timeouts and refusals of a renewal leave the lease in doubt, not lost."""
+    lease = kv.open()
+    consul.failures["PUT", "/v1/session/renew"] = error
+    with pytest.raises(type(error)):
+        kv.renew(lease)
+    consul.failures.clear()
+    kv.renew(lease)
+    consul.end(lease.id)
+    with pytest.raises(LeaseLost):
+        kv.renew(lease)
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"null", b'{"ID": 5}', b'{"ID": ""}', b"<html>"])
+def test_an_answer_without_a_session_is_no_lease(kv, consul, body):
+    """What does not name a session is Unavailable."""
+    consul._session = lambda *path, body: (200, answer)
+    answer = body
+    with pytest.raises(Unavailable):
+        kv.open()
+
+
+# -- publishing -----------------------------------------------------------------------------------
+
+
+def test_the_key_says_all_and_the_value_is_for_people(consul, kv):
+    """Topic, host, lease and server are in the key; the value is JSON nobody reads back."""
+    lease = kv.open()
+    registration = Registration("scheduler", ONE, "node7")
+    kv.publish(lease, registration)
+    (text,) = consul.keys
+    assert Key.parse(PREFIX, text) == Key("scheduler", ONE, lease.id, "node7")
+    value = json.loads(consul.keys[text][0])
+    assert set(value) == {"topic", "host", "server", "pid", "hostname", "registered_at"}
+    assert (value["topic"], value["host"], value["server"]) == ("scheduler", str(ONE), "node7")
+
+
+def test_nothing_is_ever_written_without_a_session(consul, kv):
+    """Every registration's key is written by acquire, so that it leaves with its lease."""
+    lease = kv.open()
+    kv.publish(lease, Registration("scheduler", ONE))
+    puts = [params for method, path, params in consul.calls if path.startswith("/v1/kv")]
+    assert puts == [{"acquire": lease.id}]
+
+
+def test_a_key_held_by_somebody_else_is_not_published(consul, kv):
+    """Consul's `false`, which comes with status 200, is a failure."""
+    lease = kv.open()
+    key = Key("scheduler", ONE, lease.id).under(PREFIX)
+    consul.keys[key] = [b"", "another session"]
+    with pytest.raises(Unavailable, match="held"):
+        kv.publish(lease, Registration("scheduler", ONE))
+
+
+def test_verification_finds_a_deleted_key(consul, kv):
+    """A key that was deleted behind our back is not reported as held, though the session lives."""
+    lease = kv.open()
+    mine = [Registration("scheduler", ONE), Registration("worker", ONE), Registration("x", TWO)]
+    for registration in mine:
+        kv.publish(lease, registration)
+    assert set(kv.renew(lease)) == set(mine)
+    del consul.keys[Key.of(mine[1], lease.id).under(PREFIX)]
+    assert set(kv.renew(lease)) == {mine[0], mine[2]}
+
+
+def test_verification_finds_a_key_that_lost_its_session(consul, kv):
+    """A key that is there but held by nobody would outlive us: it does not count as held."""
+    lease = kv.open()
+    registration = Registration("scheduler", ONE)
+    kv.publish(lease, registration)
+    consul.keys[Key.of(registration, lease.id).under(PREFIX)][1] = None
+    assert set(kv.renew(lease)) == set()
+
+
+@pytest.mark.parametrize(
+    ("count", "requests"), [(0, 0), (1, 1), (CHECKS_PER_REQUEST, 1), (CHECKS_PER_REQUEST + 1, 2)]
+)
+def test_verification_takes_one_request_for_64_keys(consul, kv, count, requests):
+    """However many others registered, a renewal asks for our own keys only, 64 at a time."""
+    lease, other = kv.open(), kv_over(consul)
+    mine = {Registration(f"t{number}", ONE) for number in range(count)}
+    for registration in mine:
+        kv.publish(lease, registration)
+    other_lease = other.open()
+    for number in range(50):
+        other.publish(other_lease, Registration(f"t{number}", TWO))
+    consul.calls.clear()
+    assert set(kv.renew(lease)) == mine
+    assert [path for _, path, _ in consul.calls] == [f"/v1/session/renew/{lease.id}"] + [
+        "/v1/txn"
+    ] * requests
+
+
+def test_a_publication_of_unknown_outcome_is_verified_too(consul, kv):
+    """A PUT whose answer was lost may have worked: renew() says whether it did."""
+    lease = kv.open()
+    registration = Registration("scheduler", ONE)
+    consul.failures["PUT", "/v1/kv"] = TimedOut("no answer")
+    with pytest.raises(TimedOut):
+        kv.publish(lease, registration)
+    assert set(kv.renew(lease)) == set()
+    consul.keys[Key.of(registration, lease.id).under(PREFIX)] = [b"", lease.id]
+    assert set(kv.renew(lease)) == {registration}
+
+
+@pytest.mark.parametrize("body", [b"", b"null", b'{"Errors": null}', b'{"Errors": [{}]}', b"[1]"])
+def test_a_strange_verification_proves_nothing(consul, kv, body):
+    """A 409 that does not say which keys failed is no answer."""
+    lease = kv.open()
+    kv.publish(lease, Registration("scheduler", ONE))
+    consul._txn = lambda operations: (409, body)
+    with pytest.raises(Unavailable):
+        kv.renew(lease)
+
+
+def test_a_forked_child_has_published_nothing(consul, kv):
+    """After forget() the parent's leases are not the child's."""
+    lease = kv.open()
+    kv.publish(lease, Registration("scheduler", ONE))
+    kv.forget()
+    assert set(kv.renew(lease)) == set()
+    assert consul.forgets == 1
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def test_a_lookup_is_one_request_for_keys(consul, kv):
+    """No value is fetched, and no more than the topic's own folder."""
+    lease = kv.open()
+    kv.publish(lease, Registration("scheduler", ONE))
+    consul.calls.clear()
+    kv.lookup("scheduler")
+    assert consul.calls == [("GET", "/v1/kv/matchmaker/scheduler/", {"keys": ""})]
+
+
+@pytest.mark.parametrize("consistency", ["stale", "consistent"])
+def test_the_consistency_is_asked_for(consul, consistency):
+    """Other than the default it is said at each read."""
+    kv_over(consul, consistency=consistency).lookup("scheduler")
+    assert consul.calls[0][2] == {"keys": "", consistency: ""}
+
+
+def test_two_incarnations_are_one_instance(consul, kv):
+    """While the predecessor's session lives, a restarted process is still one host."""
+    for _ in range(2):
+        kv.publish(kv.open(), Registration("scheduler", ONE, "node7"))
+    assert kv.lookup("scheduler").instances == (Instance(ONE, "node7"),)
+
+
+def test_answers_carry_time_and_source(consul):
+    """A snapshot's age runs on the injected clock."""
+    clock = ManualClock()
+    snapshot = kv_over(consul, clock=clock).lookup("scheduler")
+    clock.advance(3)
+    assert (snapshot.age_seconds, snapshot.source) == (3, "kv")
+
+
+def test_foreign_keys_are_ignored_counted_and_said_once(consul, kv, caplog):
+    """Somebody else's key under the prefix is no host, and no flood of log lines."""
+    kv.publish(kv.open(), Registration("scheduler", ONE))
+    consul.keys["matchmaker/scheduler/rubbish"] = [b"", None]
+    consul.keys["matchmaker/scheduler/10.0.0.1:5/x"] = [b"", None]
+    for _ in range(3):
+        assert kv.lookup("scheduler").hosts == (ONE,)
+    assert len(caplog.records) == 1
+    assert caplog.records[0].levelno == logging.WARNING
+    assert kv.status() == {"agent": "fake:8500", "unknown_keys": 2}
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"null", b"[1]", b'["a", null]', b'"text"', b"<ht"])
+def test_an_answer_that_is_no_list_of_keys_is_unavailable(consul, kv, body):
+    """A foreign answer is never taken for "no hosts"."""
+    consul._get = lambda key, params: (200, body)
+    for ask in (lambda: kv.lookup("t"), kv.topics, lambda: kv.poll(0, 1), kv.orphans):
+        if ask == kv.orphans and body in (b"{}", b"null"):
+            continue  # they have no entries either
+        with pytest.raises(Unavailable):
+            ask()
+
+
+def test_what_acls_hide_is_denied_not_empty(consul, kv):
+    """Consul answers 404 where the token may not list: asking for one key tells the difference."""
+    kv.publish(kv.open(), Registration("scheduler", ONE))
+    consul.hidden = ("matchmaker/",)
+    for ask in (lambda: kv.lookup("scheduler"), kv.topics, lambda: kv.poll(0, 1), kv.orphans):
+        with pytest.raises(Denied):
+            ask()
+
+
+def test_what_newer_consul_says_it_hid_is_denied(consul, kv):
+    """Since 1.11 an answer says that ACLs removed something: an empty one then proves nothing."""
+    consul.says_filtered = True
+    with pytest.raises(Denied, match="key_prefix"):
+        kv.lookup("scheduler")
+
+
+def test_a_poll_that_sees_only_some_topics_is_denied(consul, kv):
+    """A topic hidden by ACLs must not look as if nobody served it."""
+    lease = kv.open()
+    kv.publish(lease, Registration("scheduler", ONE))
+    kv.publish(lease, Registration("secret", ONE))
+    consul.hidden = ("matchmaker/secret/", SENTINEL)
+    with pytest.raises(Denied):
+        kv.poll(0, 1)
+    consul.hidden, consul.says_filtered = (), True
+    with pytest.raises(Denied):
+        kv.poll(0, 1)
+
+
+def test_a_topic_one_may_read_is_empty_though_others_are_hidden(consul, kv):
+    """Rights are looked at where the question was asked."""
+    consul.hidden = ("matchmaker/secret/", "matchmaker/_")
+    assert kv.lookup("scheduler").hosts == ()
+
+
+# -- polling --------------------------------------------------------------------------------------
+
+
+def test_a_poll_brings_every_topic(consul, kv):
+    """One answer for all topics under the prefix, each a snapshot."""
+    lease = kv.open()
+    for topic, host in (("scheduler", ONE), ("scheduler", TWO), ("worker", TWO)):
+        kv.publish(lease, Registration(topic, host))
+    index, snapshots = kv.poll(7, 20)
+    assert index == consul.index - 1  # the sentinel was written after the answer
+    assert {topic: snapshot.hosts for topic, snapshot in snapshots.items()} == {
+        "scheduler": (ONE, TWO),
+        "worker": (TWO,),
+    }
+    method, path, params = next(call for call in consul.calls if "wait" in call[2])
+    assert (method, path) == ("GET", "/v1/kv/matchmaker/")
+    assert params == {"keys": "", "index": "7", "wait": "20"}
+
+
+def test_a_poll_from_zero_has_no_index(consul, kv):
+    """Without an index Consul answers at once."""
+    kv.poll(0, 20)
+    assert "index" not in consul.calls[0][2]
+
+
+def test_a_poll_on_an_empty_prefix_leaves_a_sentinel_once(consul, kv):
+    """An empty prefix would wake on every write in the cluster: one key without session cures."""
+    assert kv.poll(0, 1)[1] == {}
+    assert list(consul.keys) == [SENTINEL]
+    consul.calls.clear()
+    assert kv.poll(0, 1)[1] == {}
+    assert [method for method, _, _ in consul.calls] == ["GET"]
+    assert kv.lookup("_").hosts == ()
+    assert kv.topics() == []
+    assert kv.orphans() == {}
+    assert kv.status()["unknown_keys"] == 0
+
+
+def test_the_sentinel_is_written_only_where_there_is_none(consul, kv):
+    """By check-and-set, so that nobody's key is overwritten and no watcher wakes."""
+    kv.poll(0, 1)
+    puts = [(path, params) for method, path, params in consul.calls if method == "PUT"]
+    assert puts == [("/v1/kv/matchmaker/_", {"cas": "0"})]
+
+
+def test_a_reader_without_write_permission_goes_on_without_sentinel(consul, kv):
+    """Denied once, it is not tried again."""
+    consul.failures["PUT", "/v1/kv/matchmaker/_"] = Denied("no")
+    for _ in range(3):
+        assert kv.poll(0, 1)[1] == {}
+    assert len([1 for method, _, _ in consul.calls if method == "PUT"]) == 1
+
+
+def test_a_sentinel_that_could_not_be_written_is_tried_again(consul, kv):
+    """An outage between answer and sentinel does not spoil the answer."""
+    consul.failures["PUT", "/v1/kv/matchmaker/_"] = Unavailable("away")
+    assert kv.poll(0, 1)[1] == {}
+    consul.failures.clear()
+    kv.poll(0, 1)
+    assert list(consul.keys) == [SENTINEL]
+
+
+def test_a_poll_without_an_index_is_no_answer(consul, kv):
+    """With nothing to wait on, the next poll would come back at once, for ever."""
+    consul.index = 0
+    with pytest.raises(Unavailable):
+        kv.poll(0, 1)
+
+
+def test_polls_can_be_ended_and_connections_closed(consul, kv):
+    """Both go to the agent."""
+    kv.end_polls()
+    kv.close()
+    assert (consul.ends, consul.closes) == (1, 1)
+    assert kv.poll_timeout_seconds(5) == 15
+    assert "matchmaker" in repr(kv)
+
+
+# -- listing and removing -------------------------------------------------------------------------
+
+
+def test_topics_are_listed_by_folder(consul, kv):
+    """One request that does not grow with the hosts; foreign folders are left out."""
+    lease = kv.open()
+    for topic in ("b", "a/b", "a"):
+        for host in (ONE, TWO):
+            kv.publish(lease, Registration(topic, host))
+    consul.keys["matchmaker/Bad Folder/x"] = [b"", None]
+    consul.calls.clear()
+    assert kv.topics() == ["a", "a/b", "b"]
+    assert len(consul.calls) == 1
+
+
+def test_orphans_are_keys_that_nobody_will_remove(consul, kv):
+    """Keys without a session, and keys that are not ours, each with its reason."""
+    lease = kv.open()
+    kv.publish(lease, Registration("scheduler", ONE))
+    lost = Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)
+    consul.keys[lost] = [b"", None]
+    consul.keys["matchmaker/rubbish"] = [b"", None]
+    assert kv.orphans() == {
+        lost: "held by no session",
+        "matchmaker/rubbish": "not a key of ours",
+    }
+
+
+def test_no_keys_no_orphans(kv):
+    """An empty prefix has none."""
+    assert kv.orphans() == {}
+
+
+def test_expire_leaves_other_hosts_that_begin_the_same(consul, kv):
+    """10.0.0.1:5 is not 10.0.0.1:50."""
+    lease = kv.open()
+    short, long = Host("10.0.0.1", 5), Host("10.0.0.1", 50)
+    kv.publish(lease, Registration("scheduler", short))
+    kv.publish(lease, Registration("scheduler", long))
+    assert kv.expire("scheduler", short) == 1
+    assert kv.lookup("scheduler").hosts == (long,)
+
+
+def test_expiring_nothing_writes_nothing(consul, kv):
+    """Without such a key there is no DELETE, which would be a Raft entry."""
+    assert kv.expire("scheduler", ONE) == 0
+    assert "DELETE" not in [method for method, _, _ in consul.calls]
+
+
+def test_a_lease_of_another_process_cannot_be_withdrawn_from(consul, kv):
+    """The key that is deleted bears our lease's id: no other."""
+    theirs, ours = kv.open(), kv.open()
+    registration = Registration("scheduler", ONE)
+    kv.publish(theirs, registration)
+    kv.withdraw(ours, registration)
+    kv.withdraw(Lease("unknown", 10), registration)
+    assert kv.lookup("scheduler").hosts == (ONE,)
