@@ -1,1 +1,8 @@
 """Which hosts serve this topic, right now?  A matchmaker over Consul."""
+
+from . import errors
+from .matchmaker import Matchmaker
+from .model import Host, Registration, Snapshot
+from .settings import Settings
+
+__all__ = ["Host", "Matchmaker", "Registration", "Settings", "Snapshot", "errors"]

@@ -1,0 +1,421 @@
+"""What an application holds: it builds the parts that its settings need, and forwards to them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from types import TracebackType
+from typing import TYPE_CHECKING, cast
+
+from .backends import Registrar, Resolver
+from .cache import Cache
+from .errors import Closed, ConfigurationError, Denied, NoLiveHosts, TimedOut, Unavailable
+from .keeper import Keeper
+from .model import Host, Registration, Snapshot, checked_topic
+from .naming import encode_segment
+from .selection import Quarantine, Selector
+from .settings import Settings
+from .worker import forget_in_child
+
+if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
+    from .watcher import Watcher
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_ASKS = 0.5
+"""While somebody waits for the first host of a topic, Consul is asked this often."""
+
+
+class Matchmaker:
+    """Which hosts serve a topic, and the word that this process serves one.
+
+    Thread-safe.  The constructor opens no socket and starts no thread; at most three start when
+    they are needed, and end with `close`.  A forked child has neither its parent's registrations
+    nor its threads and connections; the answers it had stay.  Every method raises Closed after
+    `close`.
+
+    *backend* replaces Consul, for tests and dry runs: ``Matchmaker(settings, backend=Memory())``.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        backend: Resolver | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.settings = settings
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._closing = threading.Event()
+        self._is_told_that_nothing_is_registered = False
+        self._resolver = _resolver(settings, clock) if backend is None else backend
+        self._registrar = _registrar(settings, self._resolver)
+        self._cache = Cache(self._resolver, settings, clock=clock, jitter=jitter)
+        self._quarantine = Quarantine(settings, clock=clock, jitter=jitter)
+        self._selector = Selector(self._quarantine)
+        self._keeper: Keeper | None = None
+        self._watcher: Watcher | None = None
+        if self._registrar is not None:
+            self._keeper = Keeper(self._registrar, settings, clock=clock, jitter=jitter)
+        if settings.watch and backend is None:
+            self._watcher = _watcher(self._resolver, self._cache, settings, clock, jitter)
+        # Replaced by the cache's own at the first lookup: a cached answer costs one call less.
+        self._lookup: Callable[[str, str | None], Snapshot] = self._first_lookup
+        forget_in_child(self)
+
+    @classmethod
+    def from_url(cls, url: str) -> Matchmaker:
+        """A matchmaker of ``consul+catalog://HOST:PORT`` or ``consul+kv://HOST:PORT/PREFIX``,
+        with settings after a ``?``; the environment completes them.  Raises ConfigurationError."""
+        return cls(Settings.from_url(url))
+
+    @classmethod
+    def from_env(cls) -> Matchmaker:
+        """A matchmaker of ``CONSUL_MATCHMAKER_URL`` and its kin.  Raises ConfigurationError."""
+        return cls(Settings.from_env())
+
+    # -- who serves a topic
+
+    def hosts(self, topic: str, server: str | None = None) -> Snapshot:
+        """Every live host of *topic*, perhaps none; with *server*, only the one of that name.
+
+        A known topic is answered from memory.  Raises Unavailable when Consul cannot be asked for
+        an unknown one (or since ``max_stale_seconds``), Denied, InvalidTopic.
+        """
+        return self._lookup(topic, server)
+
+    def pick(
+        self, topic: str, server: str | None = None, *, key: str | bytes | None = None
+    ) -> Host:
+        """One live host of *topic* that is not rejected; the next one in turn, or by its weight.
+
+        With *key*, the same host for the same key in every process, as long as that host lives.
+        Raises NoLiveHosts when there is none, and what `hosts` raises.
+        """
+        host = self._selector.pick(self._lookup(topic, server), server=server, key=key)
+        if host is None:
+            raise NoLiveHosts(f"no host serves {_named(topic, server)} now: try wait_for_hosts()")
+        return host
+
+    def wait_for_hosts(
+        self, topic: str, *, timeout_seconds: float, server: str | None = None
+    ) -> Snapshot:
+        """The hosts of *topic*, as soon as there is one; Consul is asked about twice a second.
+
+        Raises NoLiveHosts when there is none after *timeout_seconds*, TimedOut when Consul could
+        not be asked, and Denied at once.  When Consul hangs, that may take one
+        ``request_timeout_seconds`` longer.
+        """
+        deadline = self._clock() + timeout_seconds
+        snapshot: Snapshot | None = None
+        while True:
+            error: Unavailable | None = None
+            try:
+                if snapshot is None:
+                    snapshot = self._lookup(topic, server)
+                if not snapshot and snapshot.age_seconds >= SECONDS_BETWEEN_ASKS:
+                    snapshot = self._cache.refresh(topic, server)
+            except Unavailable as failure:
+                error = failure
+            if snapshot:
+                return snapshot
+            remaining = deadline - self._clock()
+            if remaining <= 0:
+                raise self._nobody_came(topic, server, timeout_seconds, error)
+            pause = min(remaining, SECONDS_BETWEEN_ASKS)
+            if snapshot is not None and error is None:
+                try:
+                    snapshot = self._cache.wait_for_change(topic, snapshot, pause, server)
+                    continue
+                except Unavailable:  # the answer was given up meanwhile
+                    pass
+            if self._closing.wait(pause):
+                raise Closed("the matchmaker was closed while waiting")
+
+    def is_alive(self, topic: str, host: str | Host) -> bool:
+        """Whether *host* serves *topic*, by what `hosts` says."""
+        return _host(host) in self._lookup(topic, None)
+
+    def watch(self, topic: str, server: str | None = None) -> Iterator[Snapshot]:
+        """The hosts of *topic* now, and again at every change, until `close`.
+
+        Raises like `hosts` when there is no first answer; a later outage changes nothing and
+        raises nothing.
+        """
+        first = self._lookup(topic, server)
+        return self._changes(first, server)
+
+    def topics(self) -> list[str]:
+        """Every topic that somebody registered, sorted.  Asks Consul: raises Unavailable, Denied,
+        and ConfigurationError in catalog mode, as DNS cannot list."""
+        self._check_open()
+        if self._registrar is None:
+            raise ConfigurationError(
+                "Consul DNS cannot list topics: use kv mode, or `consul catalog services`"
+            )
+        return self._registrar.topics()
+
+    # -- that this process serves one
+
+    def register(self, topic: str, host: str | Host, server: str | None = None) -> Registration:
+        """Say that *host* serves *topic*, and keep it said until unregistered or closed.
+
+        Returns at once, whether or not Consul is up; the registration can be waited for, and
+        unregisters as a context manager.  A text must be ``ADDRESS:PORT``; for anything else pass
+        ``Host.opaque(text)``.  In catalog mode accepted without effect: operators register there.
+        Raises ConfigurationError for a malformed host or topic.
+        """
+        wanted = Registration(checked_topic(topic), _host(host), server or None)
+        for text in (wanted.topic, str(wanted.host), wanted.server or ""):
+            encode_segment(text)  # refused here, not later on a thread where nobody sees it
+        self._check_open()
+        if self._keeper is None:
+            self._tell_that_nothing_is_registered()
+            return Registration(wanted.topic, wanted.host, wanted.server, _NOBODY)
+        return self._keeper.register(wanted)
+
+    def unregister(self, topic: str, host: str | Host) -> None:
+        """Take back what this process registered for *topic* on *host*, and nothing else."""
+        self._check_open()
+        if self._keeper is None:
+            self._tell_that_nothing_is_registered()
+        else:
+            self._keeper.unregister_host(topic, _host(host))
+
+    def expire(self, topic: str, host: str | Host) -> int:
+        """Remove *host*'s registrations of *topic* for everybody; return how many there were.
+
+        Their owner, if it lives, registers again.  Raises Unavailable, Denied.  In catalog mode
+        without effect.
+        """
+        self._check_open()
+        bad = _host(host)
+        if self._registrar is None:
+            self._tell_that_nothing_is_registered()
+            return 0
+        count = self._registrar.expire(topic, bad)
+        if topic in self._cache.topics_in_use():
+            try:
+                self._cache.refresh(topic)
+            except (Unavailable, Denied) as error:
+                logger.debug("topic %s: not asked again after expire: %s", topic, error)
+        return count
+
+    # -- what callers found out
+
+    def acknowledge(self, topic: str, host: str | Host) -> None:
+        """It answered: lift its quarantine.  If it is our own, renew our registrations now."""
+        self._check_open()
+        good = _host(host)
+        self._quarantine.acknowledge(topic, good)
+        if self._keeper is not None and self._keeper.holds(topic, good):
+            self._keeper.renew_now()
+
+    def reject(self, topic: str, host: str | Host) -> None:
+        """It failed: `pick` of this process avoids it for a while; `hosts` still lists it."""
+        self._check_open()
+        self._quarantine.reject(topic, _host(host))
+
+    # -- its own life
+
+    def status(self) -> dict[str, object]:
+        """Where everything stands, fit for json, without secrets."""
+        keeper, watcher = self._keeper, self._watcher
+        tell = getattr(self._resolver, "status", None)
+        return {
+            "mode": self.settings.mode,
+            "is_closed": self._closing.is_set(),
+            "settings": _shown(self.settings),
+            "cache": self._cache.status(),
+            "quarantine": self._quarantine.status(),
+            "keeper": None if keeper is None else keeper.status(),
+            "watcher": None if watcher is None else watcher.status(),
+            "backend": None if tell is None else tell(),
+        }
+
+    def close(self, timeout_seconds: float = 5.0) -> None:
+        """Withdraw every registration, end every thread, close every connection; idempotent.
+
+        Returns within *timeout_seconds* even when Consul hangs; registrations then leave with
+        their lease, 2 x ``session_ttl_seconds`` later at the latest.
+        """
+        with self._lock:
+            if self._closing.is_set():
+                return
+            self._closing.set()
+            self._lookup = self._refuse
+        deadline = self._clock() + timeout_seconds
+
+        def remaining() -> float:
+            return max(0.0, deadline - self._clock())
+
+        self._cache.close(0.0)  # tell everybody first, then wait for one after the other
+        if self._watcher is not None:
+            self._watcher.close(0.0)
+        has_ended = self._keeper is None or self._keeper.close(remaining())
+        if self._watcher is not None:
+            has_ended &= self._watcher.close(remaining())
+        has_ended &= self._cache.close(remaining())
+        self._resolver.close()
+        if not has_ended:
+            logger.warning("closed within %g s although Consul did not answer", timeout_seconds)
+
+    def forget(self) -> None:
+        """Start clean in a forked child; called by itself."""
+        was_closed = self._closing.is_set()
+        self._lock = threading.RLock()
+        self._closing = threading.Event()
+        if was_closed:
+            self._closing.set()
+        else:
+            self._lookup = self._first_lookup
+        for part in (
+            self._resolver,
+            self._cache,
+            self._quarantine,
+            self._selector,
+            self._keeper,
+            self._watcher,
+        ):
+            if part is not None:
+                part.forget()
+
+    def __enter__(self) -> Matchmaker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        addresses = ",".join(map(str, self.settings.addresses))
+        state = "closed" if self._closing.is_set() else repr(self._cache)
+        keeper = "" if self._keeper is None else f", {self._keeper!r}"
+        return f"<Matchmaker {self.settings.mode} at {addresses}, {state}{keeper}>"
+
+    # -- inside
+
+    def _first_lookup(self, topic: str, server: str | None) -> Snapshot:
+        with self._lock:
+            self._check_open()
+            if self._watcher is not None:
+                self._watcher.start()
+            self._lookup = self._cache.lookup
+        return self._cache.lookup(topic, server)
+
+    def _refuse(self, topic: str, server: str | None) -> Snapshot:
+        raise Closed("this matchmaker was closed: make a new one")
+
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise Closed("this matchmaker was closed: make a new one")
+
+    def _changes(self, last: Snapshot, server: str | None) -> Iterator[Snapshot]:
+        yield last
+        while True:
+            try:
+                last = self._cache.wait_for_change(last.topic, last, math.inf, server)
+            except Closed:
+                return
+            except Unavailable:  # the cache has said so in the log
+                if self._closing.wait(SECONDS_BETWEEN_ASKS):
+                    return
+            else:
+                yield last
+
+    def _nobody_came(
+        self, topic: str, server: str | None, timeout_seconds: float, error: Unavailable | None
+    ) -> TimedOut | NoLiveHosts:
+        name = _named(topic, server)
+        if error is None:
+            return NoLiveHosts(f"no host served {name} within {timeout_seconds:g} s")
+        waited = TimedOut(f"Consul could not be asked for {name}: {error}")
+        waited.__cause__ = error
+        return waited
+
+    def _tell_that_nothing_is_registered(self) -> None:
+        if not self._is_told_that_nothing_is_registered:
+            self._is_told_that_nothing_is_registered = True
+            logger.info(
+                "catalog mode: register, unregister and expire have no effect, "
+                "Consul's service definitions say who serves a topic"
+            )
+
+
+class _Nobody:
+    """Owns the registrations of catalog mode: they are Consul's own affair."""
+
+    def wait_until_published(self, registration: Registration, timeout_seconds: float) -> None:
+        """There is nothing to wait for."""
+
+    def unregister(self, registration: Registration) -> None:
+        """There is nothing to take back."""
+
+
+_NOBODY = _Nobody()
+
+
+def _resolver(settings: Settings, clock: Callable[[], float]) -> Resolver:
+    if settings.mode == "catalog":
+        from .backends.dns_srv import DnsSrv
+
+        return DnsSrv(settings, clock=clock)
+    from .backends.agent import Agent
+    from .backends.kv import Kv
+
+    return Kv(Agent(settings, clock=clock), settings, clock=clock)
+
+
+def _registrar(settings: Settings, backend: Resolver) -> Registrar | None:
+    if settings.mode == "catalog":
+        return None
+    if not hasattr(backend, "publish"):
+        raise ConfigurationError(f"{backend!r} cannot register: use it with mode=catalog")
+    return cast(Registrar, backend)
+
+
+def _watcher(
+    resolver: Resolver,
+    cache: Cache,
+    settings: Settings,
+    clock: Callable[[], float],
+    jitter: Callable[[], float],
+) -> Watcher:
+    from .backends.kv import Kv
+    from .watcher import Watcher
+
+    assert isinstance(resolver, Kv)
+    return Watcher(resolver, cache, settings, clock=clock, jitter=jitter)
+
+
+def _host(host: str | Host) -> Host:
+    return host if isinstance(host, Host) else Host.parse(host)
+
+
+def _named(topic: str, server: str | None) -> str:
+    return topic if server is None else f"{topic} as {server}"
+
+
+def _shown(settings: Settings) -> dict[str, object]:
+    shown: dict[str, object] = {}
+    for knob in fields(settings):
+        value = getattr(settings, knob.name)
+        if knob.metadata.get("secret"):
+            value = None if value is None else "***"
+        elif isinstance(value, tuple):
+            value = [str(item) for item in value]
+        elif isinstance(value, Mapping):
+            value = dict(value)
+        shown[knob.name] = value
+    return shown

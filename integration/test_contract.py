@@ -1,0 +1,104 @@
+"""The kv and DNS backends keep the contract on a real cluster, as memory does in the unit tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from consul_matchmaker.backends import Resolver
+from consul_matchmaker.backends.agent import Agent
+from consul_matchmaker.backends.dns_srv import DnsSrv
+from consul_matchmaker.backends.kv import Kv
+from consul_matchmaker.demo.consul_probe import Node, request
+from consul_matchmaker.model import Host
+from consul_matchmaker.settings import Settings
+from tests.contract import Backend, RegistrarContract, ResolverContract
+
+NOBODY = "127.0.0.1:1"  # nothing listens there
+
+
+class TestKvContract(RegistrarContract):
+    @pytest.fixture
+    def backend(self, agent: Node, prefix: str) -> Iterator[Backend]:
+        settings = Settings(mode="kv", addresses=(Host.parse(agent.http),), prefix=prefix)
+        backend = Kv(Agent(settings), settings)
+        yield backend
+        backend.close()
+
+    @pytest.fixture
+    def topic(self) -> str:
+        return "scheduler"  # the prefix is this test's own
+
+    @pytest.fixture
+    def away(self) -> Iterator[Resolver]:
+        settings = Settings(mode="kv", addresses=(Host.parse(NOBODY),))
+        backend = Kv(Agent(settings), settings)
+        yield backend
+        backend.close()
+
+
+class TestKvContractWithConsistentReads(TestKvContract):
+    """The same, where every read is confirmed by a majority of the servers."""
+
+    @pytest.fixture
+    def backend(self, agent: Node, prefix: str) -> Iterator[Backend]:
+        settings = Settings(
+            mode="kv",
+            addresses=(Host.parse(agent.http),),
+            prefix=prefix,
+            consistency="consistent",
+        )
+        backend = Kv(Agent(settings), settings)
+        yield backend
+        backend.close()
+
+
+class TestDnsSrvContract(ResolverContract):
+    @pytest.fixture
+    def resolver(self, agent: Node) -> Iterator[Resolver]:
+        backend = DnsSrv(Settings(mode="catalog", addresses=(Host.parse(agent.dns),)))
+        yield backend
+        backend.close()
+
+    @pytest.fixture
+    def away(self) -> Iterator[Resolver]:
+        backend = DnsSrv(
+            Settings(mode="catalog", addresses=(Host.parse(NOBODY),), request_timeout_seconds=0.2)
+        )
+        yield backend
+        backend.close()
+
+    @pytest.fixture
+    def topic(self, request: pytest.FixtureRequest) -> str:
+        """One that leaves room for a character more in a DNS label."""
+        return f"t-{abs(hash(request.node.nodeid)) % 10**12}"
+
+    @pytest.fixture
+    def set_hosts(self, agent: Node) -> Iterator[Callable[[str, list[Host]], None]]:
+        registered: dict[str, set[Host]] = {}
+
+        def set_hosts(topic: str, hosts: list[Host]) -> None:
+            """As an operator does, by service definitions on an agent."""
+            before = registered.setdefault(topic, set())
+            for host in before - set(hosts):
+                put(agent, f"/v1/agent/service/deregister/{topic}-{host.port}-{host.address}")
+            for host in set(hosts) - before:
+                definition = {
+                    "ID": f"{topic}-{host.port}-{host.address}",
+                    "Name": topic,
+                    "Address": host.address,
+                    "Port": host.port,
+                }
+                put(agent, "/v1/agent/service/register", json.dumps(definition))
+            registered[topic] = set(hosts)
+
+        yield set_hosts
+        for topic in list(registered):
+            set_hosts(topic, [])
+
+
+def put(agent: Node, path: str, body: str | None = None) -> None:
+    status, text = request(agent, "PUT", path, body)
+    assert status == 200, text

@@ -1,0 +1,1058 @@
+"""Answers: when they are fresh, asked for again, doubted, kept through an outage, given up."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consul_matchmaker.cache import (
+    SECONDS_BETWEEN_DOUBTS,
+    UNSEEN_TTLS,
+    Cache,
+)
+from consul_matchmaker.errors import (
+    Closed,
+    ConfigurationError,
+    Denied,
+    InvalidTopic,
+    TimedOut,
+    Unavailable,
+)
+from consul_matchmaker.model import Snapshot
+from consul_matchmaker.settings import Settings
+
+from .doubles import (
+    DEADLINE_SECONDS,
+    FakeResolver,
+    ManualClock,
+    catalog,
+    in_thread,
+    kv,
+    snapshot,
+)
+
+A, B, C, D, E = (f"10.0.0.{number}:5000" for number in range(1, 6))
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def consul() -> FakeResolver:
+    return FakeResolver()
+
+
+@pytest.fixture
+def cache(consul: FakeResolver, clock: ManualClock) -> Cache:
+    return made(consul, clock)
+
+
+def made(
+    consul: FakeResolver,
+    clock: ManualClock,
+    settings: Settings | None = None,
+    max_topics: int = 100,
+) -> Cache:
+    """A cache whose background work is done by `step`, jitter at its least."""
+    return Cache(
+        consul,
+        settings or kv(),
+        clock=clock,
+        jitter=lambda: 0.0,
+        max_topics=max_topics,
+        threaded=False,
+    )
+
+
+def shown(answer: Snapshot) -> list[str]:
+    return [str(host) for host in answer]
+
+
+# -- fresh, stale, away, gone
+
+
+def test_a_fresh_answer_is_not_asked_for_again(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """Within its TTL an answer comes from memory, and says that it is fresh and how old."""
+    consul.say("scheduler", A, B)
+    assert shown(cache.lookup("scheduler")) == [A, B]
+    clock.advance(4.9)
+    answer = cache.lookup("scheduler")
+    assert shown(answer) == [A, B]
+    assert not answer.is_stale
+    assert answer.age_seconds == pytest.approx(4.9)
+    assert consul.count("scheduler") == 1
+
+
+def test_past_its_ttl_an_answer_is_returned_while_it_is_asked_for_again(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """The old answer comes at once, marked stale; the refresh is the background's work."""
+    consul.say("scheduler", A)
+    held = cache.lookup("scheduler")
+    consul.say("scheduler", B)
+    clock.advance(5)
+    assert shown(cache.lookup("scheduler")) == [A]
+    assert held.is_stale
+    assert consul.count("scheduler") == 1
+    cache.step()
+    assert consul.count("scheduler") == 2
+    assert shown(cache.lookup("scheduler")) == [B]
+    assert not cache.lookup("scheduler").is_stale
+
+
+def test_many_lookups_of_a_stale_answer_ask_once(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """However many callers find the answer stale, one refresh runs."""
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    clock.advance(6)
+    for _ in range(100):
+        cache.lookup("scheduler")
+    cache.step()
+    assert consul.count("scheduler") == 2
+
+
+def test_a_topic_in_use_is_refreshed_before_it_is_stale(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """Where callers go on asking, the answer is renewed ahead of its time: nobody sees it stale."""
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    for _ in range(40):
+        clock.advance(0.5)
+        assert not cache.lookup("scheduler").is_stale
+        cache.step()
+    assert 5 <= consul.count("scheduler") <= 7  # each 0.7 x 5 s = 3.5 s of the 20 s
+
+
+def test_nobody_asks_for_what_nobody_wants(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """A topic that callers stopped asking for costs nothing any more."""
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    clock.advance(1)
+    cache.lookup("scheduler")
+    pause = 0.0
+    while pause is not None:
+        clock.advance(pause)
+        pause = cache.step()  # type: ignore[assignment]
+    assert consul.count("scheduler") == 2
+    clock.advance(1000)
+    assert cache.step() is None
+    assert consul.count("scheduler") == 2
+
+
+def test_refreshes_of_many_processes_do_not_align(consul: FakeResolver, clock: ManualClock) -> None:
+    """When an answer is asked for again is drawn at random between 0.7 and 0.9 of its TTL."""
+    consul.say("scheduler", A)
+    pauses = []
+    draws = iter([0.0, 0.5, 0.99])
+    for _ in range(3):
+        cache = Cache(
+            consul, kv(ttl_seconds=10), clock=clock, jitter=lambda: next(draws), threaded=False
+        )
+        cache.lookup("scheduler")
+        pauses.append(cache.step())
+    assert pauses == [pytest.approx(7.0), pytest.approx(8.0), pytest.approx(8.98)]
+
+
+@pytest.mark.parametrize(
+    ("said", "fresh_seconds"),
+    [(None, 5), (0.0, 5), (0.2, 1), (30.0, 30), (600.0, 60)],
+)
+def test_a_ttl_in_the_answer_is_obeyed_within_bounds(
+    cache: Cache, consul: FakeResolver, clock: ManualClock, said: float | None, fresh_seconds: float
+) -> None:
+    """A DNS TTL above 0 is cut to ttl_min_seconds..ttl_max_seconds; without one: ttl_seconds."""
+    consul.say("scheduler", A, ttl_seconds=said)
+    answer = cache.lookup("scheduler")
+    clock.advance(fresh_seconds - 0.01)
+    assert not answer.is_stale
+    clock.advance(0.01)
+    assert answer.is_stale
+
+
+def test_an_answer_without_hosts_has_a_ttl_of_its_own(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """No hosts is asked for again after empty_ttl_seconds, and does not make callers wait."""
+    assert shown(cache.lookup("scheduler")) == []
+    clock.advance(1)
+    consul.say("scheduler", A)
+    assert shown(cache.lookup("scheduler")) == []
+    cache.step()
+    assert shown(cache.lookup("scheduler")) == [A]
+
+
+def test_an_outage_makes_answers_old_not_empty(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """The last good answer is served, ever older and marked stale, until max_stale_seconds."""
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    consul.fail("scheduler")
+    age = 0.0
+    for _ in range(359):
+        clock.advance(10)
+        answer = cache.lookup("scheduler")
+        cache.step()
+        assert shown(answer) == [A]
+        assert answer.is_stale
+        assert answer.age_seconds > age
+        age = answer.age_seconds
+    clock.advance(10)
+    with pytest.raises(Unavailable, match="Consul is away"):
+        cache.lookup("scheduler")
+
+
+def test_after_an_outage_answers_are_fresh_within_one_ttl(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """Attempts back off, but never by more than a TTL, and the first success releases them all."""
+    topics = [f"topic{number}" for number in range(20)]
+    cache = Cache(consul, kv(), clock=clock, jitter=lambda: 0.999, threaded=False)
+    for topic in topics:
+        consul.say(topic, A)
+        cache.lookup(topic)
+        consul.fail(topic)
+    for _ in range(600):
+        clock.advance(0.1)
+        for topic in topics:
+            cache.lookup(topic)
+        cache.step()
+    assert consul.count("topic0") < 20  # 60 s of outage: not a question every tenth of a second
+    for topic in topics:
+        consul.say(topic, B)
+    for _ in range(52):
+        clock.advance(0.1)
+        cache.lookup("topic0")
+        cache.step()
+    for topic in topics:
+        assert shown(cache.lookup(topic)) == [B]
+        assert not cache.lookup(topic).is_stale
+
+
+def test_the_first_that_is_answered_again_releases_the_others(
+    consul: FakeResolver, clock: ManualClock
+) -> None:
+    """Once Consul answers for one topic, those that failed too do not wait out their pause."""
+    draws = iter([0.0] * 2 + [0.1, 0.9] + [0.0] * 10)
+    cache = Cache(consul, kv(), clock=clock, jitter=lambda: next(draws), threaded=False)
+    for topic in ("early", "late"):
+        consul.say(topic, A)
+        cache.lookup(topic)
+        consul.fail(topic)
+    clock.advance(6)
+    for round_seconds in (0.0, 0.15):  # both fail; then one may be asked again, the other not yet
+        clock.advance(round_seconds)
+        for topic in ("early", "late"):
+            cache.lookup(topic)
+            consul.say(topic, B) if round_seconds else None
+        cache.step()
+    assert shown(cache.lookup("early")) == [B]
+    assert shown(cache.lookup("late")) == [A]
+    cache.step()
+    assert shown(cache.lookup("late")) == [B]
+
+
+def test_an_answer_is_given_up_in_time_while_attempts_pause(
+    consul: FakeResolver, clock: ManualClock
+) -> None:
+    """However long the pause to the next attempt, max_stale_seconds is the end."""
+    cache = Cache(
+        consul, kv(max_stale_seconds=5.2), clock=clock, jitter=lambda: 0.999, threaded=False
+    )
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    consul.fail("scheduler")
+    clock.advance(5)
+    cache.lookup("scheduler")
+    cache.step()
+    assert shown(cache.lookup("scheduler")) == [A]
+    clock.advance(0.2)
+    with pytest.raises(Unavailable):
+        cache.lookup("scheduler")
+
+
+def test_one_log_line_a_transition(
+    cache: Cache, consul: FakeResolver, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An outage is one warning with its reason, its end one line with its length."""
+    caplog.set_level(logging.INFO)
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    consul.fail("scheduler", TimedOut("127.0.0.1:8600 did not answer"))
+    for _ in range(300):
+        clock.advance(0.1)
+        cache.lookup("scheduler")
+        cache.step()
+    consul.say("scheduler", A)
+    for _ in range(60):
+        clock.advance(0.1)
+        cache.lookup("scheduler")
+        cache.step()
+    begun, ended = caplog.records
+    assert begun.levelno == logging.WARNING
+    assert "scheduler" in begun.message and "did not answer" in begun.message
+    assert ended.levelno == logging.INFO
+    assert "again, after" in ended.message
+
+
+def test_an_outage_of_many_topics_is_one_warning(
+    cache: Cache, consul: FakeResolver, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first topic that cannot be asked is a warning; the others it takes along are not."""
+    caplog.set_level(logging.INFO)
+    for topic in "abc":
+        consul.say(topic, A)
+        cache.lookup(topic)
+        consul.fail(topic)
+    clock.advance(6)
+    for topic in "abc":
+        cache.lookup(topic)
+    cache.step()
+    levels = sorted(record.levelno for record in caplog.records)
+    assert levels == [logging.INFO, logging.INFO, logging.WARNING]
+
+
+def test_a_refused_token_does_not_empty_what_is_held(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """Denied with an answer at hand is an outage; without one it is raised."""
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    consul.fail("scheduler", Denied("the token was refused"))
+    consul.fail("unknown", Denied("the token was refused"))
+    clock.advance(6)
+    cache.lookup("scheduler")
+    cache.step()
+    assert shown(cache.lookup("scheduler")) == [A]
+    with pytest.raises(Denied):
+        cache.lookup("unknown")
+
+
+def test_max_stale_of_zero_gives_up_at_once(consul: FakeResolver, clock: ManualClock) -> None:
+    """With max_stale_seconds=0 an answer is gone when it is no longer fresh: callers ask."""
+    cache = made(consul, clock, kv(max_stale_seconds=0))
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    clock.advance(4)
+    assert shown(cache.lookup("scheduler")) == [A]
+    consul.fail("scheduler")
+    clock.advance(1)
+    with pytest.raises(Unavailable):
+        cache.lookup("scheduler")
+    consul.say("scheduler", B)
+    clock.advance(1)
+    assert shown(cache.lookup("scheduler")) == [B]
+
+
+def test_status_counts_the_states(cache: Cache, consul: FakeResolver, clock: ManualClock) -> None:
+    """Fresh, stale, away and gone are what they say."""
+    for topic in ("fresh", "stale", "away"):
+        consul.say(topic, A)
+    cache.lookup("stale")
+    cache.lookup("away")
+    consul.fail("away")
+    clock.advance(6)
+    cache.lookup("away")
+    cache.step()
+    cache.lookup("fresh")
+    consul.fail("gone")
+    with pytest.raises(Unavailable):
+        cache.lookup("gone")
+    assert cache.status()["states"] == {"fresh": 1, "stale": 1, "away": 1, "gone": 1}
+
+
+# -- one question at a time
+
+
+def test_an_unknown_topic_is_asked_for_once(consul: FakeResolver) -> None:
+    """However many threads want it, one asks and all have its answer."""
+    cache = Cache(consul, kv())
+    consul.say("scheduler", A)
+    consul.hold("scheduler")
+    threads = [in_thread(lambda: cache.lookup("scheduler")) for _ in range(8)]
+    consul.wait_until_asked("scheduler")
+    consul.let_go("scheduler")
+    for thread in threads:
+        assert shown(thread.result(DEADLINE_SECONDS)) == [A]
+    assert consul.count("scheduler") == 1
+    assert cache.close(DEADLINE_SECONDS)
+
+
+def test_a_failure_is_everybodys_and_does_not_make_them_stampede(consul: FakeResolver) -> None:
+    """All who wait get the error, each its own exception, and nobody asks again just then."""
+    clock = ManualClock()
+    cache = Cache(consul, kv(), clock=clock, jitter=lambda: 0.9, threaded=False)
+    consul.fail("scheduler", TimedOut("nothing came"))
+    consul.hold("scheduler")
+    threads = [in_thread(lambda: cache.lookup("scheduler")) for _ in range(8)]
+    consul.wait_until_asked("scheduler")
+    consul.let_go("scheduler")
+    errors = [thread.exception(DEADLINE_SECONDS) for thread in threads]
+    assert all(isinstance(error, TimedOut) for error in errors)
+    assert len({id(error) for error in errors}) == 8
+    with pytest.raises(TimedOut, match="nothing came"):
+        cache.lookup("scheduler")
+    assert consul.count("scheduler") == 1
+    consul.say("scheduler", A)
+    clock.advance(1)
+    assert shown(cache.lookup("scheduler")) == [A]
+
+
+def test_a_topic_that_hangs_delays_no_other(consul: FakeResolver) -> None:
+    """While one topic's question hangs, unknown and known topics are answered."""
+    cache = Cache(consul, kv())
+    consul.say("known", A)
+    consul.say("unknown", B)
+    cache.lookup("known")
+    consul.hold("slow")
+    hanging = in_thread(lambda: cache.lookup("slow"))
+    consul.wait_until_asked("slow")
+    assert shown(cache.lookup("known")) == [A]
+    assert shown(cache.lookup("unknown")) == [B]
+    assert not hanging.done()
+    consul.let_go("slow")
+    hanging.result(DEADLINE_SECONDS)
+
+
+def test_waiting_for_anothers_question_has_an_end(consul: FakeResolver) -> None:
+    """A question that is lost for ever does not hold up those who wait for its answer."""
+    cache = Cache(consul, kv(request_timeout_seconds=0.05))
+    consul.hold("slow")
+    hanging = in_thread(lambda: cache.lookup("slow"))
+    consul.wait_until_asked("slow")
+    with pytest.raises(TimedOut, match="slow"):
+        cache.lookup("slow")
+    consul.let_go("slow")
+    hanging.result(DEADLINE_SECONDS)
+
+
+def test_healthy_topics_are_refreshed_first(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """A topic that failed is asked after those that did not: its timeout is waited out last."""
+    for topic in "abc":
+        consul.say(topic, A)
+        cache.lookup(topic)
+    consul.fail("a")
+    clock.advance(6)
+    cache.lookup("a")
+    cache.step()
+    clock.advance(6)
+    for topic in "abc":
+        cache.lookup(topic)
+    consul.asked.clear()
+    cache.step()
+    assert [topic for topic, _ in consul.asked] == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize("error", [InvalidTopic, ConfigurationError])
+def test_a_wrong_question_is_never_remembered(
+    cache: Cache, consul: FakeResolver, error: type[Exception]
+) -> None:
+    """What the caller or the settings got wrong is raised each time, and takes no room."""
+    consul.fail("wrong", error("this topic cannot be asked for"))
+    for _ in range(2):
+        with pytest.raises(error):
+            cache.lookup("wrong")
+    assert consul.count("wrong") == 2
+    assert cache.topics_in_use() == []
+
+
+@pytest.mark.parametrize("bad", ["", None, 7, b"bytes", ["list"], {}])
+def test_what_is_no_topic_is_refused(cache: Cache, consul: FakeResolver, bad: object) -> None:
+    """An empty topic, or none at all, never reaches Consul."""
+    with pytest.raises(InvalidTopic):
+        cache.lookup(bad)  # type: ignore[arg-type]
+    assert consul.asked == []
+
+
+def test_an_interrupted_caller_does_not_block_the_others(consul: FakeResolver) -> None:
+    """Ctrl-C in the thread that asks is an error for those who wait, and leaves nothing behind."""
+    cache = Cache(consul, kv())
+    consul.fail("scheduler", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        cache.lookup("scheduler")
+    consul.say("scheduler", A)
+    assert shown(cache.lookup("scheduler")) == [A]
+
+
+def test_a_bug_in_a_backend_keeps_the_last_good_answer(
+    cache: Cache, consul: FakeResolver, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What nobody expected is logged with its traceback, and the answer stays."""
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    consul.fail("scheduler", ZeroDivisionError("a bug"))
+    clock.advance(6)
+    cache.lookup("scheduler")
+    cache.step()
+    assert shown(cache.lookup("scheduler")) == [A]
+    assert "a bug" in caplog.text
+
+
+def test_refresh_asks_now(cache: Cache, consul: FakeResolver) -> None:
+    """refresh() does not look at the TTL, and raises although lookup() still has an answer."""
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    consul.say("scheduler", B)
+    assert shown(cache.refresh("scheduler")) == [B]
+    assert shown(cache.lookup("scheduler")) == [B]
+    consul.fail("scheduler")
+    with pytest.raises(Unavailable):
+        cache.refresh("scheduler")
+    assert shown(cache.lookup("scheduler")) == [B]
+
+
+# -- answers that are not believed at once
+
+
+@pytest.fixture
+def dns() -> FakeResolver:
+    return FakeResolver("dns")
+
+
+def keep_asking(cache: Cache, clock: ManualClock, seconds: float) -> None:
+    """Look up twice a second, as a caller does, and let the background work."""
+    for _ in range(round(seconds * 2)):
+        clock.advance(0.5)
+        cache.lookup("scheduler")
+        cache.step()
+
+
+def test_one_empty_answer_is_not_believed(dns: FakeResolver, clock: ManualClock) -> None:
+    """A restarted Consul server denies live services for up to 5 s (fact A9): nobody notices."""
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A, B)
+    cache.lookup("scheduler")
+    dns.say("scheduler")
+    keep_asking(cache, clock, 3.5 + 4.9)
+    assert shown(cache.lookup("scheduler")) == [A, B]
+    dns.say("scheduler", A, B)
+    keep_asking(cache, clock, 1)
+    assert not cache.lookup("scheduler").is_stale
+    dns.say("scheduler")
+    keep_asking(cache, clock, 3.5 + 4.9)  # and the next lie is doubted as long as the first
+    assert shown(cache.lookup("scheduler")) == [A, B]
+
+
+def test_an_empty_answer_that_repeats_is_believed(
+    dns: FakeResolver, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After confirm_empty_seconds of the same the hosts are gone, with one line for each step."""
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A, B)
+    cache.lookup("scheduler")
+    dns.say("scheduler")
+    keep_asking(cache, clock, 3.5 + 6 + SECONDS_BETWEEN_DOUBTS)
+    assert shown(cache.lookup("scheduler")) == []
+    doubted, believed = caplog.messages
+    assert "suddenly says 0 hosts instead of 2" in doubted
+    assert "confirmed" in believed
+
+
+def test_doubt_is_settled_even_if_nobody_asks(dns: FakeResolver, clock: ManualClock) -> None:
+    """While an answer is doubted Consul is asked each second, whether or not callers come."""
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A)
+    cache.lookup("scheduler")
+    dns.say("scheduler")
+    clock.advance(5)
+    cache.lookup("scheduler")
+    cache.step()
+    for _ in range(7):
+        clock.advance(1)
+        cache.step()
+    assert shown(cache.lookup("scheduler")) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_doubted"),
+    [
+        ([A, B, C, D], [A], True),
+        ([A, B, C, D], [A, B], False),
+        ([A, B, C], [A], True),
+        ([A, B], [B], False),
+        ([A], [B], False),
+        ([A], [], True),
+        ([], [], False),
+    ],
+)
+def test_less_than_half_is_doubted(
+    dns: FakeResolver, clock: ManualClock, before: list[str], after: list[str], is_doubted: bool
+) -> None:
+    """An answer is suspicious when it has less than half of the hosts there were."""
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", *before)
+    cache.lookup("scheduler")
+    dns.say("scheduler", *after)
+    answer = cache.refresh("scheduler")
+    assert shown(answer) == (before if is_doubted else after)
+
+
+def test_what_gets_even_worse_must_repeat_anew(dns: FakeResolver, clock: ManualClock) -> None:
+    """Nothing after one of four has been said once, not for as long as the one of four."""
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A, B, C, D)
+    cache.lookup("scheduler")
+    dns.say("scheduler", A)
+    cache.refresh("scheduler")
+    clock.advance(5)
+    dns.say("scheduler")
+    cache.refresh("scheduler")
+    clock.advance(5)
+    assert shown(cache.refresh("scheduler")) == [A, B, C, D]
+    clock.advance(1)
+    assert shown(cache.refresh("scheduler")) == []
+
+
+def test_what_gets_better_is_confirmed_by_the_worse(dns: FakeResolver, clock: ManualClock) -> None:
+    """One of four after 6 s of nothing is believed: nothing has confirmed it long enough."""
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A, B, C, D)
+    cache.lookup("scheduler")
+    dns.say("scheduler")
+    cache.refresh("scheduler")
+    clock.advance(6)
+    dns.say("scheduler", A)
+    assert shown(cache.refresh("scheduler")) == [A]
+
+
+@pytest.mark.parametrize(("consistency", "is_doubted"), [("default", False), ("stale", True)])
+def test_kv_is_doubted_only_where_it_reads_stale(
+    clock: ManualClock, consistency: str, is_doubted: bool
+) -> None:
+    """The leader does not lie: a clean exit is seen at once.  A stale read may."""
+    consul = FakeResolver("kv")
+    cache = made(consul, clock, kv(consistency=consistency))
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    consul.say("scheduler")
+    assert shown(cache.refresh("scheduler")) == ([A] if is_doubted else [])
+
+
+def test_an_outage_in_between_does_not_end_the_doubt(dns: FakeResolver, clock: ManualClock) -> None:
+    """An error says nothing about the hosts: neither for the doubted answer nor against it."""
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A)
+    cache.lookup("scheduler")
+    dns.say("scheduler")
+    cache.refresh("scheduler")
+    dns.fail("scheduler")
+    clock.advance(3)
+    with pytest.raises(Unavailable):
+        cache.refresh("scheduler")
+    dns.say("scheduler")
+    clock.advance(2)
+    assert shown(cache.refresh("scheduler")) == [A]
+    clock.advance(1)
+    assert shown(cache.refresh("scheduler")) == []
+
+
+def test_an_incomplete_answer_takes_no_host_away(dns: FakeResolver, clock: ManualClock) -> None:
+    """What a cut answer lacks stays; what it adds is added; and it says that it is incomplete."""
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A, B, C)
+    assert cache.lookup("scheduler").is_complete
+    dns.say("scheduler", A, D, is_complete=False)
+    answer = cache.refresh("scheduler")
+    assert shown(answer) == [A, B, C, D]
+    assert not answer.is_complete
+    dns.say("scheduler", B, E, is_complete=False)
+    assert shown(cache.refresh("scheduler")) == [A, B, C, D, E]
+    dns.say("scheduler", A, B, D)
+    answer = cache.refresh("scheduler")
+    assert shown(answer) == [A, B, D]
+    assert answer.is_complete
+    dns.say("scheduler", A, is_complete=False)  # and what was known not to be there stays away
+    assert shown(cache.refresh("scheduler")) == [A, B, D]
+
+
+def test_a_host_in_no_incomplete_answer_leaves_in_the_end(
+    dns: FakeResolver, clock: ManualClock
+) -> None:
+    """Missing from every answer for three TTLs: it is not there, however incomplete they were."""
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A, B)
+    cache.lookup("scheduler")
+    dns.say("scheduler", A, is_complete=False)
+    for _ in range(UNSEEN_TTLS):
+        assert shown(cache.refresh("scheduler")) == [A, B]
+        clock.advance(5)
+    assert shown(cache.refresh("scheduler")) == [A, B]
+    clock.advance(1)
+    assert shown(cache.refresh("scheduler")) == [A]
+
+
+# -- what the watcher tells
+
+
+def test_an_offer_replaces_every_held_topic(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """It is the whole truth: a topic that is not in it has no hosts; others are not kept."""
+    consul.say("one", A)
+    consul.say("two", B)
+    cache.lookup("one")
+    cache.lookup("two")
+    cache.offer({"one": snapshot("one", [C]), "three": snapshot("three", [D])}, 60)
+    assert shown(cache.lookup("one")) == [C]
+    assert shown(cache.lookup("two")) == []
+    assert cache.topics_in_use() == ["one", "two"]
+    clock.advance(59)
+    for topic in ("one", "two"):
+        assert not cache.lookup(topic).is_stale
+        cache.step()
+    assert len(consul.asked) == 2
+
+
+def test_while_watched_a_new_topic_is_fresh_as_long_as_the_others(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """A watched topic is asked for once: after that every change is offered."""
+    cache.offer({}, 60)
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    clock.advance(50)
+    assert not cache.lookup("scheduler").is_stale
+    cache.step()
+    assert consul.count("scheduler") == 1
+
+
+def test_a_question_older_than_an_offer_does_not_undo_it(
+    cache: Cache, consul: FakeResolver
+) -> None:
+    """An answer that was on its way when the watcher told the news is old news."""
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    consul.hold("scheduler")
+    asking = in_thread(lambda: cache.refresh("scheduler"))
+    consul.wait_until_asked("scheduler")
+    cache.offer({"scheduler": snapshot("scheduler", [B])}, 60)
+    consul.let_go("scheduler")
+    assert shown(asking.result(DEADLINE_SECONDS)) == [B]
+    assert shown(cache.lookup("scheduler")) == [B]
+
+
+def test_when_the_watch_is_lost_answers_are_fresh_for_one_ttl(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """What was fresh until the next offer is asked for again by each topic's own TTL."""
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    cache.offer({"scheduler": snapshot("scheduler", [A])}, 60)
+    clock.advance(20)
+    cache.watch_lost()
+    assert not cache.lookup("scheduler").is_stale
+    assert cache.lookup("scheduler").age_seconds == 20
+    clock.advance(5)
+    assert cache.lookup("scheduler").is_stale
+    cache.step()
+    assert consul.count("scheduler") == 2
+    assert not cache.lookup("scheduler").is_stale
+    consul.say("another", B)
+    cache.lookup("another")
+    clock.advance(5)
+    assert cache.lookup("another").is_stale
+
+
+def test_watch_lost_does_not_make_an_old_answer_fresh(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """One TTL is the most; what would have been stale before that stays so."""
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    clock.advance(4)
+    cache.watch_lost()
+    clock.advance(1)
+    assert cache.lookup("scheduler").is_stale
+
+
+# -- waiting for a change
+
+
+def test_waiting_ends_with_a_change(consul: FakeResolver) -> None:
+    """It returns the new answer as soon as it comes, and not when the same comes again."""
+    cache = Cache(consul, kv())
+    consul.say("scheduler", A)
+    seen = cache.lookup("scheduler")
+    waiting = in_thread(lambda: cache.wait_for_change("scheduler", seen, DEADLINE_SECONDS))
+    cache.offer({"scheduler": snapshot("scheduler", [A])}, 60)
+    assert not waiting.done()
+    cache.offer({"scheduler": snapshot("scheduler", [A, B])}, 60)
+    assert shown(waiting.result(DEADLINE_SECONDS)) == [A, B]
+    assert cache.close(DEADLINE_SECONDS)
+
+
+def test_order_is_no_change(cache: Cache, consul: FakeResolver) -> None:
+    """Consul shuffles DNS answers (fact A3): the same hosts in another order are the same."""
+    consul.say("scheduler", A, B)
+    seen = cache.lookup("scheduler")
+    consul.say("scheduler", B, A)
+    cache.refresh("scheduler")
+    assert shown(cache.wait_for_change("scheduler", seen, 0)) == [A, B]
+    assert shown(cache.wait_for_change("scheduler", None, DEADLINE_SECONDS)) == [A, B]
+
+
+def test_waiting_ends_after_its_timeout(consul: FakeResolver) -> None:
+    """Without a change the current answer comes back."""
+    cache = Cache(consul, kv())
+    consul.say("scheduler", A)
+    seen = cache.lookup("scheduler")
+    assert shown(cache.wait_for_change("scheduler", seen, 0.05)) == [A]
+
+
+def test_waiting_polls_where_nothing_is_watched(consul: FakeResolver) -> None:
+    """In catalog mode a change is seen within a TTL, by the refreshes that waiting asks for."""
+    cache = Cache(consul, kv(ttl_seconds=0.1, ttl_min_seconds=0.1))
+    consul.say("scheduler", A)
+    seen = cache.lookup("scheduler")
+    consul.say("scheduler", B)
+    assert shown(cache.wait_for_change("scheduler", seen, DEADLINE_SECONDS)) == [B]
+    assert cache.close(DEADLINE_SECONDS)
+
+
+def test_closing_ends_all_waiting(consul: FakeResolver) -> None:
+    """Whoever waits for a change is told at once."""
+    cache = Cache(consul, kv())
+    seen = cache.lookup("scheduler")
+    waiting = in_thread(lambda: cache.wait_for_change("scheduler", seen, 60))
+    assert cache.close(DEADLINE_SECONDS)
+    with pytest.raises(Closed):
+        waiting.result(DEADLINE_SECONDS)
+
+
+# -- servers
+
+
+def test_a_server_is_found_in_the_topics_answer(cache: Cache, consul: FakeResolver) -> None:
+    """Its hosts are those of the topic that go by that name: no question of its own."""
+    consul.say("scheduler", f"{A}=node1", f"{B}=node2", f"{C}=node1")
+    assert shown(cache.lookup("scheduler", "node1")) == [A, C]
+    assert shown(cache.lookup("scheduler", "node3")) == []
+    assert shown(cache.refresh("scheduler", "node2")) == [B]
+    assert {server for _, server in consul.asked} == {None}
+
+
+def test_a_resolver_that_narrows_is_asked_for_the_server(clock: ManualClock) -> None:
+    """Only where the topic's answer has no such server, and remembered like any answer."""
+    consul = FakeResolver("dns", narrows=True)
+    cache = made(consul, clock, catalog())
+    consul.say("scheduler", f"{A}=node1")
+    consul.say("scheduler", B, server="node2")
+    assert shown(cache.lookup("scheduler", "node1")) == [A]
+    for _ in range(3):
+        assert shown(cache.lookup("scheduler", "node2")) == [B]
+    assert consul.asked == [("scheduler", None), ("scheduler", "node2")]
+    assert shown(cache.refresh("scheduler", "node2")) == [B]
+    assert cache.topics_in_use() == ["scheduler"]
+
+
+# -- bounds, threads, forks
+
+
+def test_memory_is_bounded(consul: FakeResolver, clock: ManualClock) -> None:
+    """With max_topics reached, the topic that was least lately asked for makes room."""
+    cache = made(consul, clock, max_topics=3)
+    for topic in "abc":
+        cache.lookup(topic)
+        clock.advance(0.1)
+    cache.lookup("a")
+    clock.advance(0.1)
+    cache.lookup("d")
+    assert cache.topics_in_use() == ["a", "c", "d"]
+    cache.lookup("b")
+    for number in range(1000):
+        cache.lookup(f"topic{number}")
+        assert len(cache.topics_in_use()) == 3
+    assert cache.status()["evictions"] == 1002
+
+
+def test_a_topic_in_use_is_not_evicted_by_a_flood(consul: FakeResolver, clock: ManualClock) -> None:
+    """A thousand topics that are asked for once do not push out one that is asked for always."""
+    cache = made(consul, clock, max_topics=10)
+    cache.lookup("scheduler")
+    for number in range(1000):
+        clock.advance(0.001)
+        cache.lookup(f"topic{number}")
+        clock.advance(0.001)
+        cache.lookup("scheduler")
+    assert consul.count("scheduler") == 1
+
+
+def test_one_topic_is_enough_room(consul: FakeResolver, clock: ManualClock) -> None:
+    """Even max_topics=1 works."""
+    cache = made(consul, clock, max_topics=1)
+    for topic in ("a", "b", "a"):
+        clock.advance(1)
+        assert shown(cache.lookup(topic)) == []
+        assert cache.topics_in_use() == [topic]
+
+
+@pytest.fixture
+def threads_before() -> Iterator[set[threading.Thread]]:
+    yield set(threading.enumerate())
+
+
+def test_the_thread_starts_with_the_first_stale_answer(
+    consul: FakeResolver, clock: ManualClock, threads_before: set[threading.Thread]
+) -> None:
+    """Not when the cache is made, not while answers are fresh; and close() ends it."""
+    cache = Cache(consul, kv(), clock=clock)
+    cache.lookup("scheduler")
+    assert set(threading.enumerate()) == threads_before
+    clock.advance(2)
+    cache.lookup("scheduler")
+    (thread,) = set(threading.enumerate()) - threads_before
+    assert thread.name == "consul-matchmaker-refresher"
+    assert cache.close(DEADLINE_SECONDS)
+    assert not thread.is_alive()
+
+
+def test_the_thread_refreshes_by_itself(consul: FakeResolver) -> None:
+    """End to end with real time: the answer of a topic in use changes without anybody waiting."""
+    cache = Cache(consul, kv(ttl_seconds=0.02, ttl_min_seconds=0.01))
+    consul.say("scheduler", A)
+    seen = cache.lookup("scheduler")
+    consul.say("scheduler", B)
+    assert shown(cache.wait_for_change("scheduler", seen, DEADLINE_SECONDS)) == [B]
+    assert cache.close(DEADLINE_SECONDS)
+
+
+def test_closing_does_not_wait_for_a_consul_that_hangs(
+    consul: FakeResolver, clock: ManualClock
+) -> None:
+    """close() returns False after its timeout, and the thread ends when its question does."""
+    cache = Cache(consul, kv(), clock=clock)
+    cache.lookup("scheduler")
+    consul.hold("scheduler")
+    clock.advance(2)
+    cache.lookup("scheduler")
+    consul.wait_until_asked("scheduler")
+    assert not cache.close(0.01)
+    consul.let_go("scheduler")
+    assert cache.close(DEADLINE_SECONDS)
+
+
+def test_a_forked_child_keeps_the_answers_only(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """What was under way in the parent is forgotten: no lock, question or thread is waited for."""
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    consul.hold("scheduler")
+    asking = in_thread(lambda: cache.refresh("scheduler"))
+    consul.wait_until_asked("scheduler")
+    cache._changed.acquire()  # as when another thread held it at the moment of the fork
+    cache.forget()
+    assert shown(cache.lookup("scheduler")) == [A]
+    consul.say("scheduler", B)
+    parents = consul.stop_holding("scheduler")
+    assert shown(cache.refresh("scheduler")) == [B]
+    assert consul.count("scheduler") == 3
+    parents.set()
+    asking.result(DEADLINE_SECONDS)
+
+
+def test_threads_and_topics_all_at_once(consul: FakeResolver) -> None:
+    """Eight threads, fifty topics in room for twenty, offers and refreshes between: every answer
+    is the right one."""
+    cache = Cache(consul, kv(ttl_seconds=0.01, ttl_min_seconds=0.01), max_topics=20)
+    truth = {f"topic{number}": f"10.0.1.{number + 1}:80" for number in range(50)}
+    for topic, host in truth.items():
+        consul.say(topic, host)
+    offer = {topic: snapshot(topic, [host]) for topic, host in truth.items()}
+
+    def work(start: int) -> int:
+        for count in range(1500):
+            topic = f"topic{(start * 7 + count) % 50}"
+            assert shown(cache.lookup(topic)) == [truth[topic]]
+            if count % 100 == start:
+                cache.offer(offer, 0.01)
+            if count % 250 == start:
+                cache.watch_lost()
+        return start
+
+    workers = [in_thread(lambda start=start: work(start)) for start in range(8)]  # type: ignore[misc]
+    assert [worker.result(60) for worker in workers] == list(range(8))
+    assert len(cache.topics_in_use()) <= 20
+    assert cache.close(DEADLINE_SECONDS)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("advance"), st.sampled_from([0.1, 0.5, 1, 4, 6, 50])),
+        st.tuples(st.just("say"), st.sampled_from([(), (A,), (A, B), (A, B, C, D), (E,)])),
+        st.tuples(st.just("offer"), st.sampled_from([5, 60])),
+        st.tuples(st.sampled_from(["fail", "lookup", "refresh", "step", "watch_lost"]), st.none()),
+    ),
+    max_size=60,
+)
+
+
+@given(STEPS, st.sampled_from([kv(max_stale_seconds=60), catalog(max_stale_seconds=60)]))
+def test_whatever_happens(steps: list[tuple[str, Any]], settings: Settings) -> None:
+    """A lookup never asks while its answer may be given, never invents or ages a host wrongly, and
+    is right again soon after Consul is."""
+    clock, consul = ManualClock(), FakeResolver("dns" if settings.mode == "catalog" else "kv")
+    cache = made(consul, clock, settings)
+    truth: tuple[str, ...] = ()
+    ever: set[tuple[str, ...]] = {()}
+    given_at: float | None = None  # the last time Consul gave an answer
+
+    def ask(call: Callable[[str], Snapshot]) -> None:
+        may_be_given = given_at is not None and clock() - given_at < 60
+        before = len(consul.asked)
+        try:
+            answer = call("scheduler")
+        except Unavailable:
+            assert call == cache.refresh or not may_be_given
+            return
+        assert tuple(shown(answer)) in ever
+        assert 0 <= answer.age_seconds <= 60 + 5
+        assert call == cache.refresh or not may_be_given or len(consul.asked) == before
+
+    for verb, value in [*steps, ("say", truth)]:
+        if verb == "advance":
+            clock.advance(value)
+        elif verb == "say":
+            truth = value
+            ever.add(truth)
+            consul.say("scheduler", *truth)
+        elif verb == "fail":
+            consul.fail("scheduler")
+        elif verb == "offer" and cache.topics_in_use():
+            cache.offer({"scheduler": snapshot("scheduler", truth, consul.source)}, value)
+        elif verb == "watch_lost":
+            cache.watch_lost()
+        elif verb == "step":
+            cache.step()
+        elif verb in ("lookup", "refresh"):
+            ask(cache.lookup if verb == "lookup" else cache.refresh)
+        states = cache.status()["states"]
+        assert isinstance(states, dict) and sum(states.values()) == len(cache.topics_in_use())
+        if len(consul.asked) and cache.topics_in_use():
+            held = cache._at_hand["scheduler"].snapshot
+            given_at = None if held is None else held.taken_at
+    cache.watch_lost()
+    for _ in range(40):  # two TTLs, a doubt, and the longest pause between two attempts
+        clock.advance(0.5)
+        with contextlib.suppress(Unavailable):
+            cache.lookup("scheduler")
+        cache.step()
+    assert tuple(shown(cache.lookup("scheduler"))) == truth

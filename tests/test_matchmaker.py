@@ -1,0 +1,446 @@
+"""What an application sees, on the memory backend: the public interface, closing, forking."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, errors
+from consul_matchmaker.backends.memory import Memory
+
+from .contract import ONE, TWO, eventually, has
+from .doubles import DEADLINE_SECONDS, FakeResolver, ManualClock, catalog, in_thread, kv
+
+SECRET = "b1gs3cr3t-token"
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+@pytest.fixture
+def mm(memory: Memory) -> Iterator[Matchmaker]:
+    with Matchmaker(kv(), backend=memory) as matchmaker:
+        yield matchmaker
+
+
+@pytest.fixture
+def other(memory: Memory) -> Iterator[Matchmaker]:
+    """Another process, as it were: a matchmaker of its own over the same Consul."""
+    with Matchmaker(kv(), backend=memory) as matchmaker:
+        yield matchmaker
+
+
+# -- looking up
+
+
+def test_hosts_of_a_topic(mm: Matchmaker, memory: Memory) -> None:
+    """All of them, or those of one server; an unknown topic has none."""
+    memory.declare("scheduler", ["10.0.0.2:5002", "10.0.0.1:5001"])
+    assert mm.hosts("scheduler").hosts == (ONE, TWO)
+    assert mm.hosts("scheduler")[0] == ONE
+    assert mm.hosts("nobody") == Snapshot("nobody", (), "memory")
+    assert not mm.hosts("nobody")
+
+
+def test_pick(mm: Matchmaker, memory: Memory) -> None:
+    """One host after the other; by key always the same; none is an error that says what to do."""
+    memory.declare("scheduler", ["10.0.0.1:5001", "10.0.0.2:5002"])
+    assert {mm.pick("scheduler"), mm.pick("scheduler")} == {ONE, TWO}
+    assert len({mm.pick("scheduler", key="tenant-42") for _ in range(5)}) == 1
+    with pytest.raises(errors.NoLiveHosts, match="wait_for_hosts"):
+        mm.pick("nobody")
+    with pytest.raises(errors.NoLiveHosts, match="node7"):
+        mm.pick("scheduler", server="node7")
+
+
+def test_is_alive(mm: Matchmaker, memory: Memory) -> None:
+    """Whether the host is among those of the topic, given as text or Host."""
+    memory.declare("scheduler", [ONE])
+    assert mm.is_alive("scheduler", "10.0.0.1:5001")
+    assert mm.is_alive("scheduler", ONE)
+    assert not mm.is_alive("scheduler", TWO)
+
+
+def test_rejected_hosts_are_listed_but_not_picked(memory: Memory) -> None:
+    """hosts() tells the truth of Consul, pick() what callers found out."""
+    clock = ManualClock()
+    memory.declare("scheduler", [f"10.0.0.{number}:5000" for number in range(1, 6)])
+    mm = Matchmaker(kv(ttl_seconds=1000), backend=memory, clock=clock, jitter=lambda: 0.0)
+    bad = mm.pick("scheduler")
+    mm.reject("scheduler", bad)
+    assert bad in mm.hosts("scheduler")
+    assert bad not in {mm.pick("scheduler") for _ in range(20)}
+    mm.acknowledge("scheduler", bad)
+    assert bad in {mm.pick("scheduler") for _ in range(20)}
+
+
+def test_waiting_for_the_first_host(mm: Matchmaker, other: Matchmaker) -> None:
+    """It comes within about a second of its registration by another process, also unwatched."""
+    waiting = in_thread(lambda: mm.wait_for_hosts("scheduler", timeout_seconds=DEADLINE_SECONDS))
+    began = time.monotonic()
+    other.register("scheduler", ONE)
+    assert waiting.result(DEADLINE_SECONDS).hosts == (ONE,)
+    assert time.monotonic() - began < 2
+
+
+def test_waiting_for_hosts_that_are_there(mm: Matchmaker, memory: Memory) -> None:
+    """Returns at once, whatever the timeout; also for one server."""
+    memory.declare("scheduler", [ONE])
+    assert mm.wait_for_hosts("scheduler", timeout_seconds=0).hosts == (ONE,)
+    with mm.register("mails", TWO, server="node7") as registration:
+        registration.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+        found = mm.wait_for_hosts("mails", timeout_seconds=0, server="node7")
+        assert found.hosts == (TWO,)
+
+
+def test_waiting_in_vain(mm: Matchmaker, memory: Memory) -> None:
+    """No hosts and no Consul are two errors."""
+    with pytest.raises(errors.NoLiveHosts, match=r"scheduler.*0\.05 s"):
+        mm.wait_for_hosts("scheduler", timeout_seconds=0.05)
+    memory.is_available = False
+    with pytest.raises(errors.TimedOut, match="told not to answer"):
+        mm.wait_for_hosts("mails", timeout_seconds=0.05)
+    memory.is_available, memory.is_denied = True, True
+    with pytest.raises(errors.Denied):
+        mm.wait_for_hosts("jobs", timeout_seconds=DEADLINE_SECONDS)
+
+
+def test_waiting_through_an_outage(mm: Matchmaker, memory: Memory) -> None:
+    """Consul absent at first is no reason to give up before the timeout."""
+    memory.declare("scheduler", [ONE])
+    memory.is_available = False
+    waiting = in_thread(lambda: mm.wait_for_hosts("scheduler", timeout_seconds=DEADLINE_SECONDS))
+    memory.is_available = True
+    assert waiting.result(DEADLINE_SECONDS).hosts == (ONE,)
+
+
+def test_waiting_where_no_answer_is_kept(memory: Memory) -> None:
+    """With max_stale_seconds=0 and an outage in between, waiting goes on all the same."""
+    settings = kv(max_stale_seconds=0, empty_ttl_seconds=0.05)
+    with Matchmaker(settings, backend=memory) as mm:
+        assert mm.hosts("scheduler").hosts == ()
+        memory.is_available = False
+        with pytest.raises(errors.TimedOut):
+            mm.wait_for_hosts("scheduler", timeout_seconds=0.8)
+        waiting = in_thread(lambda: mm.wait_for_hosts("scheduler", timeout_seconds=10))
+        memory.declare("scheduler", [ONE])
+        memory.is_available = True
+        assert waiting.result(DEADLINE_SECONDS).hosts == (ONE,)
+
+
+def test_waiting_asks_at_a_bounded_rate() -> None:
+    """Eight threads that wait for one topic ask about twice a second, together."""
+    consul = FakeResolver()
+    with Matchmaker(catalog(), backend=consul) as mm:
+        waiting = [
+            in_thread(lambda: mm.wait_for_hosts("scheduler", timeout_seconds=1.2)) for _ in range(8)
+        ]
+        for each in waiting:
+            assert isinstance(each.exception(DEADLINE_SECONDS), errors.NoLiveHosts)
+        assert consul.count("scheduler") <= 5
+
+
+def test_watching(memory: Memory, other: Matchmaker) -> None:
+    """The first answer comes at once, then one for each change, until the matchmaker closes."""
+    mm = Matchmaker(kv(ttl_seconds=0.1, ttl_min_seconds=0.1), backend=memory)
+    snapshots = mm.watch("scheduler")
+    assert next(snapshots).hosts == ()
+    registration = other.register("scheduler", ONE)
+    assert next(snapshots).hosts == (ONE,)
+    registration.unregister()
+    assert next(snapshots).hosts == ()
+    rest = in_thread(lambda: list(snapshots))
+    mm.close()
+    assert rest.result(DEADLINE_SECONDS) == []
+
+
+def test_watching_an_outage(memory: Memory) -> None:
+    """Without a first answer it raises; later an outage is not a change, and not the end."""
+    with Matchmaker(kv(ttl_seconds=0.05, max_stale_seconds=0), backend=memory) as mm:
+        memory.is_available = False
+        with pytest.raises(errors.Unavailable):
+            mm.watch("scheduler")
+        memory.is_available = True
+        memory.declare("scheduler", [ONE])
+        snapshots = eventually(lambda: _watch_or_none(mm), lambda found: found is not None)
+        assert snapshots is not None
+        assert next(snapshots).hosts == (ONE,)
+        memory.is_available = False
+        changed = in_thread(lambda: next(snapshots))
+        memory.declare("scheduler", [TWO])
+        memory.is_available = True
+        assert changed.result(DEADLINE_SECONDS).hosts == (TWO,)
+
+
+def _watch_or_none(mm: Matchmaker) -> Iterator[Snapshot] | None:
+    try:
+        return mm.watch("scheduler")
+    except errors.Unavailable:
+        return None
+
+
+# -- registering
+
+
+def test_register_and_unregister(mm: Matchmaker, other: Matchmaker) -> None:
+    """What one process registers another sees, and sees leaving; other topics are untouched."""
+    mm.register("mails", ONE)
+    registration = mm.register("scheduler", "10.0.0.1:5001", server="node7")
+    registration.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+    assert other.hosts("scheduler").hosts == (ONE,)
+    assert other.hosts("scheduler", server="node7").hosts == (ONE,)
+    assert other.topics() == ["mails", "scheduler"]
+    mm.unregister("scheduler", "10.0.0.1:5001")
+    eventually(other.topics, lambda topics: topics == ["mails"])
+
+
+def test_a_registration_is_a_context_manager(mm: Matchmaker, memory: Memory) -> None:
+    """It ends with its block."""
+    with mm.register("scheduler", ONE) as registration:
+        registration.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+        assert memory.lookup("scheduler").hosts == (ONE,)
+    eventually(lambda: memory.lookup("scheduler"), has())
+
+
+def test_register_does_not_need_consul(mm: Matchmaker, memory: Memory) -> None:
+    """It returns at once while Consul is away, and is carried out when it comes."""
+    memory.is_available = False
+    registration = mm.register("scheduler", ONE)
+    with pytest.raises(errors.TimedOut, match="told not to answer"):
+        registration.wait_until_published(timeout_seconds=0.2)
+    memory.is_available = True
+    registration.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+    assert memory.lookup("scheduler").hosts == (ONE,)
+
+
+@pytest.mark.parametrize(
+    "host", ["10.0.0.1", "10.0.0.1:0", "10.0.0.1:65536", "::1:80", "", "a b:1"]
+)
+def test_a_malformed_host_is_refused(mm: Matchmaker, memory: Memory, host: str) -> None:
+    """A typing error is not taken for an identity, and nothing is written."""
+    for verb in (mm.register, mm.unregister, mm.acknowledge, mm.reject, mm.expire, mm.is_alive):
+        with pytest.raises(errors.ConfigurationError):
+            verb("scheduler", host)
+    assert memory.topics() == []
+
+
+def test_an_empty_topic_is_refused(mm: Matchmaker, memory: Memory) -> None:
+    """By every verb that would ask or write."""
+    for verb in (mm.hosts, mm.pick, mm.watch, lambda topic: mm.register(topic, ONE)):
+        with pytest.raises(errors.InvalidTopic):
+            verb("")
+    assert memory.topics() == []
+
+
+def test_a_text_that_is_no_unicode_is_refused(mm: Matchmaker, memory: Memory) -> None:
+    """At once, by register itself, whichever of the texts it is."""
+    for topic, host, server in (
+        ("\ud800", ONE, None),
+        ("scheduler", Host.opaque("\ud800"), None),
+        ("scheduler", ONE, "\ud800"),
+    ):
+        with pytest.raises(errors.ConfigurationError):
+            mm.register(topic, host, server)
+    assert memory.topics() == []
+
+
+def test_opaque_hosts(mm: Matchmaker, memory: Memory) -> None:
+    """A ZeroMQ identity is registered as it is, when it is said to be one."""
+    identity = Host.opaque("host/topic/server/1f2e")
+    registration = mm.register("scheduler", identity)
+    registration.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+    assert mm.hosts("scheduler").hosts == (identity,)
+    assert mm.pick("scheduler").port is None
+
+
+def test_expire(mm: Matchmaker, other: Matchmaker, memory: Memory) -> None:
+    """It removes a host for everybody and says how often it was there; this process sees it at
+    once, and the owner, which lives, comes back when it is asked to look."""
+    registration = other.register("scheduler", ONE)
+    registration.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+    assert mm.hosts("scheduler").hosts == (ONE,)
+    assert mm.expire("scheduler", ONE) == 1
+    assert mm.hosts("scheduler").hosts == ()
+    assert mm.expire("scheduler", ONE) == 0
+    other.acknowledge("scheduler", ONE)  # its own: renew and verify now
+    eventually(lambda: memory.lookup("scheduler"), has(ONE), seconds=2)
+
+
+def test_closing_takes_everything_back(memory: Memory) -> None:
+    """Registrations leave at once, the threads end, and every verb says Closed."""
+    before = set(threading.enumerate())
+    mm = Matchmaker(kv(ttl_seconds=0.001), backend=memory)
+    mm.register("scheduler", ONE).wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+    eventually(lambda: mm.hosts("scheduler"), has(ONE))
+    eventually(lambda: len(set(threading.enumerate()) - before), lambda _: _looked_up(mm))
+    mm.close()
+    mm.close()
+    assert memory.lookup("scheduler").hosts == ()
+    assert set(threading.enumerate()) <= before
+    for verb in (
+        lambda: mm.hosts("scheduler"),
+        lambda: mm.pick("scheduler"),
+        lambda: mm.wait_for_hosts("scheduler", timeout_seconds=1),
+        lambda: mm.watch("scheduler"),
+        lambda: mm.is_alive("scheduler", ONE),
+        lambda: mm.register("scheduler", ONE),
+        lambda: mm.unregister("scheduler", ONE),
+        lambda: mm.acknowledge("scheduler", ONE),
+        lambda: mm.reject("scheduler", ONE),
+        lambda: mm.expire("scheduler", ONE),
+        mm.topics,
+    ):
+        with pytest.raises(errors.Closed):
+            verb()
+    assert "closed" in repr(mm)
+    assert mm.status()["is_closed"]
+
+
+def _looked_up(mm: Matchmaker) -> bool:
+    mm.hosts("scheduler")
+    names = {thread.name for thread in threading.enumerate()}
+    return {"consul-matchmaker-keeper", "consul-matchmaker-refresher"} <= names
+
+
+def test_closing_ends_in_time_when_consul_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    """It returns within its timeout, all parts together, and says that it did not wait."""
+    consul = FakeResolver()
+    clock = ManualClock()
+    mm = Matchmaker(catalog(), backend=consul, clock=clock)
+    mm.hosts("scheduler")
+    consul.hold("scheduler")
+    clock.advance(10)
+    mm.hosts("scheduler")
+    consul.wait_until_asked("scheduler")
+    began = time.monotonic()
+    mm.close(timeout_seconds=0.1)
+    assert time.monotonic() - began < 1
+    assert "did not answer" in caplog.text
+    consul.let_go("scheduler")
+
+
+def test_a_child_is_not_its_parent(memory: Memory) -> None:
+    """After a fork the child holds no registration, can register by itself, and closes without
+    touching the parent's; the answers it had are still there while it starts."""
+    with Matchmaker(kv(), backend=memory) as mm:
+        memory.declare("jobs", [TWO])
+        mm.hosts("jobs")
+        mm.register("scheduler", ONE).wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                memory.is_available = False
+                assert mm.hosts("jobs").hosts == (TWO,)
+                memory.is_available = True
+                keeper = mm.status()["keeper"]
+                assert isinstance(keeper, dict) and keeper["registrations"] == []
+                mine = mm.register("mails", TWO)
+                mine.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+                assert memory.lookup("scheduler").hosts == (ONE,)
+                mm.close()
+                assert memory.lookup("mails").hosts == ()
+                assert memory.lookup("scheduler").hosts == (ONE,)
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert memory.lookup("scheduler").hosts == (ONE,)
+        with pytest.raises(errors.Closed):
+            mm.close()
+            mm.hosts("jobs")
+
+
+def test_no_thread_before_the_first_call() -> None:
+    """The constructor starts nothing; looking up starts nothing while answers are fresh."""
+    before = set(threading.enumerate())
+    for settings in (kv(), catalog()):
+        with Matchmaker(settings, backend=Memory()) as mm:
+            mm.hosts("scheduler")
+            assert set(threading.enumerate()) == before
+
+
+# -- catalog mode
+
+
+def test_catalog_registers_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Every verb of registration is accepted, does nothing, and that is said once."""
+    caplog.set_level(logging.INFO)
+    consul = FakeResolver("dns")
+    consul.say("scheduler", str(ONE))
+    with Matchmaker(catalog(), backend=consul) as mm:
+        with mm.register("mails", "10.0.0.1:5001") as registration:
+            registration.wait_until_published(timeout_seconds=0)
+        mm.unregister("mails", ONE)
+        assert mm.expire("mails", ONE) == 0
+        mm.acknowledge("scheduler", ONE)
+        assert mm.hosts("scheduler").hosts == (ONE,)
+        assert mm.hosts("mails").hosts == ()
+        with pytest.raises(errors.ConfigurationError, match="kv mode"):
+            mm.topics()
+        with pytest.raises(errors.ConfigurationError):
+            mm.register("mails", "nonsense")
+    assert [message for message in caplog.messages if "no effect" in message] == caplog.messages
+    assert len(caplog.messages) == 1
+
+
+# -- what it says of itself
+
+
+def test_status_is_json_without_secrets(memory: Memory) -> None:
+    """It can be dumped, names every part, and does not hold the token; nor does the repr."""
+    with Matchmaker(kv(token=SECRET, prefix="a/b"), backend=memory) as mm:
+        mm.register("scheduler", ONE).wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+        mm.hosts("scheduler")
+        mm.reject("scheduler", ONE)
+        text = json.dumps(mm.status())
+        assert SECRET not in text + repr(mm) + repr(mm.settings)
+        told = json.loads(text)
+        assert told["mode"] == "kv"
+        assert told["settings"]["addresses"] == ["127.0.0.1:8500"]
+        assert told["settings"]["prefix"] == "a/b"
+        assert told["cache"]["topics"] == 1
+        assert told["keeper"]["registrations"][0]["topic"] == "scheduler"
+        assert told["quarantine"] == {"scheduler": [str(ONE)]}
+        assert "127.0.0.1:8500" in repr(mm) and "1 topics" in repr(mm)
+
+
+def test_made_from_a_url() -> None:
+    """The URL says the mode and the settings; a wrong one is refused before anything starts."""
+    with Matchmaker.from_url("consul+kv://127.0.0.1:1/some/prefix?ttl_seconds=7") as mm:
+        assert (mm.settings.mode, mm.settings.prefix) == ("kv", "some/prefix")
+        assert mm.settings.ttl_seconds == 7
+    with Matchmaker.from_url("consul+catalog://127.0.0.1:1") as mm:
+        assert mm.settings.mode == "catalog"
+    with pytest.raises(errors.ConfigurationError):
+        Matchmaker.from_url("redis://127.0.0.1")
+    with pytest.raises(errors.ConfigurationError):
+        Matchmaker(Settings(mode="kv"), backend=FakeResolver())
+
+
+def test_made_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONSUL_MATCHMAKER_URL says it all."""
+    monkeypatch.setenv("CONSUL_MATCHMAKER_URL", "consul+kv://127.0.0.1:1/env")
+    with Matchmaker.from_env() as mm:
+        assert mm.settings.prefix == "env"
+
+
+def test_an_agent_that_is_not_there() -> None:
+    """Each mode says Unavailable, with the address, not an empty answer."""
+    for url in (
+        "consul+kv://127.0.0.1:1",
+        "consul+catalog://127.0.0.1:1?request_timeout_seconds=0.2",
+    ):
+        with (
+            Matchmaker.from_url(url) as mm,
+            pytest.raises(errors.Unavailable, match=r"127\.0\.0\.1:1"),
+        ):
+            mm.hosts("scheduler")

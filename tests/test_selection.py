@@ -1,0 +1,374 @@
+"""Which host is picked: in turn, by weight, by key, and not the ones that were rejected."""
+
+from __future__ import annotations
+
+import math
+import random
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from consul_matchmaker.model import Host, Instance, Snapshot
+from consul_matchmaker.selection import MAX_TURNS, Quarantine, Selector
+from consul_matchmaker.settings import Settings
+
+from .doubles import DEADLINE_SECONDS, ManualClock, in_thread, kv
+
+
+def hosts(count: int, start: int = 1) -> list[Host]:
+    return [Host(f"10.0.0.{number}", 5000) for number in range(start, start + count)]
+
+
+def answer(*members: Host | Instance, topic: str = "scheduler") -> Snapshot:
+    instances = (one if isinstance(one, Instance) else Instance(one) for one in members)
+    return Snapshot(topic, tuple(instances), "memory")
+
+
+def selector(seed: int = 1, quarantine: Quarantine | None = None) -> Selector:
+    return Selector(quarantine or Quarantine(kv()), chance=random.Random(seed))
+
+
+def picks(chooser: Selector, snapshot: Snapshot, count: int) -> list[Host]:
+    picked = [chooser.pick(snapshot) for _ in range(count)]
+    return [host for host in picked if host is not None]
+
+
+# -- in turn
+
+
+def test_nobody_is_picked_of_nobody() -> None:
+    """An empty answer gives None, with a key or without."""
+    assert selector().pick(answer()) is None
+    assert selector().pick(answer(), key="k") is None
+
+
+def test_every_host_has_its_turn() -> None:
+    """Over any number of picks two hosts differ by one pick at most."""
+    seven = answer(*hosts(7))
+    chooser, counts = selector(), Counter[Host]()
+    for _ in range(100):
+        counts.update(picks(chooser, seven, 1))
+        assert max(counts.values()) - min(counts[host] for host in seven) <= 1
+
+
+def test_the_first_host_is_a_random_one() -> None:
+    """So that processes which start together do not all go to the same host first."""
+    ten = answer(*hosts(10))
+    firsts = Counter(picks(selector(seed), ten, 1)[0] for seed in range(1000))
+    assert len(firsts) == 10
+    assert min(firsts.values()) > 60  # of 100 each; 60 is four standard deviations below
+
+
+def test_the_turn_goes_on_when_the_same_answer_comes_again() -> None:
+    """A refresh is no new beginning: the next one is who would have been next."""
+    chooser, counts = selector(), Counter[Host]()
+    for _ in range(70):  # a new snapshot for every pick
+        counts.update(picks(chooser, answer(*hosts(7)), 1))
+    assert set(counts.values()) == {10}
+
+
+def test_the_turn_goes_on_when_hosts_come_and_go() -> None:
+    """Who left is skipped, who came is in its place in the order, nobody is visited twice."""
+    one, two, three, four, five = hosts(5)
+    chooser = selector()
+    first = picks(chooser, answer(one, two, four, five), 1)[0]
+    assert first in (one, two, four, five)
+    while picks(chooser, answer(one, two, four, five), 1)[0] != one:
+        pass
+    assert picks(chooser, answer(one, two, three, five), 3) == [two, three, five]
+    assert picks(chooser, answer(two, four), 2) == [two, four]
+
+
+def test_each_topic_and_server_has_its_own_turn() -> None:
+    """Picks for one do not move the other's."""
+    chooser = selector()
+    jobs, mails = answer(*hosts(2), topic="jobs"), answer(*hosts(2), topic="mails")
+    order = [chooser.pick(jobs), chooser.pick(mails), chooser.pick(jobs), chooser.pick(mails)]
+    assert order[0] != order[2]
+    assert order[1] != order[3]
+    named = [chooser.pick(jobs, server=name) for name in ("a", "b", "a", "b")]
+    assert named[0] != named[2]
+    assert named[1] != named[3]
+
+
+def test_threads_share_one_turn() -> None:
+    """Eight threads picking at once: every host exactly as often as the others."""
+    chooser, seven = selector(), answer(*hosts(7))
+    workers = [in_thread(lambda: picks(chooser, seven, 700)) for _ in range(8)]
+    counts = Counter(host for worker in workers for host in worker.result(DEADLINE_SECONDS))
+    assert set(counts.values()) == {800}
+
+
+def test_turns_take_bounded_memory() -> None:
+    """A flood of topics does not grow for ever."""
+    chooser = selector()
+    for number in range(MAX_TURNS + 10):
+        chooser.pick(answer(*hosts(1), topic=f"topic{number}"))
+    assert len(chooser._turns) <= MAX_TURNS
+
+
+# -- by priority and weight
+
+
+def test_weights_are_kept() -> None:
+    """100,000 picks over weights 1:2:5 are within three standard deviations (RFC 2782)."""
+    total, weights = 100_000, dict(zip(hosts(3), (1, 2, 5), strict=True))
+    snapshot = answer(*(Instance(host, weight=weight) for host, weight in weights.items()))
+    counts = Counter(picks(selector(), snapshot, total))
+    for host, weight in weights.items():
+        share = weight / 8
+        assert abs(counts[host] - total * share) < 3 * math.sqrt(total * share * (1 - share))
+
+
+def test_weight_zero_is_a_very_small_chance() -> None:
+    """Beside others it is hardly ever picked; alone, or among its like, always."""
+    rare, usual = hosts(2)
+    both = answer(Instance(rare, weight=0), Instance(usual, weight=1))
+    counts = Counter(picks(selector(), both, 100_000))
+    assert 0 < counts[rare] < 300
+    assert picks(selector(), answer(Instance(rare, weight=0)), 3) == [rare] * 3
+    equals = answer(*(Instance(host, weight=0) for host in hosts(2)))
+    assert set(Counter(picks(selector(), equals, 100)).values()) == {50}
+
+
+def test_only_the_lowest_priority_number_is_used() -> None:
+    """Of the others a host is picked only when every one of the lowest is avoided."""
+    first, second, spare = hosts(3)
+    quarantine = Quarantine(kv(panic_fraction=1))
+    chooser = selector(quarantine=quarantine)
+    snapshot = answer(
+        Instance(first, priority=1), Instance(second, priority=1), Instance(spare, priority=2)
+    )
+    assert set(picks(chooser, snapshot, 20)) == {first, second}
+    quarantine.reject("scheduler", first)
+    assert set(picks(chooser, snapshot, 20)) == {second}
+    quarantine.reject("scheduler", second)
+    assert set(picks(chooser, snapshot, 20)) == {spare}
+
+
+def test_a_host_with_two_names_counts_once() -> None:
+    """Two instances of one host do not double its share."""
+    one, two = hosts(2)
+    snapshot = answer(Instance(one, "a"), Instance(one, "b"), Instance(two))
+    assert set(Counter(picks(selector(), snapshot, 100)).values()) == {50}
+
+
+# -- by key
+
+
+@given(st.lists(st.text(), unique=True, max_size=60), st.integers(0, 9))
+def test_when_a_host_leaves_only_its_own_keys_move(keys: list[str], gone: int) -> None:
+    """The other keys stay where they were, whatever they are."""
+    ten, chooser = hosts(10), selector()
+    before = {key: chooser.pick(answer(*ten), key=key) for key in keys}
+    left = ten[gone]
+    for key in keys:
+        after = chooser.pick(answer(*(host for host in ten if host != left)), key=key)
+        assert after == before[key] or before[key] == left
+
+
+def test_keys_are_spread_by_weight() -> None:
+    """10,000 keys over weights 1:1:2 are within four standard deviations."""
+    total, weights = 10_000, dict(zip(hosts(3), (1, 1, 2), strict=True))
+    snapshot = answer(*(Instance(host, weight=weight) for host, weight in weights.items()))
+    chooser = selector()
+    counts = Counter(chooser.pick(snapshot, key=str(number)) for number in range(total))
+    for host, weight in weights.items():
+        share = weight / 4
+        assert abs(counts[host] - total * share) < 4 * math.sqrt(total * share * (1 - share))
+
+
+def test_a_key_means_the_same_host_in_every_process() -> None:
+    """Python's hash() differs from process to process; this does not."""
+    program = (
+        "from consul_matchmaker.model import *; from consul_matchmaker.selection import *;"
+        "from consul_matchmaker.settings import *;"
+        "s = Snapshot('t', tuple(Instance(Host(f'10.0.0.{n}', 5000)) for n in range(1, 11)), 'kv');"
+        "c = Selector(Quarantine(Settings(mode='kv')));"
+        "print([str(c.pick(s, key=f'tenant-{n}')) for n in range(20)])"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={"PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+
+
+def test_text_and_bytes_keys() -> None:
+    """A text and its UTF-8 bytes are the same key, and any text is one."""
+    ten = answer(*hosts(10))
+    assert selector().pick(ten, key="é") == selector().pick(ten, key="é".encode())
+    assert selector().pick(ten, key="") is not None
+    assert selector().pick(ten, key="\ud800") is not None
+
+
+def test_a_rejected_host_lends_its_keys_to_others() -> None:
+    """While it is avoided its keys go elsewhere, each to one host; then they come back."""
+    clock = ManualClock()
+    quarantine = Quarantine(kv(), clock=clock, jitter=lambda: 0.0)
+    chooser, ten = selector(quarantine=quarantine), answer(*hosts(10))
+    home = chooser.pick(ten, key="tenant")
+    assert home is not None
+    quarantine.reject("scheduler", home)
+    away = {chooser.pick(ten, key="tenant") for _ in range(10)}
+    assert len(away) == 1 and home not in away
+    clock.advance(1)
+    assert chooser.pick(ten, key="tenant") == home
+
+
+# -- quarantine
+
+
+class Bench:
+    """Ten hosts, one of which is bad, and a clock."""
+
+    def __init__(self, settings: Settings | None = None, count: int = 10) -> None:
+        self.clock = ManualClock()
+        self.quarantine = Quarantine(settings or kv(), clock=self.clock, jitter=lambda: 0.0)
+        self.chooser = selector(quarantine=self.quarantine)
+        self.hosts = hosts(count)
+        self.bad = self.hosts[0]
+
+    def reject(self, host: Host | None = None) -> None:
+        self.quarantine.reject("scheduler", host or self.bad)
+
+    def round(self, count: int = 100) -> Counter[Host]:
+        return Counter(picks(self.chooser, answer(*self.hosts), count))
+
+
+def test_a_rejected_host_is_avoided_for_a_while() -> None:
+    """For quarantine_seconds nobody is sent there; of another topic it is as good as before."""
+    bench = Bench()
+    assert bench.round()[bench.bad] == 10
+    bench.reject()
+    assert bench.quarantine.status() == {"scheduler": [str(bench.bad)]}
+    bench.clock.advance(0.99)
+    assert bench.round()[bench.bad] == 0
+    other = answer(*bench.hosts, topic="mails")
+    assert Counter(picks(bench.chooser, other, 100))[bench.bad] == 10
+
+
+def test_when_a_quarantine_ends_one_caller_tries() -> None:
+    """The others are not sent there until it is acknowledged."""
+    bench = Bench()
+    bench.reject()
+    bench.clock.advance(1)
+    assert bench.round()[bench.bad] == 1
+    assert bench.round()[bench.bad] == 0
+    bench.quarantine.acknowledge("scheduler", bench.bad)
+    assert bench.round()[bench.bad] == 10
+    assert bench.quarantine.status() == {}
+
+
+def test_rejections_after_a_trial_double_up_to_a_roof() -> None:
+    """1, 2, 4, 8, 16, 30, 30 seconds."""
+    bench = Bench()
+    for seconds in (1, 2, 4, 8, 16, 30, 30):
+        bench.reject()
+        bench.clock.advance(seconds - 0.01)
+        assert bench.round()[bench.bad] == 0
+        bench.clock.advance(0.01)
+        assert bench.round()[bench.bad] == 1
+
+
+def test_many_rejections_of_one_failure_count_once() -> None:
+    """Eight threads that lost the same host do not make it eight times as bad."""
+    bench = Bench()
+    for _ in range(8):
+        bench.reject()
+    bench.clock.advance(1)
+    assert bench.round()[bench.bad] == 1
+
+
+def test_silence_is_consent() -> None:
+    """Callers who never acknowledge: a trial that nobody rejects lets the others come back."""
+    bench = Bench()
+    bench.reject()
+    bench.clock.advance(1)
+    assert bench.round()[bench.bad] == 1
+    bench.clock.advance(1)
+    assert bench.round()[bench.bad] == 10
+
+
+def test_an_old_rejection_is_forgotten() -> None:
+    """Long after, a failure is a first one again, and no memory is used for the old one."""
+    bench = Bench()
+    for _ in range(4):
+        bench.reject()
+        bench.clock.advance(8)
+    bench.clock.advance(60)
+    bench.reject(bench.hosts[1])
+    bench.clock.advance(1)
+    bench.reject()
+    bench.clock.advance(1)
+    assert bench.round()[bench.bad] == 1
+
+
+@pytest.mark.parametrize(
+    ("rejected", "is_panic"), [(1, False), (4, False), (5, True), (9, True), (10, True)]
+)
+def test_too_many_rejections_are_not_heeded(rejected: int, is_panic: bool) -> None:
+    """With panic_fraction (half) of the hosts or more rejected the fault is elsewhere: all are
+    used, so callers always get a host."""
+    bench = Bench()
+    for host in bench.hosts[:rejected]:
+        bench.reject(host)
+    counts = bench.round()
+    assert len(counts) == (10 if is_panic else 10 - rejected)
+    assert sum(counts.values()) == 100
+
+
+def test_of_two_hosts_the_good_one_is_used_if_the_fraction_allows() -> None:
+    """With one of two rejected it depends on panic_fraction: 0.5 says panic, 0.6 does not."""
+    for fraction, used in ((0.5, 2), (0.6, 1)):
+        bench = Bench(kv(panic_fraction=fraction), count=2)
+        bench.reject()
+        assert len(bench.round()) == used
+
+
+def test_quarantines_are_jittered() -> None:
+    """They are up to a fifth shorter, at random, and never longer than the setting."""
+    clock, draws = ManualClock(), iter([0.0, 0.5, 0.999])
+    quarantine = Quarantine(kv(quarantine_seconds=10), clock=clock, jitter=lambda: next(draws))
+    three = hosts(3)
+    for host in three:
+        quarantine.reject("scheduler", host)
+    ten = hosts(10)
+    clock.advance(8.1)
+    assert quarantine.avoided("scheduler", ten) == frozenset({three[0], three[1]})
+    clock.advance(1)
+    assert quarantine.avoided("scheduler", ten) == frozenset({three[0]})
+    clock.advance(0.9)
+    assert quarantine.avoided("scheduler", ten) == frozenset()
+
+
+def test_of_many_threads_one_has_the_trial() -> None:
+    """Eight threads at the moment a quarantine ends: one is sent to the bad host, once."""
+    bench = Bench(count=3)
+    bench.reject()
+    bench.clock.advance(1)
+    workers = [in_thread(lambda: bench.round(300)) for _ in range(8)]
+    counts = sum((worker.result(DEADLINE_SECONDS) for worker in workers), Counter[Host]())
+    assert counts[bench.bad] == 1
+    assert sum(counts.values()) == 2400
+
+
+def test_a_forked_child_knows_what_its_parent_learnt() -> None:
+    """Bad hosts are still bad, no lock is inherited, and the round robin begins elsewhere."""
+    bench = Bench()
+    bench.reject()
+    bench.quarantine._lock.acquire()
+    bench.chooser._lock.acquire()
+    bench.quarantine.forget()
+    bench.chooser.forget()
+    assert bench.round()[bench.bad] == 0
