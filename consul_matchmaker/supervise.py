@@ -1,0 +1,204 @@
+"""Hold a registration until a signal comes, or the command started beside it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import queue
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+
+from .errors import Closed, Denied, MatchmakerError
+from .model import Host, Registration
+
+NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit codes of every shell for a command it cannot start
+PROBE_SECONDS = 0.1  # between two looks whether the command listens; a server starts in this order
+PROBE_TIMEOUT_SECONDS = 1.0
+SECONDS_UNTIL_TOLD = 3.0  # how long nothing may happen before the operator is told why
+
+Say = Callable[[str], None]
+
+
+class Holder:
+    """One registration, held until a signal arrives or *command* ends.  For the main thread.
+
+    *register* makes the registration; None makes none (catalog mode), and *command* just runs.
+    With a command and *when_listening*, it is called once *host* accepts TCP connections, so that
+    nobody is sent to a server that does not listen yet.  *say* tells the operator, a line a call.
+    """
+
+    def __init__(
+        self,
+        register: Callable[[], Registration] | None,
+        host: Host,
+        *,
+        command: Sequence[str] = (),
+        when_listening: bool = True,
+        say: Say,
+    ) -> None:
+        self._register = register
+        self._host = host
+        self._command = command
+        self._when_listening = when_listening
+        self._say = say
+        # SimpleQueue is the one queue a signal handler may put into, whoever holds its lock.
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._over = threading.Event()
+        self._registration: Registration | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._exit_code: int | None = None
+        self._error: MatchmakerError | None = None
+        self._is_leaving = False
+        self._is_denied = False
+
+    def run(self) -> int:
+        """Return the command's exit code (128 + n when signal n killed it), or 0 without one.
+
+        Raises Denied when Consul refuses the token and there is no command to go on running.
+        """
+        with self._signals():
+            try:
+                self._start()
+                while self._exit_code is None:
+                    self._events.get()()
+                    if self._error is not None:
+                        raise self._error
+            finally:
+                self._over.set()
+                self._leave()
+        return self._exit_code
+
+    def _start(self) -> None:
+        if not self._command:
+            self._publish()
+            return
+        try:
+            self._process = subprocess.Popen(self._command)
+        except OSError as error:
+            self._say(f"cannot start {self._command[0]}: {error.strerror or error}")
+            is_missing = isinstance(error, FileNotFoundError)
+            self._exit_code = NOT_FOUND if is_missing else NOT_EXECUTABLE
+            return
+        self._beside("consul-matchmaker-command", self._wait_for_command)
+        if self._when_listening and self._register is not None:
+            self._beside("consul-matchmaker-probe", self._wait_until_listening)
+        else:
+            self._publish()
+
+    # What happens, each on the main thread and after the other
+
+    def _publish(self) -> None:
+        if self._register is None or self._is_leaving:
+            return
+        self._registration = self._register()
+        self._beside("consul-matchmaker-notice", self._wait_until_published)
+
+    def _on_signal(self, number: int) -> None:
+        if self._process is None:
+            self._exit_code = 0
+            return
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self._leave()  # before the command hears of it: peers shall go first
+        if number != signal.SIGINT or not _is_in_foreground():
+            # Ctrl-C reaches everything in the terminal's foreground: twice would be once too often.
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    def _on_command_ended(self) -> None:
+        assert self._process is not None
+        code = self._process.returncode
+        self._exit_code = code if code >= 0 else 128 - code
+
+    def _leave(self) -> None:
+        self._is_leaving = True
+        if self._registration is not None:
+            self._registration.unregister()
+
+    def _on_denied(self, error: Denied) -> None:
+        if self._process is None:
+            self._error = error
+        elif not self._is_denied:
+            self._is_denied = True
+            self._say(f"not registered yet, trying on: {error}")
+
+    # What is waited for, each on a thread of its own
+
+    def _wait_for_command(self) -> None:
+        assert self._process is not None
+        self._process.wait()
+        self._events.put(self._on_command_ended)
+
+    def _wait_until_listening(self) -> None:
+        told_after = SECONDS_UNTIL_TOLD / PROBE_SECONDS
+        probes = 0
+        while not self._over.is_set():
+            try:
+                address = (self._host.address, self._host.port)
+                socket.create_connection(address, PROBE_TIMEOUT_SECONDS).close()
+            except OSError as error:
+                probes += 1
+                if probes == told_after:
+                    self._say(
+                        f"not registered yet: {self._host} accepts no TCP connection "
+                        f"({error.strerror or error}); --at-once would not wait for it"
+                    )
+                self._over.wait(PROBE_SECONDS)
+            else:
+                self._events.put(self._publish)
+                return
+
+    def _wait_until_published(self) -> None:
+        assert self._registration is not None
+        is_told = False
+        while not self._over.is_set():
+            try:
+                self._registration.wait_until_published(timeout_seconds=SECONDS_UNTIL_TOLD)
+            except Closed:
+                return
+            except MatchmakerError as error:
+                if isinstance(error, Denied):  # at once, unlike a timeout
+                    self._events.put(functools.partial(self._on_denied, error))
+                    self._over.wait(SECONDS_UNTIL_TOLD)
+                elif not is_told:
+                    self._say(f"not registered yet, trying on: {error}")
+                    is_told = True
+            else:
+                self._say(f"registered {self._registration}")
+                return
+
+    def _beside(self, name: str, wait: Callable[[], None]) -> None:
+        threading.Thread(target=wait, name=name, daemon=True).start()
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def note(number: int, _frame: FrameType | None) -> None:
+            self._events.put(functools.partial(self._on_signal, number))
+
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)  # else we were started by nohup
+        before = {number: signal.signal(number, note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _is_in_foreground() -> bool:
+    """Whether we and the command are what the terminal's keys speak to."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)

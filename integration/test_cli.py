@@ -1,0 +1,276 @@
+"""The command line, as processes of its own, against a real Consul."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from consul_matchmaker.demo.consul_binary import consul_version, find_consul
+from consul_matchmaker.demo.consul_probe import Node, request
+from consul_matchmaker.demo.local_consul import LocalCluster
+from integration.cluster import Cluster
+
+WAIT_SECONDS = 30.0
+SOON_SECONDS = 1.0  # the promise for what Consul is told and not left to find out
+POLL_SECONDS = 0.02
+LISTEN = (
+    "import socket, sys\n"
+    "with socket.create_server(('127.0.0.1', int(sys.argv[1]))) as listener:\n"
+    "    while True: listener.accept()[0].close()"
+)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment without any setting of the machine that runs the tests."""
+    return {**{k: v for k, v in os.environ.items() if not k.startswith("CONSUL_")}, **extra}
+
+
+def cli(*argv: str, **extra: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `consul-matchmaker ARGV`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "consul_matchmaker", *argv],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=environment(**extra),
+        timeout=WAIT_SECONDS,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@contextmanager
+def running(*argv: str) -> Iterator["subprocess.Popen[str]"]:
+    """`consul-matchmaker ARGV` while the block lasts."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "consul_matchmaker", *argv],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def said(process: "subprocess.Popen[str]", words: str) -> None:
+    assert process.stderr is not None
+    assert any(words in line for line in process.stderr), f"ended without saying {words!r}"
+
+
+def until(is_so: Callable[[], bool], timeout_seconds: float) -> float:
+    """Seconds until *is_so*; fails after *timeout_seconds*."""
+    began = time.monotonic()
+    while not is_so():
+        assert time.monotonic() - began < timeout_seconds, "not so in time"
+        time.sleep(POLL_SECONDS)
+    return time.monotonic() - began
+
+
+def keys(agent: Node, prefix: str, token: str = "") -> list[str]:
+    """Every registration's key under *prefix*; the library's own marks are not counted."""
+    status, text = request(agent, "GET", f"/v1/kv/{prefix}/?keys", token=token)
+    assert status in (200, 404)
+    found = json.loads(text) if status == 200 else []
+    return [key for key in found if re.search(r"/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", key)]
+
+
+@pytest.fixture
+def kv(agent: Node, prefix: str) -> str:
+    return f"consul+kv://{agent.http}/{prefix}"
+
+
+def test_register_is_seen_by_others_and_gone_on_sigterm(
+    kv: str, topic: str, agent: Node, prefix: str
+) -> None:
+    """Published when it says so; withdrawn within a second of SIGTERM, exit 0."""
+    with running("register", topic, "10.0.0.5:9501", "--server", "node7", "--url", kv) as process:
+        said(process, "registered")
+        assert cli("hosts", topic, "--url", kv) == (0, "10.0.0.5:9501\n", "")
+        assert cli("hosts", topic, "--server", "node7", "--url", kv)[0] == 0
+        assert cli("hosts", topic, "--server", "node8", "--url", kv)[0] == 3
+        assert cli("topics", "--url", kv) == (0, f"{topic}\n", "")
+        process.send_signal(signal.SIGTERM)
+        until(lambda: keys(agent, prefix) == [], SOON_SECONDS)
+        assert process.wait(WAIT_SECONDS) == 0
+    assert cli("hosts", topic, "--url", kv) == (3, "", "")
+
+
+def test_an_expired_registration_comes_back_if_its_owner_lives(
+    kv: str, topic: str, agent: Node, prefix: str
+) -> None:
+    """expire removes it for everybody; the owner publishes it again within one renewal."""
+    url = f"{kv}?session_ttl_seconds=10"
+    with running("register", topic, "10.0.0.5:9501", "--url", url) as process:
+        said(process, "registered")
+        assert cli("expire", topic, "10.0.0.6:9501", "--url", kv) == (3, "0\n", "")
+        assert cli("expire", topic, "10.0.0.5:9501", "--url", kv) == (0, "1\n", "")
+        until(lambda: len(keys(agent, prefix)) == 1, 10.0)
+
+
+def test_a_command_is_registered_while_it_listens(
+    kv: str, topic: str, free_port: int, agent: Node, prefix: str
+) -> None:
+    """Found once it listens, gone when it ends, with its exit code."""
+    host = f"127.0.0.1:{free_port}"
+    command = [sys.executable, "-c", LISTEN, str(free_port)]
+    with running("register", topic, host, "--url", kv, "--", *command) as process:
+        said(process, "registered")
+        assert cli("hosts", topic, "--url", kv) == (0, f"{host}\n", "")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_SECONDS) == 128 + signal.SIGTERM
+        assert keys(agent, prefix) == []
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_watch_prints_every_change(kv: str, topic: str) -> None:
+    """A line now and one after each change, each within a second of it."""
+    with running("watch", topic, "--url", kv) as watch:
+        assert watch.stdout is not None
+        assert watch.stdout.readline() == "\n"
+        with running("register", topic, "10.0.0.5:9501", "--url", kv) as process:
+            assert watch.stdout.readline() == "10.0.0.5:9501\n"
+            process.send_signal(signal.SIGTERM)
+            asked_at = time.monotonic()
+            assert watch.stdout.readline() == "\n"
+            assert time.monotonic() - asked_at < SOON_SECONDS
+        watch.send_signal(signal.SIGINT)
+        assert watch.wait(WAIT_SECONDS) == 130
+
+
+@pytest.fixture
+def service(agent: Node, topic: str) -> Iterator[str]:
+    """A service named as the topic, with one instance, declared to Consul."""
+    definition = {"Name": topic, "ID": topic, "Address": "10.0.0.9", "Port": 9509}
+    put = request(agent, "PUT", "/v1/agent/service/register", json.dumps(definition))
+    assert put[0] == 200
+    yield topic
+    request(agent, "PUT", f"/v1/agent/service/deregister/{topic}")
+
+
+def test_catalog_mode_needs_no_http(agent: Node, dns_only_agent: Node, service: str) -> None:
+    """An agent whose HTTP port is closed answers all the same."""
+    for node in (agent, dns_only_agent):
+        url = f"consul+catalog://{node.dns}"
+
+        def is_found(url: str = url) -> bool:
+            return cli("hosts", service, "--url", url) == (0, "10.0.0.9:9509\n", "")
+
+        until(is_found, WAIT_SECONDS)
+        assert cli("hosts", f"not-{service}"[:63], "--url", url) == (3, "", "")
+        assert cli("status", "--url", url)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["register", "scheduler", "10.0.0.5"],
+        ["register", "scheduler", "10.0.0.5:0"],
+        ["register", "scheduler", "10.0.0.5:65536"],
+        ["register", "", "10.0.0.5:9501"],
+        ["register", "scheduler", "10.0.0.5:9501", "--", "/nonexistent/command"],
+        ["expire", "scheduler", "nonsense"],
+        ["hosts", ""],
+    ],
+)
+def test_bad_input_writes_nothing(kv: str, agent: Node, prefix: str, argv: list[str]) -> None:
+    """Refused before Consul hears of it: one line, exit 2 (127 for a command that is not there)."""
+    code, out, err = cli("--url", kv, *argv)
+    assert (code, out) == (127 if "--" in argv else 2, "")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert request(agent, "GET", f"/v1/kv/{prefix}/?keys")[0] == 404
+
+
+def test_an_unknown_setting_is_told_the_nearest(kv: str) -> None:
+    """In the URL as in the environment."""
+    code, _, err = cli("topics", "--url", f"{kv}?session_ttl_second=10")
+    assert (code, "session_ttl_seconds" in err) == (2, True)
+    code, _, err = cli("topics", "--url", kv, CONSUL_MATCHMAKER_PREFX="x")
+    assert (code, "CONSUL_MATCHMAKER_PREFIX" in err) == (2, True)
+
+
+@pytest.mark.parametrize("mode", ["kv", "catalog"])
+def test_an_agent_that_is_not_there(mode: str, free_port: int) -> None:
+    """Exit 4, one line that names the address asked."""
+    where = f"127.0.0.1:{free_port}"
+    url = f"consul+{mode}://{where}?request_timeout_seconds=1"
+    code, out, err = cli("hosts", "scheduler", "--url", url)
+    assert (code, out, err.count("\n")) == (4, "", 1)
+    assert where in err
+
+
+def test_an_agent_that_went_away(cluster: Cluster, agent: Node, kv: str, topic: str) -> None:
+    """A killed agent is an outage, not an empty answer."""
+    cluster.kill("agent1")
+    assert cli("hosts", topic, "--url", f"{kv}?request_timeout_seconds=2")[0] == 4
+    catalog = f"consul+catalog://{agent.dns}?request_timeout_seconds=1"
+    assert cli("hosts", topic, "--url", catalog)[0] == 4
+
+
+# --- access rules --------------------------------------------------------------------------------
+
+MANAGEMENT = str(uuid.uuid4())
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Node]:
+    """One server that denies whatever no token allows."""
+    name = "initial_management" if consul_version(find_consul()) >= (1, 11) else "master"
+    tokens = {name: MANAGEMENT, "agent": MANAGEMENT}
+    acl = {"enabled": True, "default_policy": "deny", "tokens": tokens}
+    with LocalCluster(1, 0, config={"acl": acl}, token=MANAGEMENT) as cluster:
+        yield cluster.nodes["server1"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["hosts", "scheduler"], ["topics"], ["register", "scheduler", "10.0.0.5:9501"], ["status"]],
+)
+def test_a_wrong_token_is_said_and_not_shown(guarded: Node, argv: list[str]) -> None:
+    """Exit 4, the word token in the message, never the token itself, and nothing is written."""
+    token = str(uuid.uuid4())
+    url = f"consul+kv://{guarded.http}/guarded"
+    code, out, err = cli("--url", url, *argv, CONSUL_HTTP_TOKEN=token)
+    assert code == 4
+    assert "token" in out + err
+    assert token not in out + err
+    assert "Traceback" not in err
+    assert keys(guarded, "guarded", MANAGEMENT) == []
+
+
+def test_a_right_token_is_taken_from_every_place(guarded: Node, tmp_path: Path) -> None:
+    """Environment, file and URL; and the explicit one wins over the environment's."""
+    url = f"consul+kv://{guarded.http}/guarded"
+    path = tmp_path / "token"
+    path.write_text(f"{MANAGEMENT}\n")
+    wrong = str(uuid.uuid4())
+    assert cli("topics", "--url", url, CONSUL_HTTP_TOKEN=MANAGEMENT) == (0, "", "")
+    assert cli("topics", "--url", url, CONSUL_HTTP_TOKEN_FILE=str(path)) == (0, "", "")
+    named = {"CONSUL_MATCHMAKER_TOKEN": MANAGEMENT, "CONSUL_HTTP_TOKEN": wrong}
+    assert cli("topics", "--url", url, **named) == (0, "", "")
+    in_url = f"consul+kv://:{MANAGEMENT}@{guarded.http}/guarded"
+    assert cli("topics", CONSUL_MATCHMAKER_URL=in_url, CONSUL_HTTP_TOKEN=wrong) == (0, "", "")
+    code, _, err = cli("topics", "--url", in_url, CONSUL_HTTP_TOKEN=wrong)
+    assert (code, "warning" in err, MANAGEMENT in err) == (0, True, False)

@@ -1,0 +1,518 @@
+"""What the command line prints, on which stream, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from consul_matchmaker import Matchmaker, Settings
+from consul_matchmaker.backends.memory import Memory
+from consul_matchmaker.cli import main
+from consul_matchmaker.model import Host, Instance
+
+KV, CATALOG = "consul+kv://", "consul+catalog://"
+NOBODY_LISTENS = "127.0.0.1:1"  # tcpmux: refused at once on every machine without it
+SECRET = "5ecre7-0f-th3-t0ken"
+WAIT_SECONDS = 20.0
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of the machine that runs the tests."""
+    for name in list(os.environ):
+        if name.startswith("CONSUL_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+class Run:
+    """The command line over a memory backend: exit code, stdout, stderr."""
+
+    def __init__(self, memory: Memory, capsys: Captured) -> None:
+        self.memory, self.capsys = memory, capsys
+        self.settings: list[Settings] = []
+
+    def __call__(self, *argv: str) -> tuple[int, str, str]:
+        def make(settings: Settings) -> Matchmaker:
+            self.settings.append(settings)
+            return Matchmaker(settings, backend=self.memory)
+
+        code = main(argv, make_matchmaker=make)
+        captured = self.capsys.readouterr()
+        return code, captured.out, captured.err
+
+
+@pytest.fixture
+def run(memory: Memory, capsys: Captured) -> Run:
+    return Run(memory, capsys)
+
+
+# --- hosts, topics, expire, status ---------------------------------------------------------------
+
+
+def test_hosts_prints_one_a_line_and_nothing_else(run: Run, memory: Memory) -> None:
+    """Sorted, on stdout, with nothing on stderr, so that scripts can use it."""
+    memory.declare("scheduler", ["10.0.0.2:9501", "10.0.0.1:9501", "[::1]:9501"])
+    assert run("hosts", "scheduler", "--url", KV) == (
+        0,
+        "10.0.0.1:9501\n10.0.0.2:9501\n[::1]:9501\n",
+        "",
+    )
+
+
+def test_no_hosts_is_an_answer_with_its_own_code(run: Run) -> None:
+    """Nothing printed, exit 3."""
+    assert run("--url", KV, "hosts", "nobody") == (3, "", "")
+
+
+def test_hosts_of_one_server(run: Run, memory: Memory) -> None:
+    """--server narrows; a name nobody has is no hosts."""
+    memory.declare("scheduler", [Instance(Host("a", 1), "node1"), Instance(Host("b", 1), "node2")])
+    assert run("hosts", "scheduler", "--server", "node2", "--url", KV) == (0, "b:1\n", "")
+    assert run("hosts", "scheduler", "--server=node3", "--url", KV) == (3, "", "")
+
+
+def test_hosts_as_json_is_stable(run: Run, memory: Memory) -> None:
+    """The documented object, on one line, also when there are none."""
+    memory.declare("scheduler", [Instance(Host("a", 1), "node1", priority=1, weight=5)])
+    code, out, _ = run("-o", "json", "hosts", "scheduler", "--url", KV)
+    answer = json.loads(out)
+    assert answer.pop("age_seconds") >= 0
+    assert (code, out.count("\n")) == (0, 1)
+    assert answer == {
+        "topic": "scheduler",
+        "hosts": ["a:1"],
+        "instances": [
+            {
+                "host": "a:1",
+                "address": "a",
+                "port": 1,
+                "server": "node1",
+                "priority": 1,
+                "weight": 5,
+            }
+        ],
+        "source": "memory",
+        "is_stale": False,
+        "is_complete": True,
+    }
+    code, out, _ = run("-o", "json", "hosts", "nobody", "--url", KV)
+    assert (code, json.loads(out)["hosts"]) == (3, [])
+
+
+def test_topics_prints_one_a_line(run: Run, memory: Memory) -> None:
+    """Sorted; none is an answer too."""
+    assert run("topics", "--url", KV) == (0, "", "")
+    memory.declare("b", ["x:1"])
+    memory.declare("a", ["x:1"])
+    assert run("topics", "--url", KV) == (0, "a\nb\n", "")
+    assert run("topics", "--url", KV, "-o", "json") == (0, '{"topics": ["a", "b"]}\n', "")
+
+
+def test_expire_says_how_many_it_removed(run: Run, memory: Memory) -> None:
+    """Exit 3 when there was nothing to remove."""
+    with Matchmaker(Settings(mode="kv"), backend=memory) as owner:
+        registration = owner.register("scheduler", "10.0.0.1:9501")
+        registration.wait_until_published(timeout_seconds=WAIT_SECONDS)
+        assert run("expire", "scheduler", "10.0.0.2:9501", "--url", KV) == (3, "0\n", "")
+        assert run("expire", "scheduler", "10.0.0.1:9501", "--url", KV) == (0, "1\n", "")
+    code, out, _ = run("expire", "scheduler", "10.0.0.1:9501", "--url", KV, "-o", "json")
+    assert code == 3
+    assert json.loads(out) == {"topic": "scheduler", "host": "10.0.0.1:9501", "removed": 0}
+
+
+def test_status_says_whether_consul_answers(run: Run, memory: Memory) -> None:
+    """For people and for machines; exit 4 when it does not."""
+    code, out, _ = run("status", "--url", KV)
+    assert code == 0
+    assert "answers: yes\n" in out
+    memory.is_available = False
+    code, out, err = run("status", "--url", f"{KV}?token={SECRET}", "-o", "json")
+    status = json.loads(out)
+    assert (code, status["answers"], status["mode"]) == (4, False, "kv")
+    assert status["problem"]
+    assert SECRET not in out + err
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+BAD_INPUT = [
+    (["hosts", ""], "topic"),
+    (["register", "", "10.0.0.1:1"], "topic"),
+    (["expire", "", "10.0.0.1:1"], "topic"),
+    *((["register", "scheduler", host], "port") for host in ("a:0", "a:65536", "a:x", "a:-1")),
+    *((["register", "scheduler", host], "ADDRESS:PORT") for host in ("10.0.0.1", ":1", "")),
+    (["register", "scheduler", "::1:9501"], "brackets"),
+    (["expire", "scheduler", "a:0"], "port"),
+    (["hosts", "scheduler", "--url", "consul+kv://?ttl_second=1"], "did you mean setting ttl_seco"),
+    (["hosts", "scheduler", "--url", "http://127.0.0.1:8500"], "consul+catalog://"),
+    (["hosts", "scheduler", "--url", "consul+kv://127.0.0.1:65536"], "65535"),
+    (["hosts"], "TOPIC"),
+    (["hosts", "a", "b"], "too many"),
+    (["hosts", "a", "--sever", "b"], "--sever"),
+    (["hosts", "a", "-o", "xml"], "json"),
+    (["register", "scheduler"], "HOST"),
+    (["register", "scheduler", "a:1", "--"], "command"),
+    (["frobnicate"], "hosts"),
+    ([], "COMMAND"),
+]
+
+
+@pytest.mark.parametrize(("argv", "remedy"), BAD_INPUT)
+def test_bad_input_is_one_line_that_names_the_remedy(
+    run: Run, memory: Memory, argv: list[str], remedy: str
+) -> None:
+    """On stderr, without a traceback, exit 2, and Consul hears nothing."""
+    given_url = [] if "--url" in argv else ["--url", KV]
+    code, out, err = run(*given_url, *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("consul-matchmaker: error: ")
+    assert err.count("\n") == 1
+    assert remedy in err
+    assert memory.topics() == []
+
+
+def test_without_a_url_the_error_says_what_to_set(run: Run) -> None:
+    """Nothing is guessed: there are two modes, and they mean different things."""
+    code, out, err = run("hosts", "scheduler")
+    assert (code, out) == (2, "")
+    assert "CONSUL_MATCHMAKER_URL" in err
+
+
+def test_the_url_may_come_from_the_environment(
+    run: Run, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--url wins over CONSUL_MATCHMAKER_URL."""
+    monkeypatch.setenv("CONSUL_MATCHMAKER_URL", "consul+kv://10.0.0.1?ttl_seconds=7")
+    memory.declare("scheduler", ["a:1"])
+    assert run("hosts", "scheduler") == (0, "a:1\n", "")
+    assert run("hosts", "scheduler", "--url", "consul+kv://10.0.0.2") == (0, "a:1\n", "")
+    assert [str(s.addresses[0]) for s in run.settings] == ["10.0.0.1:8500", "10.0.0.2:8500"]
+    assert [s.ttl_seconds for s in run.settings] == [7.0, 5.0]
+
+
+def test_an_outage_and_a_refusal_have_their_own_code(run: Run, memory: Memory) -> None:
+    """Exit 4, one line, nothing on stdout."""
+    memory.is_available = False
+    for argv in (["hosts", "scheduler"], ["topics"], ["expire", "a", "b:1"], ["watch", "a"]):
+        code, out, err = run(*argv, "--url", KV)
+        assert (code, out, err.count("\n")) == (4, "", 1)
+    memory.is_available, memory.is_denied = True, True
+    for argv in (["hosts", "scheduler"], ["topics"], ["register", "a", "b:1"]):
+        code, out, err = run(*argv, "--url", KV)
+        assert (code, out) == (4, "")
+        assert err.splitlines()[-1].startswith("consul-matchmaker: error: ")
+
+
+def test_a_real_agent_that_is_not_there(capsys: Captured) -> None:
+    """In both modes the message says whom it asked."""
+    for mode in ("kv", "catalog"):
+        url = f"consul+{mode}://{NOBODY_LISTENS}?request_timeout_seconds=0.5"
+        assert main(["hosts", "scheduler", "--url", url]) == 4
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert NOBODY_LISTENS in captured.err
+
+
+@pytest.mark.parametrize(
+    "argv", [["--token", SECRET, "topics"], ["topics", f"--token={SECRET}"], ["--tok", SECRET]]
+)
+def test_a_token_is_not_taken_from_the_command_line(run: Run, argv: list[str]) -> None:
+    """Everybody could read it there; the message says where it belongs, and does not repeat it."""
+    code, out, err = run("--url", KV, *argv)
+    assert (code, out) == (2, "")
+    assert "CONSUL_HTTP_TOKEN" in err
+    assert SECRET not in err
+
+
+def test_a_token_in_the_url_option_is_warned_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It works, but the operator is told; from the environment it is nobody's business."""
+    code, out, err = run("topics", "--url", f"consul+kv://:{SECRET}@127.0.0.1")
+    assert (code, out) == (0, "")
+    assert "CONSUL_MATCHMAKER_URL" in err
+    assert SECRET not in err
+    monkeypatch.setenv("CONSUL_MATCHMAKER_URL", f"consul+kv://:{SECRET}@127.0.0.1")
+    assert run("topics") == (0, "", "")
+    monkeypatch.setenv("CONSUL_HTTP_TOKEN", SECRET)
+    assert run("topics", "--url", KV) == (0, "", "")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["hosts", "--help"], ["register", "-h"]])
+def test_help_names_the_exit_codes(run: Run, argv: list[str]) -> None:
+    """On stdout, exit 0."""
+    code, out, err = run(*argv)
+    assert (code, err) == (0, "")
+    assert "exit codes:" in out
+
+
+def test_version(run: Run) -> None:
+    """The name and the version, on stdout."""
+    code, out, _ = run("--version")
+    assert (code, out.split()[0]) == (0, "consul-matchmaker")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-o", "json", "--url", KV, "topics"],
+        ["topics", "-o", "json", "--url", KV],
+        ["-o", "json", "topics", "--url", KV],
+        ["--url", "consul+catalog://", "topics", "-o", "json", "--url", KV],
+    ],
+)
+def test_options_stand_before_or_after_the_command(run: Run, argv: list[str]) -> None:
+    """Wherever they are given they count, and after the command they count more."""
+    assert run(*argv) == (0, '{"topics": []}\n', "")
+
+
+def test_a_topic_may_begin_with_a_dash(run: Run, memory: Memory) -> None:
+    """After -- everything is an operand."""
+    memory.declare("-x", ["a:1"])
+    assert run("--url", KV, "hosts", "--", "-x") == (0, "a:1\n", "")
+
+
+@pytest.mark.parametrize(
+    "argv", [["register", "scheduler", "a:1"], ["expire", "scheduler", "a:1"], ["topics"]]
+)
+def test_what_catalog_mode_cannot_do_is_said(argv: list[str], capsys: Captured) -> None:
+    """Operators write the catalog, and DNS cannot list: exit 2, with the way out."""
+    assert main([*argv, "--url", CATALOG]) == 2
+    assert "kv" in capsys.readouterr().err
+
+
+def test_verbose_logs_to_stderr_only(run: Run, memory: Memory) -> None:
+    """-v adds log lines, stdout stays as it was."""
+    memory.declare("scheduler", ["a:1"])
+    for flag in ("-v", "-vv"):
+        code, out, _ = run("hosts", "scheduler", "--url", KV, flag)
+        assert (code, out) == (0, "a:1\n")
+
+
+# --- processes of their own: signals, pipes, commands --------------------------------------------
+
+# The command line over a memory backend that says on stdout what it holds when it is asked to end.
+CLI_OVER_MEMORY = """
+import sys
+from consul_matchmaker import Matchmaker
+from consul_matchmaker.backends.memory import Memory
+from consul_matchmaker.cli import main
+
+class Telling(Memory):
+    def release(self, lease):
+        super().release(lease)
+        print("left:", self.topics(), flush=True)
+
+memory = Telling()
+memory.declare("declared", ["10.0.0.1:9501", "10.0.0.2:9501"])
+if sys.argv[1] == "away":
+    memory.is_available = False
+sys.exit(main(sys.argv[2:], make_matchmaker=lambda s: Matchmaker(s, backend=memory)))
+"""
+
+
+LEFT = "left: ['declared']\n"
+
+
+@contextmanager
+def process(*argv: str, state: str = "up") -> Iterator[subprocess.Popen[str]]:
+    """`consul-matchmaker ARGV` as a process of its own; killed at the end of the block."""
+    started = subprocess.Popen(
+        [sys.executable, "-c", CLI_OVER_MEMORY, state, "--url", KV, *argv],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # no terminal: signals are forwarded
+        # A shell's background jobs ignore SIGINT, and so would this one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    timer = threading.Timer(WAIT_SECONDS, started.kill)  # no test hangs
+    timer.start()
+    try:
+        yield started
+    finally:
+        timer.cancel()
+        started.kill()
+        started.communicate()
+
+
+def said(started: subprocess.Popen[str], words: str) -> str:
+    """The first line on stderr with *words*; what came before is dropped."""
+    assert started.stderr is not None
+    for line in started.stderr:
+        if words in line:
+            return line
+    raise AssertionError(f"ended without saying {words!r}")
+
+
+def python(text: str, *argv: str) -> list[str]:
+    return [sys.executable, "-c", text, *argv]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_register_holds_until_a_signal_and_withdraws(number: int) -> None:
+    """Says when it is published; the signal is the regular end: exit 0, nothing left."""
+    with process("register", "scheduler", "10.0.0.1:9501", "--server", "node1") as started:
+        assert "scheduler at 10.0.0.1:9501 as node1" in said(started, "registered")
+        started.send_signal(number)
+        out, err = started.communicate()
+        assert (started.returncode, out, err) == (0, LEFT, "")
+
+
+def test_register_does_not_need_consul_to_be_up() -> None:
+    """It goes on trying, says so, and still ends on a signal."""
+    with process("register", "scheduler", "10.0.0.1:9501", state="away") as started:
+        said(started, "not registered yet")
+        started.terminate()
+        assert started.wait() == 0
+
+
+@pytest.mark.parametrize(("command", "code"), [("exit(0)", 0), ("exit(7)", 7)])
+def test_register_ends_with_its_command(command: str, code: int) -> None:
+    """With the same exit code, and withdrawn."""
+    argv = ["register", "scheduler", "10.0.0.1:9501", "--at-once", "--", *python(command)]
+    with process(*argv) as started:
+        started.communicate()
+        assert started.returncode == code
+
+
+def test_a_command_killed_by_a_signal_has_the_shells_code() -> None:
+    """128 + n, as in every shell."""
+    command = python("import os; os.kill(os.getpid(), 9)")
+    with process("register", "scheduler", "10.0.0.1:9501", "--", *command) as started:
+        assert started.wait() == 128 + 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_forwarded_to_the_command(number: int) -> None:
+    """The registration goes first, the command decides when it ends, and how."""
+    command = python(
+        "import signal, sys\n"
+        "def end(n, frame):\n"
+        "    print('command got', n, flush=True)\n"
+        "    sys.exit(5)\n"
+        "signal.signal(signal.SIGTERM, end); signal.signal(signal.SIGINT, end)\n"
+        "print('up', flush=True)\n"
+        "while True: signal.pause()"
+    )
+    argv = ["register", "scheduler", "10.0.0.1:9501", "--at-once", "--", *command]
+    with process(*argv) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "up\n"
+        said(started, "registered")
+        started.send_signal(number)
+        out, _ = started.communicate()
+        assert started.returncode == 5
+        assert f"command got {int(number)}\n" in out
+        assert LEFT in out
+
+
+def test_a_command_may_survive_a_hangup() -> None:
+    """SIGHUP means reload to many servers: it is forwarded, and the registration stays."""
+    command = python(
+        "import signal\n"
+        "signal.signal(signal.SIGHUP, lambda n, f: print('reloaded', flush=True))\n"
+        "print('up', flush=True)\n"
+        "signal.pause(); signal.pause()"
+    )
+    argv = ["register", "scheduler", "10.0.0.1:9501", "--at-once", "--", *command]
+    with process(*argv) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "up\n"
+        said(started, "registered")
+        started.send_signal(signal.SIGHUP)
+        assert started.stdout.readline() == "reloaded\n"
+        started.terminate()
+        out, _ = started.communicate()
+        assert (started.returncode, out) == (128 + 15, LEFT)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_a_command_that_ends_before_it_listens_was_never_registered() -> None:
+    """Nothing was said of it, and its code is passed on."""
+    argv = ["register", "scheduler", f"127.0.0.1:{free_port()}", "--", *python("exit(9)")]
+    with process(*argv) as started:
+        out, err = started.communicate()
+        assert (started.returncode, out, err) == (9, "", "")
+
+
+@pytest.mark.parametrize(("command", "code"), [("/nonexistent/x", 127), ("/etc/passwd", 126)])
+def test_a_command_that_cannot_start_has_the_shells_code(command: str, code: int) -> None:
+    """127 when it does not exist, 126 when it cannot be executed, and nothing is registered."""
+    with process("register", "scheduler", "10.0.0.1:9501", "--", command) as started:
+        out, err = started.communicate()
+        assert (started.returncode, out) == (code, "")
+        assert command in err
+        assert err.count("\n") == 1
+
+
+def test_in_catalog_mode_the_command_just_runs(capfd: pytest.CaptureFixture[str]) -> None:
+    """The same start script serves both modes; what catalog mode does not do is said."""
+    argv = ["register", "scheduler", "10.0.0.1:9501", "--url", CATALOG, "--", *python("exit(6)")]
+    assert main(argv) == 6
+    assert "registers nothing" in capfd.readouterr().err
+
+
+def test_watch_prints_at_once_and_ends_on_ctrl_c() -> None:
+    """One flushed line a change; Ctrl-C is 130, without a traceback."""
+    with process("watch", "declared") as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "10.0.0.1:9501 10.0.0.2:9501\n"
+        started.send_signal(signal.SIGINT)
+        out, err = started.communicate()
+        assert (started.returncode, out, err) == (130, "", "")
+
+
+def test_watch_says_none_with_an_empty_line() -> None:
+    """So every change is a line."""
+    with process("watch", "nobody") as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "\n"
+
+
+def test_watch_as_json_is_one_object_a_line() -> None:
+    """The same object as that of `hosts`."""
+    with process("watch", "declared", "-o", "json") as started:
+        assert started.stdout is not None
+        answer = json.loads(started.stdout.readline())
+        assert answer["hosts"] == ["10.0.0.1:9501", "10.0.0.2:9501"]
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    """`hosts | head -0` ends quietly, as every tool does."""
+    with process("hosts", "declared") as started:
+        assert started.stdout is not None
+        started.stdout.close()
+        assert started.stderr is not None
+        assert started.stderr.read() == ""
+        assert started.wait() == 141
+
+
+def test_the_module_is_the_command() -> None:
+    """`python -m consul_matchmaker` works as the console script does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "consul_matchmaker", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("consul-matchmaker ")

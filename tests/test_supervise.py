@@ -1,0 +1,132 @@
+"""When a held registration is made, what the operator is told, and how signals end it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from consul_matchmaker.errors import Denied, TimedOut
+from consul_matchmaker.model import Host, Registration
+from consul_matchmaker.supervise import Holder
+
+WAIT_SECONDS = 20.0
+LISTEN = (
+    "import socket, sys\n"
+    "with socket.create_server(('127.0.0.1', int(sys.argv[1]))) as listener:\n"
+    "    while True: listener.accept()[0].close()"
+)
+
+
+class Owner:
+    """Plays the keeper: answers each wait with the next of *answers*, the last one for ever."""
+
+    def __init__(self, *answers: Exception | None, then: Callable[[], None]) -> None:
+        self.answers = list(answers)
+        self.then = then
+        self.unregistered = 0
+
+    def wait_until_published(self, registration: Registration, timeout_seconds: float) -> None:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if not self.answers[1:]:
+            self.then()
+        if answer is not None:
+            raise answer
+
+    def unregister(self, registration: Registration) -> None:
+        self.unregistered += 1
+
+
+def terminate_ourselves() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def nothing(_text: str) -> None:
+    """An operator who does not listen."""
+
+
+def holder(
+    owner: Owner, say: Callable[[str], None], *command: str, when_listening: bool = True
+) -> Holder:
+    registration = Registration("scheduler", Host("10.0.0.1", 9501), "node1", owner)
+    return Holder(
+        lambda: registration,
+        registration.host,
+        command=command,
+        when_listening=when_listening,
+        say=say,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_the_command_listens_before_anybody_is_sent_to_it() -> None:
+    """The registration is made only once the port accepts connections."""
+    port, connected = free_port(), []
+    owner = Owner(None, then=terminate_ourselves)
+
+    def register() -> Registration:
+        with socket.create_connection(("127.0.0.1", port), WAIT_SECONDS):
+            connected.append(port)
+        return Registration("scheduler", Host("127.0.0.1", port), None, owner)
+
+    command = [sys.executable, "-c", LISTEN, str(port)]
+    held = Holder(register, Host("127.0.0.1", port), command=command, say=nothing)
+    assert held.run() == 128 + signal.SIGTERM
+    assert connected == [port]
+    assert owner.unregistered >= 1
+
+
+def test_a_refused_token_ends_what_has_no_command() -> None:
+    """There is nothing else to keep alive: the error is the caller's."""
+    owner = Owner(Denied("no"), then=lambda: None)
+    with pytest.raises(Denied):
+        holder(owner, nothing).run()
+    assert owner.unregistered >= 1
+
+
+def test_a_refused_token_does_not_end_a_command() -> None:
+    """The server goes on working; the operator is told once."""
+    said: list[str] = []
+    owner = Owner(Denied("no"), then=lambda: None)
+
+    def say(text: str) -> None:
+        said.append(text)
+        terminate_ourselves()
+
+    command = [sys.executable, "-c", "import signal; signal.pause()"]
+    assert holder(owner, say, *command, when_listening=False).run() == 128 + signal.SIGTERM
+    assert said == ["not registered yet, trying on: no"]
+
+
+def test_an_outage_is_said_once_and_its_end_too() -> None:
+    """However long it takes, two lines."""
+    said: list[str] = []
+    owner = Owner(TimedOut("away"), TimedOut("away"), None, then=lambda: None)
+
+    def say(text: str) -> None:
+        said.append(text)
+        if text.startswith("registered"):
+            terminate_ourselves()
+
+    assert holder(owner, say).run() == 0
+    assert said == [
+        "not registered yet, trying on: away",
+        "registered scheduler at 10.0.0.1:9501 as node1",
+    ]
+
+
+def test_the_callers_signal_handlers_are_put_back() -> None:
+    """Holding is over when it is over."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    holder(Owner(None, then=terminate_ourselves), nothing).run()
+    assert [signal.getsignal(number) for number in numbers] == before
