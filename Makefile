@@ -1,0 +1,37 @@
+# make demo    see it work, on a real Consul of its own
+# make test    everything: lint, types, unit tests, and the integration tests on a real Consul
+#
+# Both set up all they need (Python >= 3.10 is assumed, nothing else), in .venv and .tox.
+# A Consul program is found, or fetched, by consul_matchmaker/demo/consul_binary.py.
+# make test uses Docker too when an engine answers; INTEGRATION="local docker" insists on both.
+
+PYTHON ?= python3
+INTEGRATION ?= local $(if $(shell docker version --format '{{.Server.Version}}' 2>/dev/null),docker)
+
+BIN := .venv/bin
+comma := ,
+empty :=
+space := $(empty) $(empty)
+CHECKS = lint types unit py-consul $(addprefix integration-,$(INTEGRATION))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: .venv/ready
+	$(BIN)/consul-matchmaker demo
+
+test: .venv/ready
+	$(BIN)/tox run -e $(subst $(space),$(comma),$(strip $(CHECKS)))
+
+# Made again only when what is to be installed changes.
+.venv/ready: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . 'tox>=4.11'
+	touch $@
+
+clean:
+	rm -rf .venv .tox build dist *.egg-info

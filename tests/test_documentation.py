@@ -1,0 +1,124 @@
+"""What the documents say of settings, commands, files and exit codes is what the code does.
+
+`python tests/test_documentation.py` writes the settings table anew.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consul_matchmaker import cli, errors
+from consul_matchmaker.errors import ConfigurationError
+from consul_matchmaker.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SETTINGS_PAGE = ROOT / "docs" / "settings.md"
+BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
+BY_MODE = ("addresses", "request_timeout_seconds", "watch")
+
+
+def default_of(knob: Field[Any]) -> str:
+    if knob.name == "mode":
+        return "needed"
+    if knob.name in BY_MODE:
+        return "by mode"
+    if isinstance(knob.default, bool):
+        return "on" if knob.default else "off"
+    if isinstance(knob.default, (int, float)):
+        return f"{knob.default:g}"
+    return f"`{knob.default}`" if knob.default else "none"
+
+
+def values_of(knob: Field[Any]) -> str:
+    """Which numbers or words the setting takes, out of its own error; nothing for other texts."""
+    with pytest.raises(ConfigurationError) as caught:
+        Settings(**{"mode": "kv", knob.name: object()})
+    allowed = re.search(
+        r"must be (?:a number from |one of )?(.*?)(?:, in| \(it)", str(caught.value)
+    )
+    found = allowed[1] if allowed else ""
+    return "" if found.startswith(("a ", "left")) else found
+
+
+def settings_table() -> str:
+    rows = ["| setting | default | values | meaning | Consul's variable |", "|---|---|---|---|---|"]
+    for knob in fields(Settings):
+        variables = ", ".join(f"`{name}`" for name in knob.metadata.get("variables", ()))
+        doc = knob.metadata["doc"].replace("|", "\\|")
+        cells = (f"`{knob.name}`", default_of(knob), values_of(knob), doc, variables)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_settings_table_is_the_definition() -> None:
+    """Every setting with its default, bounds and variables; run this file to write it anew."""
+    text = SETTINGS_PAGE.read_text()
+    assert text[text.index(BEGIN) + len(BEGIN) : text.index(END)] == settings_table()
+
+
+def test_the_settings_named_in_the_readme_have_the_defaults_it_says() -> None:
+    """The short table of the README has the same defaults."""
+    knobs = {knob.name: knob for knob in fields(Settings)}
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGES[0].read_text(), re.MULTILINE)
+    named = [(name, default) for name, default in rows if name in knobs]
+    assert len(named) >= 8
+    assert named == [(name, default_of(knobs[name])) for name, _ in named]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_in_urls_exist(page: Path) -> None:
+    """Every complete URL of ours in the documents can be read."""
+    for url in re.findall(r"consul\+(?:kv|catalog)://[^\s`\"')]+", page.read_text()):
+        if not re.search(r"[A-Z<]{3}|\.\.\.", url):  # HOST:PORT and such
+            Settings.from_url(url.rstrip(".,;:"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link names a file of the repository."""
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_every_command_is_documented() -> None:
+    """The page of the command line has a section for each command, and no other."""
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    documented = re.findall(r"^## `(\w+)", text, re.MULTILINE)
+    actions = [a for a in cli._parser()._actions if getattr(a, "choices", None)]
+    names = next(list(a.choices or ()) for a in actions if a.dest == "command")
+    assert sorted(documented) == sorted(names)
+
+
+def test_every_exit_code_is_documented() -> None:
+    """The same codes in the help and in the page."""
+    text = (ROOT / "docs" / "command-line.md").read_text()
+    for code in (cli.OK, cli.FAILED, cli.WRONG_USAGE, cli.NO_HOSTS, cli.NO_ANSWER, cli.INTERRUPTED):
+        assert re.search(rf"^\| {code} \|", text, re.MULTILINE)
+        assert re.search(rf"^  {code} ", cli.EXIT_CODES, re.MULTILINE)
+
+
+def test_every_error_is_documented() -> None:
+    """The README names each exception a caller may meet."""
+    text = PAGES[0].read_text()
+    assert [name for name in errors.__all__ if f"`{name}`" not in text] == []
+
+
+def test_the_first_screen_has_the_two_commands() -> None:
+    """`make demo` and `make test`, and nothing to do before."""
+    first_screen = "\n".join(PAGES[0].read_text().splitlines()[:30])
+    block = re.search(r"```console\n(.*?)```", first_screen, re.DOTALL)
+    assert block is not None
+    assert re.findall(r"^\$ (make \w+)", block[1], re.MULTILINE) == ["make demo", "make test"]
+
+
+if __name__ == "__main__":
+    page = SETTINGS_PAGE.read_text()
+    before, after = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
+    SETTINGS_PAGE.write_text(before + settings_table() + after)
