@@ -1,0 +1,274 @@
+"""Carry DNS queries to one agent and its replies back: UDP, and TCP connections that are kept.
+
+Nothing here knows what is asked.  Every call ends at its *until*, an instant of `time.monotonic`
+(what a socket waits for is real time), and raises OSError (TimeoutError) or BadReply.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import threading
+import time
+
+from ..model import Host
+from ..srv_coverage import UDP_LIMIT_LOCAL, UDP_LIMIT_REMOTE
+from ..srv_wire import BadReply, NotOurs, Reply, read
+
+IDLE_SECONDS = 6.0
+"""A kept connection rests no longer than this: Consul ends it after 8 s (fact A10)."""
+QUERIES_PER_CONNECTION = 120
+"""Consul ends a connection after 128 queries (fact A10)."""
+KEPT_CONNECTIONS = 2
+"""To one agent; more lookups at a time open connections of their own and close them."""
+TCP_FIRST_SECONDS = 60.0
+"""How long an agent that answered TCP and not UDP (a firewall) is not asked by UDP first."""
+
+CONNECT_SHARE = 0.35
+"""Of the time there is, this much may go by until a TCP connection stands."""
+
+
+_Place = tuple[socket.AddressFamily, tuple[object, ...]]
+
+
+class NotConnected(ConnectionError):
+    """No TCP connection to the agent came about: refused, or too slow.  UDP is what is left."""
+
+
+class Channel:
+    """One agent's DNS, over both transports.  Thread-safe; opens nothing when made."""
+
+    def __init__(self, agent: Host) -> None:
+        self.agent = agent
+        self.forget()
+
+    def forget(self) -> None:
+        """Close this process's copies of every connection; nobody else notices."""
+        kept: list[_Connection] = getattr(self, "_kept", [])
+        self._lock = threading.Lock()
+        self._kept: list[_Connection] = []
+        self._place: _Place | None = None
+        self._is_local: bool | None = None
+        self._useless_places = 0
+        self._tcp_first_until = 0.0
+        for connection in kept:
+            connection.close()
+
+    close = forget
+
+    @property
+    def udp_limit(self) -> int:
+        """The EDNS size to ask for; reading it resolves the agent's name if it has one."""
+        is_local = self._is_local
+        if is_local is None:
+            is_local = self._is_local = self._find_whether_local()
+        return UDP_LIMIT_LOCAL if is_local else UDP_LIMIT_REMOTE
+
+    @property
+    def wants_tcp_first(self) -> bool:
+        return time.monotonic() < self._tcp_first_until
+
+    def udp_is_silent(self) -> None:
+        """UDP got no answer where TCP did: ask by TCP first for a while."""
+        self._tcp_first_until = time.monotonic() + TCP_FIRST_SECONDS
+
+    def ask_udp(self, query: bytes, resend_seconds: float, until: float) -> Reply:
+        """The reply to *query*, which is sent again every *resend_seconds*.
+
+        A socket of its own each time, connected, so that the kernel picks a random port and keeps
+        out whatever does not come from the agent; what still does not fit is not listened to."""
+        query = os.urandom(2) + query[2:]
+        family, place = self._resolved()
+        with socket.socket(family, socket.SOCK_DGRAM) as udp:
+            udp.connect(place)
+            now = time.monotonic()
+            while now < until:
+                udp.send(query)
+                resend_at = min(now + resend_seconds, until)
+                while now < resend_at:
+                    udp.settimeout(resend_at - now)
+                    try:
+                        return read(udp.recv(65_535), query)
+                    except (TimeoutError, NotOurs):
+                        now = time.monotonic()
+        raise TimeoutError("no answer by UDP")
+
+    def ask_tcp(self, query: bytes, until: float) -> Reply:
+        """The reply to *query* over a kept connection, quietly opened again when it was closed."""
+        with Stream(self, until) as stream:
+            stream.send(query)
+            return stream.receive()
+
+    def _resolved(self) -> _Place:
+        place = self._place  # another thread may forget it meanwhile
+        if place is None:
+            # An IP address is taken as it is; a name is resolved by the system, until it fails.
+            found = socket.getaddrinfo(
+                self.agent.address, self.agent.port, type=socket.SOCK_DGRAM, proto=0
+            )
+            # IPv4 first, where Consul listens by default, though `localhost` is IPv6 as well.
+            found.sort(key=lambda each: each[0] != socket.AF_INET)
+            each = found[self._useless_places % len(found)]
+            place = self._place = each[0], each[4]
+        return place
+
+    def unreachable(self) -> None:
+        """Nothing came from the agent: resolve its name anew, and take its next address."""
+        self._useless_places += 1
+        self._place = self._is_local = None
+
+    def _find_whether_local(self) -> bool:
+        family, place = self._resolved()
+        address = ipaddress.ip_address(str(place[0]).partition("%")[0])
+        if address.is_loopback:
+            return True
+        # To an address of this machine the kernel sends from that very address.
+        with socket.socket(family, socket.SOCK_DGRAM) as udp:
+            udp.connect(place)
+            return bool(udp.getsockname()[0] == place[0])
+
+    def _take(self) -> _Connection | None:
+        """A kept connection that Consul has not closed yet, by all we know."""
+        now = time.monotonic()
+        with self._lock:
+            while self._kept:
+                connection = self._kept.pop()
+                if connection.is_usable(now):
+                    return connection
+                connection.close()
+        return None
+
+    def _connect(self, until: float) -> _Connection:
+        place, now = self._resolved(), time.monotonic()
+        try:
+            return _Connection(place, now + CONNECT_SHARE * (until - now))
+        except OSError as error:
+            raise NotConnected(error.errno, f"no TCP connection: {error}") from error
+
+    def _give_back(self, connection: _Connection) -> None:
+        connection.last_used_at = time.monotonic()
+        with self._lock:
+            if connection.is_usable(connection.last_used_at) and len(self._kept) < KEPT_CONNECTIONS:
+                self._kept.append(connection)
+                return
+        connection.close()
+
+    def __repr__(self) -> str:
+        return f"<Channel {self.agent}, {len(self._kept)} connections kept>"
+
+
+class Stream:
+    """Queries over one TCP connection, several at a time, answered in the order they were sent.
+
+    A context manager: leaving it keeps the connection when nothing is outstanding, else closes it.
+    Consul ends connections that were idle or used up.  So when one ends that was kept, or that has
+    brought a reply, everything outstanding is sent once more on a new one.
+    """
+
+    def __init__(self, channel: Channel, until: float) -> None:
+        self._channel = channel
+        self._until = until
+        self._outstanding: list[bytes] = []
+        self._connection = channel._take()
+        self._may_reopen = self._connection is not None
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        if self._outstanding or exc_info[0] is not None:
+            connection.close()
+        else:
+            self._channel._give_back(connection)
+
+    def send(self, query: bytes) -> None:
+        query = os.urandom(2) + query[2:]
+        self._outstanding.append(query)
+        try:
+            if self._connection is None:
+                self._connection = self._channel._connect(self._until)
+            self._connection.send(query, self._until)
+        except TimeoutError:
+            raise
+        except OSError:
+            self._reopen()
+
+    def receive(self) -> Reply:
+        """The reply to the oldest query that was not answered yet."""
+        assert self._connection is not None
+        try:
+            wire = self._connection.receive(self._until)
+        except TimeoutError:
+            raise
+        except OSError:
+            self._reopen()
+            wire = self._connection.receive(self._until)
+        self._may_reopen = True
+        return read(wire, self._outstanding.pop(0))
+
+    def _reopen(self) -> None:
+        """Send everything outstanding on a new connection; raises what it came from otherwise."""
+        if not self._may_reopen:
+            raise
+        self._may_reopen = False
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = self._channel._connect(self._until)
+        for query in self._outstanding:
+            self._connection.send(query, self._until)
+
+
+class _Connection:
+    """A TCP connection to an agent, with DNS's two bytes of length before each message."""
+
+    def __init__(self, place: _Place, until: float) -> None:
+        family, address = place
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            self._wait_no_longer_than(until)
+            self._socket.connect(address)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._queries = 0
+        self.last_used_at = time.monotonic()
+
+    def is_usable(self, now: float) -> bool:
+        return self._queries < QUERIES_PER_CONNECTION and now < self.last_used_at + IDLE_SECONDS
+
+    def send(self, query: bytes, until: float) -> None:
+        self._wait_no_longer_than(until)
+        self._queries += 1
+        self._socket.sendall(len(query).to_bytes(2, "big") + query)
+
+    def receive(self, until: float) -> bytes:
+        length = int.from_bytes(self._receive(2, until), "big")
+        if not length:
+            raise BadReply("a message of no length")
+        return self._receive(length, until)
+
+    def _receive(self, length: int, until: float) -> bytes:
+        """Exactly *length* bytes, at most 65,535, however slowly they drip, until the deadline."""
+        parts = bytearray(length)
+        view, filled = memoryview(parts), 0
+        while filled < length:
+            self._wait_no_longer_than(until)
+            count = self._socket.recv_into(view[filled:])
+            if not count:
+                raise ConnectionResetError("the agent closed the connection")
+            filled += count
+        return bytes(parts)
+
+    def _wait_no_longer_than(self, until: float) -> None:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("no answer by TCP")
+        self._socket.settimeout(left)
+
+    def close(self) -> None:
+        self._socket.close()

@@ -1,0 +1,625 @@
+"""Answer lookups by SRV records over Consul DNS.  Never speaks HTTP, never writes.
+
+What is asked is ``_<service>._<tag or tcp>.service[.<datacenter>].<domain>.``; how a topic becomes
+a service is `naming.service_of`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import dns.exception
+import dns.message
+import dns.name
+
+from ..backoff import Backoff
+from ..errors import ConfigurationError, InvalidTopic, TimedOut, Unavailable
+from ..model import Host, Instance, Snapshot
+from ..naming import SERVICE_LABEL, service_of, shard_tag
+from ..settings import Settings
+from ..srv_coverage import MAX_ANSWERS, TCP_LIMIT, is_covered, may_be_cut
+from ..srv_wire import NOERROR, NXDOMAIN, REFUSED, SERVFAIL, BadReply, Reply, Srv
+from .dns_exchange import Channel, Stream
+
+logger = logging.getLogger(__name__)
+
+EXCHANGES_PER_LOOKUP = 3
+"""A lookup ends after this many times ``request_timeout_seconds``, whatever it still lacks."""
+UDP_SHARE = 0.2
+RESENDS_PER_TIMEOUT = 10
+"""A query goes out by UDP twice, a tenth of the timeout apart, and after a fifth of it by TCP,
+which repairs losses by itself.  More would make Consul answer a topic of thousands, which takes it
+0.3 s, several times at once.  Where there is no TCP, UDP goes on every tenth: when a fifth of all
+packets is lost, 0.36 of all exchanges fail, and ten of them in a row once in 27,000."""
+SERVFAIL_TRIES = 3
+"""While Consul elects a leader single queries fail, and the next one works (fact A9)."""
+MAX_OUTSTANDING = 3
+"""How many repeated queries wait for an answer: Consul works while we read."""
+FIRST_REST_SECONDS, LONGEST_REST_SECONDS = 1.0, 60.0
+"""How long an agent that could not be asked is left alone, doubling, when there are others."""
+MAX_REMEMBERED = 4_096
+"""Names whose query bytes, size and log lines are remembered."""
+
+_RCODES = {1: "FORMERR", SERVFAIL: "SERVFAIL", 4: "NOTIMP", REFUSED: "REFUSED"}
+_REMEDIES = {
+    SERVFAIL: "Consul has no leader, or cannot reach it: see `consul members`",
+    REFUSED: "is this Consul's DNS port, and `domain` its domain?",
+}
+
+
+class _Failed(Exception):
+    """An agent gave an answer that is none; says which."""
+
+    def __init__(self, rcode: int) -> None:
+        text = f"answered {_RCODES.get(rcode, f'rcode {rcode}')}"
+        super().__init__(f"{text} ({_REMEDIES.get(rcode, 'is this Consul DNS?')})")
+        self.rcode = rcode
+
+
+@dataclass(slots=True)
+class _Found:
+    """What DNS said of one name, or of several put together."""
+
+    instances: dict[Instance, None] = field(default_factory=dict)
+    is_complete: bool = True
+    ttl_seconds: int = 0
+
+    def add(self, other: _Found) -> None:
+        self.instances.update(other.instances)
+        self.is_complete = self.is_complete and other.is_complete
+        both = [ttl for ttl in (self.ttl_seconds, other.ttl_seconds) if ttl]
+        self.ttl_seconds = min(both, default=0)
+
+
+class DnsSrv:
+    """The hosts of a topic, as Consul's catalog and health checks have them.  Thread-safe.
+
+    Opens no socket and starts no thread when made.  Raises ConfigurationError where ``domain``,
+    ``tag`` or ``datacenters`` cannot be parts of a DNS name.
+
+    Service addresses that are host names are kept as names: whoever connects resolves them, so that
+    all processes know the same host by the same name and nobody waits for a resolver here.
+    """
+
+    narrows = True
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._timeout_seconds = settings.request_timeout_seconds
+        self._domain = _checked_domain(settings.domain)
+        for setting, labels in (("tag", [settings.tag]), ("datacenters", settings.datacenters)):
+            for label in labels:
+                if label is not None and not SERVICE_LABEL.match(label.lower()):
+                    raise ConfigurationError(
+                        f"{setting}: {label!r} cannot be asked for over DNS: "
+                        "use up to 62 letters, digits, '-' and '_'"
+                    )
+        if settings.tag is not None and settings.tag.lower() == "tcp":
+            raise ConfigurationError("tag: DNS takes 'tcp' for no tag at all: give it another name")
+        self._agents = _Agents(settings.addresses, clock, jitter)
+        self._queries: dict[tuple[str, str, int], bytes] = {}
+        self._forget_names()
+
+    def _forget_names(self) -> None:
+        self._lock = threading.Lock()
+        self._topic_of: dict[str, str] = {}
+        self._said: set[tuple[str, str]] = set()
+        self._large: set[str] = set()  # names whose answer did not fit UDP the last time
+
+    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+        """Every live host of *topic*, perhaps none; with *server*, only that server's.
+
+        *server* is the tag an instance has, else its node's name or its address, with or without
+        the port.  The datacenters are asked in their order until one has hosts.  With *complete*
+        False the first answer will do, and ``is_complete`` tells whether it was all.
+
+        Ends within three times ``request_timeout_seconds``.  Raises Unavailable (TimedOut) when
+        Consul cannot be asked, InvalidTopic when DNS cannot carry the topic's service.
+        """
+        service = self._service(topic)
+        until = time.monotonic() + EXCHANGES_PER_LOOKUP * self._timeout_seconds
+        found, failure = _Found(), None
+        for datacenter in self._settings.datacenters or ("",):
+            lookup = _Lookup(self, service, datacenter, until, complete)
+            try:
+                found = lookup.topic() if server is None else lookup.server(server)
+            except Unavailable as error:
+                failure = failure or error
+                continue
+            if found.instances:
+                break
+        if failure is not None and not found.instances:
+            raise failure
+        return Snapshot(
+            topic,
+            tuple(found.instances),
+            "dns",
+            is_complete=found.is_complete,
+            ttl_seconds=float(found.ttl_seconds) if found.ttl_seconds else None,
+            taken_at=self._clock(),
+            clock=self._clock,
+        )
+
+    def forget(self) -> None:
+        """Drop every connection without touching the network: this is a forked child now."""
+        self._agents.forget()
+        self._forget_names()
+
+    def close(self) -> None:
+        """Close every connection; a later lookup opens others."""
+        self._agents.close()
+
+    def status(self) -> dict[str, object]:
+        """Which agent is asked first, and which are left alone for now."""
+        return self._agents.status()
+
+    def __repr__(self) -> str:
+        return f"<DnsSrv {self._agents}>"
+
+    def _service(self, topic: str) -> str:
+        settings = self._settings
+        service = service_of(topic, settings.service_template, settings.service_map)
+        if topic in settings.service_map:
+            return service  # whoever mapped two topics to one service meant it
+        other = self._topic_of.get(service)
+        if other is None:
+            if len(self._topic_of) < MAX_REMEMBERED:
+                self._topic_of[service] = topic
+        elif other != topic and self._is_first("service", service):
+            logger.warning(
+                "topics %r and %r are both the Consul service %r: tell them apart with service_map",
+                other,
+                topic,
+                service,
+            )
+        return service
+
+    def _is_first(self, what: str, name: str) -> bool:
+        """Whether this is the first time to say *what* about *name*; the caller says it then."""
+        with self._lock:
+            if (what, name) in self._said or len(self._said) >= MAX_REMEMBERED:
+                return False
+            self._said.add((what, name))
+            return True
+
+    def _query(self, name: str, kind: str, size: int) -> bytes:
+        """The query for *name*, all but its id, which every sending makes anew."""
+        query = self._queries.get((name, kind, size))
+        if query is None:
+            try:
+                query = dns.message.make_query(name, kind, use_edns=0, payload=size).to_wire()
+            except dns.exception.DNSException as error:
+                raise InvalidTopic(f"{name!r} cannot be asked for over DNS: {error}") from None
+            if len(self._queries) >= MAX_REMEMBERED:
+                self._queries.clear()
+            self._queries[name, kind, size] = query
+        return query
+
+
+class _Lookup:
+    """One lookup in one datacenter, until its deadline."""
+
+    def __init__(
+        self, resolver: DnsSrv, service: str, datacenter: str, until: float, complete: bool
+    ) -> None:
+        self._resolver = resolver
+        self._settings = resolver._settings
+        self._timeout_seconds = resolver._timeout_seconds
+        self._until = until
+        self._complete = complete
+        self._is_query = service.endswith(".query")
+        self._service = service
+        self._suffix = f".{datacenter}.{resolver._domain}" if datacenter else f".{resolver._domain}"
+        self._addresses: dict[str, list[str]] = {}  # of targets that had to be asked for
+
+    # -- what to ask
+
+    def topic(self) -> _Found:
+        if self._is_query:
+            return self._ask(self._service + self._suffix)
+        if not self._settings.shards:
+            return self._ask(self._name(self._settings.tag or "tcp"))
+        found = _Found()
+        for number in range(self._settings.shards):
+            found.add(self._ask(self._name(shard_tag(number))))
+        return found
+
+    def server(self, server: str) -> _Found:
+        """By tag; when no instance has it, by node name and address out of the topic's answer."""
+        tagged = _Found()
+        if not self._is_query and SERVICE_LABEL.match(server.lower()) and server.lower() != "tcp":
+            tagged = self._ask(self._name(server))
+            if tagged.instances and self._settings.tag is None:
+                return _named(server, tagged, tagged.instances)
+        whole = self.topic()
+        hosts = {instance.host for instance in tagged.instances}
+        return _named(
+            server,
+            whole,
+            [
+                instance
+                for instance in whole.instances
+                # DNS can ask for one tag only: what has both is what is in both answers.
+                if instance.host in hosts
+                or server in (instance.server, instance.host.address, str(instance.host))
+            ],
+        )
+
+    def _name(self, tag: str) -> str:
+        return f"_{self._service}._{tag}.service{self._suffix}"
+
+    # -- whom to ask
+
+    def _ask(self, name: str) -> _Found:
+        """What the first agent that can be asked says of *name*."""
+        reasons: list[str] = []
+        timed_out = True
+        for agent in self._resolver._agents.in_order():
+            if time.monotonic() >= self._until:
+                break
+            try:
+                found = self._ask_agent(agent, name)
+            except (OSError, BadReply, _Failed) as error:
+                if isinstance(error, _Failed) and error.rcode == SERVFAIL:
+                    agent.worked()  # it is the cluster that fails; asking costs no time
+                else:
+                    agent.failed(_reason(error), self._timeout_seconds)
+                timed_out = timed_out and isinstance(error, TimeoutError)
+                reasons.append(f"{agent.channel.agent} {_reason(error)}")
+            else:
+                agent.worked()
+                return found
+        if timed_out:
+            tried = "; ".join(reasons) or "no time was left"
+            raise TimedOut(
+                f"no answer for {name} within {self._timeout_seconds:g} s: {tried}: "
+                "is a Consul agent's DNS there? (request_timeout_seconds allows more time)"
+            )
+        raise Unavailable(f"no usable answer for {name}: {'; '.join(reasons)}")
+
+    # -- how to ask
+
+    def _ask_agent(self, agent: _Agent, name: str) -> _Found:
+        """What *agent* says of *name*, completed if it could have been cut."""
+        channel = agent.channel
+        limit = channel.udp_limit
+        query = self._resolver._query(name, "SRV", limit)
+        large = self._resolver._large
+        reply, is_tcp = self._exchange(channel, query, tcp_first=name in large)
+        if reply.answers and not reply.records:
+            raise BadReply("answered with records that were not asked for")
+        union = _Union()
+        union.add(reply)
+        if may_be_cut(reply, TCP_LIMIT if is_tcp else limit, is_tcp=is_tcp):
+            if len(large) < MAX_REMEMBERED:
+                large.add(name)
+            if self._complete:
+                self._complete_union(channel, query, union, is_tcp=is_tcp)
+            else:
+                union.is_complete = False
+        elif is_tcp and not may_be_cut(reply, limit, is_tcp=False):
+            large.discard(name)
+        return self._found(name, channel, union)
+
+    def _exchange(
+        self, channel: Channel, query: bytes, *, tcp_first: bool = False
+    ) -> tuple[Reply, bool]:
+        """One usable reply and whether it came by TCP."""
+        for tries_left in range(SERVFAIL_TRIES - 1, -1, -1):
+            reply, is_tcp = self._transmit(channel, query, tcp_first or channel.wants_tcp_first)
+            if reply.rcode in (NOERROR, NXDOMAIN):
+                break
+            if reply.rcode != SERVFAIL or not tries_left:
+                raise _Failed(reply.rcode)
+        return reply, is_tcp
+
+    def _transmit(self, channel: Channel, query: bytes, tcp_first: bool) -> tuple[Reply, bool]:
+        now = time.monotonic()
+        until = min(now + self._timeout_seconds, self._until)
+        resend = self._timeout_seconds / RESENDS_PER_TIMEOUT
+        if not tcp_first:
+            try:
+                return channel.ask_udp(query, resend, now + (until - now) * UDP_SHARE), False
+            except OSError:
+                pass  # lost, or kept out by a firewall
+        try:
+            reply = channel.ask_tcp(query, until)
+        except TimeoutError:
+            raise
+        except OSError:  # nothing listens there, or nothing gets through
+            return channel.ask_udp(query, resend, until), False
+        if not tcp_first:
+            channel.udp_is_silent()
+        return reply, True
+
+    def _complete_union(
+        self, channel: Channel, query: bytes, union: _Union, *, is_tcp: bool
+    ) -> None:
+        """Ask again by TCP, and again, until every record was seen, or the time is over."""
+        union.is_complete = False
+        try:
+            with Stream(channel, self._until) as stream:
+                if not is_tcp:
+                    stream.send(query)
+                    reply = _with_records(stream, query)
+                    is_cut = may_be_cut(reply, TCP_LIMIT, is_tcp=True)
+                    if not is_cut or len(reply.records) > len(union.records):
+                        union.restart()
+                    union.add(reply)
+                    if not is_cut:
+                        union.is_complete = True
+                        return
+                sent = 0
+                while not union.is_covered():
+                    if union.is_unshuffled or union.answers >= MAX_ANSWERS:
+                        return
+                    # No more than it takes if they bring nothing new: none is left over then.
+                    while sent < MAX_OUTSTANDING and not union.is_covered(sent):
+                        stream.send(query)
+                        sent += 1
+                    union.add(_with_records(stream, query))
+                    sent -= 1
+                union.is_complete = not union.is_unshuffled
+        except (OSError, BadReply, _Failed) as error:
+            # What was found is worth more than an error, and the snapshot says what it is.
+            logger.debug("%s: incomplete, %s", channel.agent, error)
+
+    # -- what it means
+
+    def _found(self, name: str, channel: Channel, union: _Union) -> _Found:
+        found = _Found(is_complete=union.is_complete, ttl_seconds=union.ttl_seconds)
+        for record in union.records.values():
+            if record.target == ".":
+                continue  # RFC 2782: decidedly not available at this domain
+            if not record.port:
+                if self._resolver._is_first("port 0", name):
+                    logger.warning(
+                        "%s: an instance at %s has port 0 and is left out: "
+                        "register it with a port of its own",
+                        name,
+                        record.target,
+                    )
+                continue
+            addresses = _decoded(record.target) or _printed(union.addresses, record.target)
+            if addresses is None and self._is_consuls(record.target):
+                try:
+                    addresses = self._asked(channel, record.target)
+                except (OSError, BadReply, _Failed) as error:
+                    logger.debug("%s: no address of %s: %s", name, record.target, error)
+                    found.is_complete = False
+                    continue
+            if addresses is None:
+                try:
+                    addresses = [Host.parse(f"{record.target.rstrip('.')}:1").address]
+                except ConfigurationError:
+                    if self._resolver._is_first("target", name):
+                        logger.warning("%s: %s is no host name, left out", name, record.target)
+                    continue
+            server = _node(record.target)
+            for address in addresses:
+                host = Host(address, record.port)
+                found.instances[Instance(host, server, record.priority, record.weight)] = None
+        return found
+
+    def _is_consuls(self, target: str) -> bool:
+        """Whether *target* is a name that only Consul can resolve, and not the system."""
+        target = target.lower()
+        return target.endswith("." + self._resolver._domain) or ".node." in target
+
+    def _asked(self, channel: Channel, target: str) -> list[str] | None:
+        """The addresses of a target that came without; [] when there are none, None if it is no
+        name of Consul's at all."""
+        name = target.lower()
+        if name not in self._addresses:
+            addresses: list[str] = []
+            for kind in ("A", "AAAA"):
+                try:
+                    query = self._resolver._query(target, kind, channel.udp_limit)
+                    reply, _ = self._exchange(channel, query)
+                except InvalidTopic as error:
+                    raise BadReply(str(error)) from None
+                except _Failed as error:
+                    if error.rcode == REFUSED:
+                        return None
+                    raise
+                addresses = _printed(reply.addresses, target) or []
+                if reply.answers and not addresses:
+                    raise BadReply("answered with records that were not asked for")
+                if addresses:
+                    break
+            self._addresses[name] = addresses
+        return self._addresses[name]
+
+
+class _Union:
+    """The records of several answers to one query."""
+
+    def __init__(self) -> None:
+        self.is_complete = True
+        self.is_unshuffled = False
+        self._ttls: list[int] = []
+        self.addresses: dict[str, set[bytes]] = {}
+        self.records: dict[tuple[str, int], Srv] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """The next answer is the first to count: those before had less room."""
+        self.answers = 0
+        self._smallest = 0
+        self._last: list[Srv] = []
+
+    def add(self, reply: Reply) -> None:
+        self.is_unshuffled = len(self._last) > 16 and reply.records == self._last
+        self._last = reply.records
+        self._smallest = min(self._smallest or len(reply.records), len(reply.records))
+        self.answers += 1
+        self._ttls.append(reply.ttl_seconds)
+        self.records.update(((record.target, record.port), record) for record in reply.records)
+        if not self.addresses:
+            self.addresses = reply.addresses
+            return
+        for name, addresses in reply.addresses.items():
+            self.addresses.setdefault(name, set()).update(addresses)
+
+    def is_covered(self, more: int = 0) -> bool:
+        """Whether everything was seen, were there *more* answers that brought nothing new."""
+        return is_covered(len(self.records), self._smallest, self.answers + more)
+
+    @property
+    def ttl_seconds(self) -> int:
+        return min((ttl for ttl in self._ttls if ttl), default=0)
+
+
+class _Agent:
+    """An agent, and whether it could be asked the last time."""
+
+    def __init__(self, agent: Host, agents: _Agents) -> None:
+        self.channel = Channel(agent)
+        self._agents = agents
+        self.failures = 0
+        self.rest_until = 0.0
+
+    def worked(self) -> None:
+        if self.failures:
+            self.failures = 0
+            logger.info("Consul DNS at %s answers again", self.channel.agent)
+
+    def failed(self, reason: str, timeout_seconds: float) -> None:
+        self.failures += 1
+        self.channel.unreachable()
+        rest = self._agents.backoff.seconds(self.failures)
+        self.rest_until = self._agents.clock() + timeout_seconds + rest
+        if self.failures == 1:
+            logger.warning("Consul DNS at %s: %s", self.channel.agent, reason)
+
+
+class _Agents:
+    """The agents in the order of the settings, those that did not answer last.  Thread-safe."""
+
+    def __init__(
+        self, hosts: Iterable[Host], clock: Callable[[], float], jitter: Callable[[], float]
+    ) -> None:
+        self.clock = clock
+        self.backoff = Backoff(FIRST_REST_SECONDS, LONGEST_REST_SECONDS, jitter)
+        self._hosts = tuple(hosts)
+        self.forget()
+
+    def forget(self) -> None:
+        for agent in getattr(self, "_agents", ()):
+            agent.channel.forget()
+        self._lock = threading.Lock()
+        self._agents = [_Agent(host, self) for host in self._hosts]
+
+    def close(self) -> None:
+        for agent in self._agents:
+            agent.channel.close()
+
+    def in_order(self) -> Iterator[_Agent]:
+        """Every agent once: those that work, or are due for a try, before those that rest."""
+        now = self.clock()
+        resting = []
+        for agent in self._agents:
+            with self._lock:
+                rests = agent.failures > 0 and now < agent.rest_until
+                if agent.failures and not rests:
+                    # Ours to try: the others leave it alone meanwhile.
+                    agent.rest_until = now + LONGEST_REST_SECONDS
+            if rests:
+                resting.append(agent)
+            else:
+                yield agent
+        yield from sorted(resting, key=lambda agent: agent.rest_until)
+
+    def status(self) -> dict[str, object]:
+        now = self.clock()
+        away = [agent for agent in self._agents if agent.failures and now < agent.rest_until]
+        first = next((agent for agent in self._agents if agent not in away), self._agents[0])
+        return {
+            "agent": str(first.channel.agent),
+            "agents_away": [str(agent.channel.agent) for agent in away],
+        }
+
+    def __repr__(self) -> str:
+        states = (
+            f"{agent.channel.agent}{' (rests)' if agent.failures else ''}" for agent in self._agents
+        )
+        return ", ".join(states)
+
+
+def _with_records(stream: Stream, query: bytes) -> Reply:
+    """The next reply of *stream* that has records; one that fails is asked for again."""
+    for tries_left in range(SERVFAIL_TRIES - 1, -1, -1):
+        reply = stream.receive()
+        if reply.records:
+            break
+        if not tries_left:
+            raise _Failed(reply.rcode)
+        stream.send(query)
+    return reply
+
+
+def _checked_domain(domain: str) -> str:
+    """*domain* as it ends a name, or ConfigurationError."""
+    try:
+        name = dns.name.from_text(domain.strip("."))
+    except dns.exception.DNSException as error:
+        raise ConfigurationError(f"domain: {domain!r} is no DNS domain: {error}") from None
+    return name.to_text().lower()
+
+
+def _named(server: str, found: _Found, instances: Iterable[Instance]) -> _Found:
+    """Those *instances* of *found*, all going by the name *server*."""
+    named = {
+        Instance(instance.host, server, instance.priority, instance.weight): None
+        for instance in instances
+    }
+    return _Found(named, found.is_complete, found.ttl_seconds)
+
+
+def _decoded(target: str) -> list[str] | None:
+    """The address in ``0a090905.addr.<datacenter>.<domain>.``, None for other names."""
+    if target[8:14].lower() != ".addr." and target[32:38].lower() != ".addr.":
+        return None
+    try:
+        return [_address(bytes.fromhex(target.partition(".")[0]))]
+    except ValueError:  # no hex digits, or too few of them
+        return None
+
+
+def _printed(addresses: Mapping[str, set[bytes]], target: str) -> list[str] | None:
+    """The addresses of *target*: IPv4, or IPv6 where there are none; one way to reach a node."""
+    packed = addresses.get(target.lower())
+    if not packed:
+        return None
+    return [_address(each) for each in sorted(packed) if len(each) == min(map(len, packed))]
+
+
+def _address(packed: bytes) -> str:
+    return ".".join(map(str, packed)) if len(packed) == 4 else str(ipaddress.IPv6Address(packed))
+
+
+def _node(target: str) -> str | None:
+    """The node's name in ``<node>.node.<datacenter>.<domain>.``; it may have dots itself."""
+    node, separator, _ = target.rpartition(".node.")
+    return node if separator else None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "did not answer"
+    if isinstance(error, OSError):
+        return f"cannot be reached ({error.strerror or error})"
+    return str(error)

@@ -1,0 +1,1 @@
+"""Measurements against a real Consul cluster: `python -m integration.bench dns`."""

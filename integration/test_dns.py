@@ -1,0 +1,401 @@
+"""Lookups over a real Consul's DNS: complete at every size, honest beyond, right after restarts."""
+
+from __future__ import annotations
+
+import json
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from consul_matchmaker import Host, Matchmaker, Settings
+from consul_matchmaker.backends.dns_srv import EXCHANGES_PER_LOOKUP, DnsSrv
+from consul_matchmaker.demo.consul_probe import Node, read_json, request
+from consul_matchmaker.naming import shard_of
+from integration.catalog import METADATA, instances, register, unregister
+from integration.cluster import Cluster
+
+# What restarts and transactions of thousands may take on a busy machine with two cores.
+TIMEOUT_SECONDS = 5.0
+LIES_SECONDS = 8.0  # a restarted server denies live services for 4.0-4.9 s (fact A9)
+
+Made = Sequence[tuple[str, str, dict[str, Any]]]
+
+
+@pytest.fixture
+def resolver(agent: Node) -> Iterator[Callable[..., DnsSrv]]:
+    """Makes resolvers that ask the client agent, or the node that is given."""
+    made: list[DnsSrv] = []
+
+    def make(node: Node = agent, **settings: Any) -> DnsSrv:
+        settings.setdefault("request_timeout_seconds", TIMEOUT_SECONDS)
+        settings.setdefault("addresses", (Host.parse(node.dns),))
+        made.append(DnsSrv(Settings(mode="catalog", **settings)))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def catalog(cluster: Cluster, agent: Node) -> Iterator[Callable[..., Made]]:
+    """Registers instances, waits until every server knows them, takes them out afterwards."""
+    everything: list[Made] = []
+
+    def add(made: Made, metadata: dict[str, str] | None = None) -> Made:
+        everything.append(made)
+        register(agent, made, metadata=metadata)
+        service = made[0][2]["Service"]
+        for node in cluster.nodes.values():
+            if node.is_server:
+                path = f"/v1/catalog/service/{service}?stale"
+                until(
+                    lambda node=node, path=path: len(read_json(node, path)) == len(made), 10, path
+                )
+        return made
+
+    yield add
+    for made in everything:
+        unregister(agent, made)
+
+
+def hosts_of(made: Made) -> tuple[Host, ...]:
+    return tuple(
+        sorted(
+            Host(details.get("Address") or address, details["Port"]) for _, address, details in made
+        )
+    )
+
+
+def until(claim: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not claim():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+
+
+def small_udp(resolver: DnsSrv) -> None:
+    """As if the agent was on another machine: 1,232 bytes by UDP."""
+    for agent in resolver._agents._agents:
+        agent.channel._is_local = False
+
+
+def tcp_first(resolver: DnsSrv) -> None:
+    for agent in resolver._agents._agents:
+        agent.channel.udp_is_silent()
+
+
+# -- all of them
+
+
+@pytest.mark.parametrize("count", [3, 50, 200, 1_000, 2_000])
+@pytest.mark.parametrize("by_node", [False, True], ids=["addresses", "nodes"])
+@pytest.mark.parametrize("metadata", [{}, METADATA], ids=["plain", "metadata"])
+def test_all_hosts_by_dns_alone(
+    resolver: Callable[..., DnsSrv],
+    catalog: Callable[..., Made],
+    topic: str,
+    count: int,
+    by_node: bool,
+    metadata: dict[str, str],
+) -> None:
+    """Consul cuts what does not fit in silence; every host is found all the same, and it is said
+    that these are all."""
+    expected = hosts_of(catalog(instances(topic, count, by_node=by_node), metadata))
+    dns_srv = resolver()
+    snapshot = dns_srv.lookup(topic)
+    assert snapshot.hosts == expected
+    assert snapshot.is_complete
+    if by_node:
+        assert {instance.server for instance in snapshot.instances} == {
+            f"{topic}-node{number}" for number in range(count)
+        }
+
+
+@pytest.mark.parametrize("count", [*range(6, 22), 120])
+def test_all_hosts_of_an_agent_elsewhere(
+    resolver: Callable[..., DnsSrv], catalog: Callable[..., Made], topic: str, count: int
+) -> None:
+    """Around the size of one packet, where Consul drops one host and all metadata and comes out
+    far below the limit (10 hosts: 9 in 666 of 1,232 bytes)."""
+    expected = hosts_of(
+        catalog(instances(topic, count, by_node=True), {**METADATA, "consul-version": "1.8.7"})
+    )
+    dns_srv = resolver()
+    small_udp(dns_srv)
+    for _ in range(3):
+        snapshot = dns_srv.lookup(topic)
+        assert snapshot.hosts == expected
+        assert snapshot.is_complete
+
+
+def test_5000_hosts_by_shards_and_honestly_without(
+    resolver: Callable[..., DnsSrv], catalog: Callable[..., Made], topic: str
+) -> None:
+    """Ten tags of some 500 each bring every host; without them time may run out, and it is said."""
+    made = instances(topic, 5_000, tags=lambda number: [shard_of(f"{topic}-{number}", 10)])
+    expected = hosts_of(catalog(made, METADATA))
+    sharded, plain = resolver(shards=10), resolver(request_timeout_seconds=2.0)
+    snapshot = sharded.lookup(topic)
+    assert snapshot.hosts == expected
+    assert snapshot.is_complete
+
+    started = time.monotonic()
+    snapshot = plain.lookup(topic)
+    assert time.monotonic() - started < EXCHANGES_PER_LOOKUP * 2.0 + 1.0
+    assert set(snapshot.hosts) <= set(expected)
+    assert len(snapshot) >= 900
+    assert snapshot.hosts == expected or not snapshot.is_complete
+
+    started = time.monotonic()
+    some = plain.lookup(topic, complete=False)
+    assert time.monotonic() - started < 2.0
+    assert len(some) >= 900
+    assert not some.is_complete
+
+
+# -- the right ones
+
+
+@pytest.fixture
+def define(agent: Node, topic: str) -> Iterator[Callable[..., str]]:
+    """Defines an instance of the test's topic on the client agent, as operators do; the result is
+    the id of its check, if it has one."""
+    ids: list[str] = []
+
+    def add(address: str, port: int, *, check: bool = False, tags: Sequence[str] = ()) -> str:
+        definition: dict[str, Any] = {
+            "ID": f"{topic}-{port}",
+            "Name": topic,
+            "Address": address,
+            "Port": port,
+            "Tags": list(tags),
+        }
+        if check:
+            definition["Check"] = {
+                "TTL": "10m",
+                "Status": "passing",
+                "CheckID": f"c-{topic}-{port}",
+            }
+        put(agent, "/v1/agent/service/register", definition)
+        ids.append(definition["ID"])
+        return f"c-{topic}-{port}"
+
+    yield add
+    for each in ids:
+        put(agent, f"/v1/agent/service/deregister/{each}")
+
+
+def put(node: Node, path: str, body: object = None) -> str:
+    status, text = request(node, "PUT", path, None if body is None else json.dumps(body))
+    assert status == 200, text
+    return text
+
+
+def test_critical_instances_disappear_and_come_back(
+    resolver: Callable[..., DnsSrv], define: Callable[..., str], agent: Node, topic: str
+) -> None:
+    """Checks decide: critical is gone, warning serves, passing is back."""
+    check = define("10.0.0.1", 1, check=True)
+    define("10.0.0.2", 2)
+    dns_srv = resolver()
+    both, other = (Host("10.0.0.1", 1), Host("10.0.0.2", 2)), (Host("10.0.0.2", 2),)
+    until(lambda: dns_srv.lookup(topic).hosts == both, 5, "both are there")
+    put(agent, f"/v1/agent/check/fail/{check}")
+    until(lambda: dns_srv.lookup(topic).hosts == other, 5, "the critical one is gone")
+    put(agent, f"/v1/agent/check/warn/{check}")
+    until(lambda: dns_srv.lookup(topic).hosts == both, 5, "it is back with a warning")
+    put(agent, f"/v1/agent/check/pass/{check}")
+    until(lambda: dns_srv.lookup(topic).hosts == both, 5, "it is back")
+
+
+def test_every_form_of_address(
+    resolver: Callable[..., DnsSrv], define: Callable[..., str], topic: str
+) -> None:
+    """IPv4, IPv6, host names, several instances on one address: all are found as registered."""
+    for port, address in enumerate(["10.0.0.1", "10.0.0.1", "2001:db8::7", "db.example.com"], 1):
+        define(address, port)
+    dns_srv = resolver()
+    until(lambda: len(dns_srv.lookup(topic)) == 4, 5, "all are there")
+    assert [str(host) for host in dns_srv.lookup(topic)] == [
+        *("10.0.0.1:1", "10.0.0.1:2", "[2001:db8::7]:3", "db.example.com:4"),
+    ]
+
+
+def test_one_server_of_a_topic(
+    resolver: Callable[..., DnsSrv], define: Callable[..., str], topic: str
+) -> None:
+    """By tag and by address; the tag of the settings is honoured beside it."""
+    define("10.0.0.1", 1, tags=["cinder-1", "gold"])
+    define("10.0.0.2", 2, tags=["cinder-2"])
+    dns_srv, gold = resolver(), resolver(tag="gold")
+    until(lambda: len(dns_srv.lookup(topic)) == 2, 5, "both are there")
+    assert dns_srv.lookup(topic, "cinder-2").hosts == (Host("10.0.0.2", 2),)
+    assert dns_srv.lookup(topic, "10.0.0.1").hosts == (Host("10.0.0.1", 1),)
+    assert dns_srv.lookup(topic, "cinder-3").hosts == ()
+    assert gold.lookup(topic).hosts == (Host("10.0.0.1", 1),)
+    assert gold.lookup(topic, "cinder-1").hosts == (Host("10.0.0.1", 1),)
+    assert gold.lookup(topic, "cinder-2").hosts == ()
+
+
+@pytest.mark.parametrize(
+    "name", ["notifications.info", "neutron-vo-Port-1.4", "reply_" + "0a" * 16, "-odd-", "x" * 62]
+)
+def test_names_as_openstack_has_them(
+    resolver: Callable[..., DnsSrv], agent: Node, name: str
+) -> None:
+    """The service that operators have to define is really found under the topic's name."""
+    from consul_matchmaker.naming import service_of
+
+    service = service_of(name, "{topic}", {})
+    put(
+        agent,
+        "/v1/agent/service/register",
+        {"ID": "named", "Name": service, "Address": "10.0.0.9", "Port": 9},
+    )
+    try:
+        dns_srv = resolver()
+        until(lambda: dns_srv.lookup(name).hosts == (Host("10.0.0.9", 9),), 5, service)
+    finally:
+        put(agent, "/v1/agent/service/deregister/named")
+
+
+def test_prepared_queries(
+    resolver: Callable[..., DnsSrv], define: Callable[..., str], agent: Node, topic: str
+) -> None:
+    """A topic may be mapped to a prepared query."""
+    define("10.0.0.1", 1)
+    query = {"Name": f"pq-{topic}", "Service": {"Service": topic}}
+    status, text = request(agent, "POST", "/v1/query", json.dumps(query))
+    assert status == 200, text
+    try:
+        dns_srv = resolver(service_map={"anything at all": f"pq-{topic}.query"})
+        found = (Host("10.0.0.1", 1),)
+        until(lambda: dns_srv.lookup("anything at all").hosts == found, 5, "query answered")
+    finally:
+        request(agent, "DELETE", f"/v1/query/{json.loads(text)['ID']}")
+
+
+def test_datacenters_in_their_order(
+    resolver: Callable[..., DnsSrv], define: Callable[..., str], topic: str
+) -> None:
+    """A datacenter that has no hosts, or does not exist, is passed over."""
+    define("10.0.0.1", 1)
+    dns_srv = resolver(datacenters="nowhere,dc1")
+    until(lambda: dns_srv.lookup(topic).hosts == (Host("10.0.0.1", 1),), 5, "spilled over")
+
+
+def test_an_unknown_topic_has_no_hosts(resolver: Callable[..., DnsSrv], topic: str) -> None:
+    """NXDOMAIN is an answer."""
+    snapshot = resolver().lookup(topic)
+    assert (snapshot.hosts, snapshot.is_complete) == ((), True)
+
+
+def test_no_http_is_needed(
+    resolver: Callable[..., DnsSrv], define: Callable[..., str], dns_only_agent: Node, topic: str
+) -> None:
+    """With the agent's HTTP port closed everything works."""
+    define("10.0.0.1", 1)
+    dns_srv = resolver(dns_only_agent)
+    until(lambda: dns_srv.lookup(topic).hosts == (Host("10.0.0.1", 1),), 5, "found without HTTP")
+
+
+# -- connections
+
+
+def test_consul_ends_connections_and_nobody_notices(
+    resolver: Callable[..., DnsSrv], define: Callable[..., str], topic: str
+) -> None:
+    """More queries than one connection may carry, and one that Consul found idle."""
+    define("10.0.0.1", 1)
+    dns_srv = resolver()
+    until(lambda: len(dns_srv.lookup(topic)) == 1, 5, "registered")
+    tcp_first(dns_srv)
+    for _ in range(300):
+        assert len(dns_srv.lookup(topic)) == 1
+
+    (agent,) = dns_srv._agents._agents
+    (connection,) = agent.channel._kept
+    readable, _, _ = select.select([connection._socket], [], [], 15)
+    assert readable, "Consul did not end an idle connection"
+    connection.last_used_at = time.monotonic()  # as if we did not know
+    assert len(dns_srv.lookup(topic)) == 1
+
+
+# -- restarts
+
+
+class Lookups:
+    """Threads that look a topic up through whole Matchmakers, all the time, and count."""
+
+    def __init__(self, topic: str, nodes: Sequence[Node]) -> None:
+        self.answers = 0
+        self.empty = 0
+        self.errors: list[str] = []
+        self._topic = topic
+        self._end = threading.Event()
+        self._matchmakers = [
+            Matchmaker(
+                Settings(
+                    mode="catalog",
+                    addresses=(Host.parse(node.dns),),
+                    ttl_seconds=0.1,
+                    empty_ttl_seconds=0.1,
+                    request_timeout_seconds=1.0,
+                )
+            )
+            for node in nodes
+        ]
+        self._threads = [
+            threading.Thread(target=self._run, args=[matchmaker])
+            for matchmaker in self._matchmakers
+        ]
+
+    def __enter__(self) -> Lookups:
+        for matchmaker in self._matchmakers:
+            until(lambda mm=matchmaker: len(mm.hosts(self._topic)) == 3, 10, "all see 3 hosts")
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join()
+        for matchmaker in self._matchmakers:
+            matchmaker.close()
+
+    def _run(self, matchmaker: Matchmaker) -> None:
+        while not self._end.wait(0.01):
+            try:
+                snapshot = matchmaker.hosts(self._topic)
+            except Exception as error:
+                self.errors.append(repr(error))
+            else:
+                self.answers += 1
+                self.empty += len(snapshot) < 3
+
+
+@pytest.mark.parametrize("which", ["leader", "follower"])
+def test_a_restarted_server_empties_no_topic(
+    cluster: Cluster, agent: Node, catalog: Callable[..., Made], topic: str, which: str
+) -> None:
+    """For seconds after its start a server may deny live services; nobody hears of it, neither
+    through an agent nor from that very server."""
+    catalog(instances(topic, 3))
+    leader = cluster.leader()
+    others = [node.name for node in cluster.nodes.values() if node.is_server]
+    others.remove(leader)
+    name = leader if which == "leader" else others[0]
+    with Lookups(topic, [agent, *(cluster.nodes[each] for each in (leader, *others))]) as lookups:
+        cluster.kill(name)
+        cluster.start(name)
+        cluster.wait_ready()
+        threading.Event().wait(LIES_SECONDS)  # what is claimed is that nothing happens meanwhile
+    assert lookups.errors == []
+    assert lookups.empty == 0
+    assert lookups.answers > 1_000

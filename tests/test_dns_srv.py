@@ -1,0 +1,963 @@
+"""DnsSrv against DNS servers on real sockets: like Consul, broken, lossy, slow and malicious."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from consul_matchmaker.backends.dns_exchange import Channel
+from consul_matchmaker.backends.dns_srv import DnsSrv
+from consul_matchmaker.errors import ConfigurationError, InvalidTopic, TimedOut, Unavailable
+from consul_matchmaker.model import Host, Instance
+from consul_matchmaker.settings import Settings
+from tests.dns_servers import (
+    Asked,
+    DnsServer,
+    FakeConsul,
+    FakeInstance,
+    LossyRelay,
+    reply_to,
+)
+
+Lookup = Callable[..., DnsSrv]
+TIMEOUT = 0.3  # one exchange; nothing is waited for that long unless a test is about waiting
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def resolver(clock: Clock, request: pytest.FixtureRequest) -> Lookup:
+    """Makes a DnsSrv on servers, or "host:port", and settings."""
+
+    def make(*servers: DnsServer | str, **settings: object) -> DnsSrv:
+        addresses = tuple(each if isinstance(each, str) else each.address for each in servers)
+        settings.setdefault("request_timeout_seconds", TIMEOUT)
+        made = DnsSrv(
+            Settings(mode="catalog", addresses=addresses, **settings),  # type: ignore[arg-type]
+            clock=clock,
+            jitter=lambda: 0.5,
+        )
+        request.addfinalizer(made.close)
+        return made
+
+    return make
+
+
+def many(count: int, *, nodes: bool = False, text: str = "") -> list[FakeInstance]:
+    return [
+        FakeInstance(f"10.1.{i >> 8}.{i & 255}", 9000 + i, f"n{i}" if nodes else None, (), text)
+        for i in range(count)
+    ]
+
+
+def consul(*instances: FakeInstance, **options: object) -> FakeConsul:
+    return FakeConsul({("scheduler", ""): list(instances)}, **options)  # type: ignore[arg-type]
+
+
+def hosts(*texts: str) -> tuple[Host, ...]:
+    return tuple(sorted(Host.parse(text) for text in texts))
+
+
+# -- what answers mean
+
+
+def test_every_form_of_target(resolver: Lookup) -> None:
+    """Addresses in the name, node names, IPv6 and host names: all are hosts; nodes are servers."""
+    server = DnsServer(
+        consul(
+            FakeInstance("10.9.9.5", 1),
+            FakeInstance("2001:db8::1", 2),
+            FakeInstance("10.0.0.7", 3, node="node.with.dots"),
+            FakeInstance("::1", 4, node="n4"),
+            FakeInstance("db.example.com", 5),
+            FakeInstance("localhost", 6),
+            FakeInstance("10.9.9.5", 7),
+        )
+    )
+    with server:
+        snapshot = resolver(server).lookup("scheduler")
+    assert snapshot.hosts == hosts(
+        *("10.9.9.5:1", "[2001:db8::1]:2", "10.0.0.7:3", "[::1]:4", "db.example.com:5"),
+        *("localhost:6", "10.9.9.5:7"),
+    )
+    servers = {instance.host.port: instance.server for instance in snapshot.instances}
+    assert servers == dict.fromkeys(range(1, 8)) | {3: "node.with.dots", 4: "n4"}
+    assert snapshot.source == "dns"
+    assert snapshot.is_complete
+    assert len(server.asked) == 1
+
+
+def test_priority_and_weight_are_kept(resolver: Lookup) -> None:
+    """RFC 2782's preference reaches whoever selects."""
+    with DnsServer(lambda asked: [reply_to(asked, ["SRV 7 3 80 0a000001.addr.dc1.consul."])]) as s:
+        snapshot = resolver(s).lookup("scheduler")
+    assert snapshot.instances == (Instance(Host("10.0.0.1", 80), None, 7, 3),)
+
+
+def test_a_snapshot_knows_when_it_was_taken(resolver: Lookup, clock: Clock) -> None:
+    """Its age counts on the clock that was handed in."""
+    with DnsServer(consul(*many(1))) as server:
+        snapshot = resolver(server).lookup("scheduler")
+    clock.now += 3
+    assert snapshot.age_seconds == 3
+
+
+@pytest.mark.parametrize(("ttl", "seconds"), [(0, None), (9, 9.0), (2**31, None)])
+def test_a_ttl_above_zero_is_passed_on(resolver: Lookup, ttl: int, seconds: float | None) -> None:
+    """Consul's default 0 says nothing, and a TTL with its highest bit set is 0 (RFC 2181)."""
+    with DnsServer(consul(*many(2), ttl=ttl)) as server:
+        assert resolver(server).lookup("scheduler").ttl_seconds == seconds
+
+
+def test_nxdomain_is_no_hosts(resolver: Lookup) -> None:
+    """What Consul does not know, or denies, has no hosts: an answer, not an error."""
+    with DnsServer(consul()) as server:
+        snapshot = resolver(server).lookup("unknown")
+    assert (len(snapshot), snapshot.is_complete, snapshot.ttl_seconds) == (0, True, None)
+
+
+def test_an_empty_answer_is_no_hosts_for_as_long_as_its_soa_says(resolver: Lookup) -> None:
+    """NOERROR without records is an answer too; a SOA's minimum is its TTL."""
+    soa = "consul. 30 SOA ns.consul. postmaster.consul. 1 2 3 4 5"
+    with DnsServer(lambda asked: [reply_to(asked, authority=[soa])]) as server:
+        snapshot = resolver(server).lookup("scheduler")
+    assert (len(snapshot), snapshot.ttl_seconds) == (0, 5.0)
+
+
+def test_port_0_is_left_out_and_said_once(
+    resolver: Lookup, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An older agent gives newer multi-port services port 0: nobody could connect there."""
+    with DnsServer(consul(FakeInstance("10.0.0.1", 0), FakeInstance("10.0.0.2", 80))) as server:
+        dns_srv = resolver(server)
+        for _ in range(3):
+            assert dns_srv.lookup("scheduler").hosts == hosts("10.0.0.2:80")
+    assert [r.getMessage().count("port 0") for r in caplog.records] == [1]
+
+
+def test_a_dot_as_target_is_no_host(resolver: Lookup) -> None:
+    """RFC 2782: the service is decidedly not available."""
+    with DnsServer(lambda asked: [reply_to(asked, ["SRV 0 0 80 ."])]) as server:
+        assert len(resolver(server).lookup("scheduler")) == 0
+
+
+def test_addresses_that_did_not_come_along_are_asked_for(resolver: Lookup) -> None:
+    """Once for each node, whatever the number of its instances, IPv6 after IPv4."""
+    fake = consul(
+        FakeInstance("10.0.0.1", 1, node="n1"),
+        FakeInstance("10.0.0.1", 2, node="n1"),
+        FakeInstance("2001:db8::9", 3, node="n2"),
+        FakeInstance("10.0.0.4", 4),
+        additional=False,
+    )
+    with DnsServer(fake) as server:
+        snapshot = resolver(server).lookup("scheduler")
+    assert snapshot.hosts == hosts("10.0.0.1:1", "10.0.0.1:2", "[2001:db8::9]:3", "10.0.0.4:4")
+    assert snapshot.is_complete
+    asked = sorted((each.name.partition(".")[0], each.kind) for each in server.asked[1:])
+    assert asked == [("n1", "A"), ("n2", "A"), ("n2", "AAAA")]
+
+
+def test_a_node_without_address_is_no_host(resolver: Lookup) -> None:
+    """A node that left between two answers has no address; the others stay."""
+
+    def answer(asked: Asked) -> list[bytes]:
+        if asked.kind != "SRV":
+            return [reply_to(asked, rcode="NXDOMAIN")]
+        targets = ["SRV 1 1 1 gone.node.dc1.consul.", "SRV 1 1 2 0a000002.addr.dc1.consul."]
+        return [reply_to(asked, targets)]
+
+    with DnsServer(answer) as server:
+        assert resolver(server).lookup("scheduler").hosts == hosts("10.0.0.2:2")
+
+
+def test_a_node_whose_address_cannot_be_asked_for_leaves_the_answer_incomplete(
+    resolver: Lookup,
+) -> None:
+    """An outage in the middle of a lookup is not the end of a host, and it is said."""
+
+    def answer(asked: Asked) -> list[bytes]:
+        if asked.kind != "SRV":
+            return [reply_to(asked, rcode="SERVFAIL")]
+        return [reply_to(asked, ["SRV 1 1 1 n1.node.dc1.consul.", "SRV 1 1 2 db.example."])]
+
+    with DnsServer(answer) as server:
+        snapshot = resolver(server).lookup("scheduler")
+    assert (snapshot.hosts, snapshot.is_complete) == (hosts("db.example:2"), False)
+
+
+def test_a_name_outside_consul_stays_a_name(resolver: Lookup) -> None:
+    """Where Consul refuses to resolve a target, whoever connects resolves it."""
+
+    def answer(asked: Asked) -> list[bytes]:
+        if asked.kind != "SRV":
+            return [reply_to(asked, rcode="REFUSED")]
+        return [reply_to(asked, ["SRV 1 1 1 my.node.example.org."])]
+
+    with DnsServer(answer) as server:
+        assert resolver(server).lookup("scheduler").hosts == hosts("my.node.example.org:1")
+
+
+# -- what is asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "_scheduler._tcp.service.consul."),
+        ({"tag": "Gold"}, "_scheduler._gold.service.consul."),
+        ({"domain": "Corp.Example."}, "_scheduler._tcp.service.corp.example."),
+        ({"datacenters": "dc2"}, "_scheduler._tcp.service.dc2.consul."),
+        ({"service_template": "mm-{topic}"}, "_mm-scheduler._tcp.service.consul."),
+        ({"service_map": "scheduler=other"}, "_other._tcp.service.consul."),
+        ({"service_map": "scheduler=near.by.query"}, "near.by.query.consul."),
+        (
+            {"service_template": "{topic}.query", "datacenters": "dc2"},
+            "scheduler.query.dc2.consul.",
+        ),
+    ],
+)
+def test_the_name_that_is_asked_for(resolver: Lookup, settings: dict[str, str], name: str) -> None:
+    """RFC 2782's form, which every version answers alike; prepared queries in theirs."""
+    with DnsServer(lambda asked: [reply_to(asked, rcode="NXDOMAIN")]) as server:
+        resolver(server, **settings).lookup("scheduler")
+        assert server.names() == [name]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"tag": "a.b"}, {"tag": "tcp"}, {"datacenters": "a b"}, {"domain": "a..b"}]
+)
+def test_what_cannot_be_part_of_a_name_is_refused_at_the_start(
+    resolver: Lookup, settings: dict[str, str]
+) -> None:
+    """Not at the first lookup, and with the setting's name."""
+    with pytest.raises(ConfigurationError, match=next(iter(settings))):
+        resolver("127.0.0.1:1", **settings)
+
+
+def test_a_topic_dns_cannot_carry_is_invalid_and_nothing_is_asked(resolver: Lookup) -> None:
+    """InvalidTopic, with service_map as the remedy."""
+    with DnsServer(consul()) as server:
+        with pytest.raises(InvalidTopic, match="service_map"):
+            resolver(server).lookup("t" * 80)
+        assert server.asked == []
+
+
+def test_a_name_too_long_for_dns_is_invalid(resolver: Lookup) -> None:
+    """A domain may leave no room for a topic."""
+    with pytest.raises(InvalidTopic, match="DNS"):
+        resolver("127.0.0.1:1", domain=".".join(["d" * 60] * 4)).lookup("t" * 60)
+
+
+def test_two_topics_that_meet_on_one_service_are_said_once(
+    resolver: Lookup, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They share hosts, which may be a surprise; those mapped by hand are meant."""
+    with DnsServer(consul()) as server:
+        dns_srv = resolver(server, service_map={"x": "one", "y": "one"})
+        for topic in ("notifications.info", "notifications-info", "notifications.info", "x", "y"):
+            dns_srv.lookup(topic)
+    assert len(caplog.records) == 1
+    assert "service_map" in caplog.text
+
+
+def test_server_by_tag(resolver: Lookup) -> None:
+    """The instance that has the server's name as a tag, by one question."""
+    fake = consul(
+        FakeInstance("10.0.0.1", 1, tags=("cinder-1",)), FakeInstance("10.0.0.2", 2, tags=("x",))
+    )
+    with DnsServer(fake) as server:
+        snapshot = resolver(server).lookup("scheduler", "cinder-1")
+        assert server.names() == ["_scheduler._cinder-1.service.consul."]
+    assert snapshot.instances == (Instance(Host("10.0.0.1", 1), "cinder-1"),)
+    assert snapshot.for_server("cinder-1").hosts == snapshot.hosts
+
+
+@pytest.mark.parametrize("server_name", ["n2", "10.0.0.2", "10.0.0.2:2"])
+def test_server_by_node_name_and_by_address(resolver: Lookup, server_name: str) -> None:
+    """Where no instance has such a tag, the topic's own answer tells which one is meant."""
+    fake = consul(FakeInstance("10.0.0.1", 1, "n1"), FakeInstance("10.0.0.2", 2, "n2"))
+    with DnsServer(fake) as server:
+        snapshot = resolver(server).lookup("scheduler", server_name)
+        assert snapshot.hosts == hosts("10.0.0.2:2")
+        assert len(resolver(server).lookup("scheduler", "n3")) == 0
+
+
+def test_server_and_tag_together(resolver: Lookup) -> None:
+    """DNS can ask for one tag only: the server is what is in both answers."""
+    fake = consul(
+        FakeInstance("10.0.0.1", 1, tags=("gold", "a")),
+        FakeInstance("10.0.0.2", 2, tags=("lead", "a")),
+    )
+    with DnsServer(fake) as server:
+        assert resolver(server, tag="gold").lookup("scheduler", "a").hosts == hosts("10.0.0.1:1")
+
+
+def test_the_first_datacenter_that_has_hosts(resolver: Lookup) -> None:
+    """The order is one of preference: the next is asked only when one has none."""
+    fake = FakeConsul(
+        {
+            ("a", "dc1"): [FakeInstance("10.0.0.1", 1)],
+            ("a", "dc2"): [FakeInstance("10.0.0.2", 2)],
+            ("b", "dc2"): [FakeInstance("10.0.0.3", 3)],
+        }
+    )
+    with DnsServer(fake) as server:
+        dns_srv = resolver(server, datacenters="dc1,dc2")
+        assert dns_srv.lookup("a").hosts == hosts("10.0.0.1:1")
+        assert len(server.asked) == 1
+        assert dns_srv.lookup("b").hosts == hosts("10.0.0.3:3")
+        assert len(dns_srv.lookup("c")) == 0
+
+
+def test_a_datacenter_that_cannot_be_asked_is_not_one_without_hosts(resolver: Lookup) -> None:
+    """Another one's hosts will do; but when those have none either, it is an outage."""
+    fake = FakeConsul({("a", "dc2"): [FakeInstance("10.0.0.2", 2)]})
+
+    def answer(asked: Asked) -> Iterable[bytes]:
+        return [reply_to(asked, rcode="SERVFAIL")] if ".dc1." in asked.name else fake(asked)
+
+    with DnsServer(answer) as server:
+        dns_srv = resolver(server, datacenters="dc1,dc2")
+        assert dns_srv.lookup("a").hosts == hosts("10.0.0.2:2")
+        with pytest.raises(Unavailable):
+            dns_srv.lookup("b")
+
+
+def test_queries_cannot_be_guessed(resolver: Lookup) -> None:
+    """Every query has a new random id and a port of its own: who forges must guess both."""
+    with DnsServer(consul(*many(3))) as server:
+        dns_srv = resolver(server)
+        for _ in range(30):
+            dns_srv.lookup("scheduler")
+    assert len({each.wire[:2] for each in server.asked}) > 25
+    assert len({each.source for each in server.asked}) > 15  # a port may come up again
+
+
+# -- complete, or said so
+
+
+def test_what_fits_comes_by_one_exchange(resolver: Lookup) -> None:
+    """On this machine 200 hosts are one UDP exchange, and surely all."""
+    with DnsServer(consul(*many(200))) as server:
+        snapshot = resolver(server).lookup("scheduler")
+    assert (len(snapshot), snapshot.is_complete, len(server.asked)) == (200, True, 1)
+
+
+def test_a_cut_udp_answer_is_asked_for_by_tcp(resolver: Lookup) -> None:
+    """And the next time by TCP at once, over the same connection, as long as it is that large."""
+    with DnsServer(consul(*many(60), udp_limit=1232), udp=True) as server:
+        dns_srv = resolver(server)
+        small_udp(dns_srv)
+        for _ in range(3):
+            snapshot = dns_srv.lookup("scheduler")
+            assert (len(snapshot), snapshot.is_complete) == (60, True)
+        assert [each.is_tcp for each in server.asked] == [False, True, True, True]
+        assert server.connections == 1
+        server.answer = consul(*many(3))
+        assert [len(dns_srv.lookup("scheduler")) for _ in range(2)] == [3, 3]
+        assert [each.is_tcp for each in server.asked[4:]] == [True, False]
+
+
+def small_udp(dns_srv: DnsSrv) -> None:
+    """As if the agents were on other machines, where UDP has 1,232 bytes."""
+    for agent in dns_srv._agents._agents:
+        agent.channel._is_local = False
+
+
+def test_an_answer_cut_on_tcp_too_is_completed_by_repeating(resolver: Lookup) -> None:
+    """Consul shuffles before it cuts: the union of answers grows until nothing can be missing."""
+    with DnsServer(consul(*many(1_500))) as server:
+        snapshot = resolver(server, request_timeout_seconds=5).lookup("scheduler")
+    assert (len(snapshot), snapshot.is_complete) == (1_500, True)
+    assert 10 <= len(server.asked) <= 25
+    assert server.connections == 1
+
+
+def test_1024_answers_on_tcp_are_never_taken_for_all(resolver: Lookup) -> None:
+    """Consul keeps 1,024 at most, on TCP only, and does not say so (fact A2)."""
+    with DnsServer(consul(*many(1_100), additional=False)) as server:
+        dns_srv = tcp_only(resolver, server, request_timeout_seconds=5)
+        snapshot = dns_srv.lookup("scheduler")
+    assert (len(snapshot), snapshot.is_complete) == (1_100, True)
+    assert len(server.asked) > 3
+
+
+@pytest.mark.parametrize("count", range(5, 17))
+def test_metadata_that_pushed_an_instance_out_is_noticed(resolver: Lookup, count: int) -> None:
+    """A reply 100 bytes too long loses one instance and all TXT records, and comes out at half of
+    the limit (measured on 1.8.7: 9 of 10 hosts in 666 of 1,232 bytes)."""
+    text = "consul-network-segment=" + "x" * 20
+    with DnsServer(consul(*many(count, nodes=True, text=text))) as server:
+        dns_srv = resolver(server)
+        small_udp(dns_srv)
+        snapshot = dns_srv.lookup("scheduler")
+    assert (len(snapshot), snapshot.is_complete) == (count, True)
+
+
+@pytest.mark.parametrize("failures", [2, 9])
+def test_failures_in_the_middle_of_a_union_are_not_its_end(resolver: Lookup, failures: int) -> None:
+    """A SERVFAIL or two are asked again; more leave what was found, and that it is not all."""
+    fake = consul(*many(60))
+
+    def answer(asked: Asked) -> Iterable[bytes]:
+        if 1 < len(server.asked) <= 1 + failures:
+            return [reply_to(asked, rcode="SERVFAIL")]
+        return fake(asked)
+
+    with DnsServer(answer) as server:
+        dns_srv = resolver(server)
+        small_udp(dns_srv)
+        snapshot = dns_srv.lookup("scheduler")
+    assert snapshot.is_complete == (failures == 2)
+    assert (len(snapshot) == 60) == (failures == 2)
+    assert len(snapshot) > 5
+
+
+def test_the_first_answer_will_do_where_completeness_is_not_asked_for(resolver: Lookup) -> None:
+    """One exchange, and an honest is_complete."""
+    with DnsServer(consul(*many(300), udp_limit=1232)) as server:
+        dns_srv = resolver(server)
+        small_udp(dns_srv)
+        snapshot = dns_srv.lookup("scheduler", complete=False)
+        assert 0 < len(snapshot) < 300
+        assert not snapshot.is_complete
+        assert len(server.asked) == 1
+
+
+def test_a_union_that_cannot_end_in_time_says_so(resolver: Lookup) -> None:
+    """A fifth of the hosts at a time, slowly: what was found, within the bound, incomplete."""
+    fake = consul(*many(4_000))
+
+    def answer(asked: Asked) -> Iterable[bytes]:
+        server.closing.wait(0.05)
+        return fake(asked)
+
+    with DnsServer(answer) as server:
+        dns_srv = resolver(server, request_timeout_seconds=0.2)
+        started = time.monotonic()
+        snapshot = dns_srv.lookup("scheduler")
+        assert time.monotonic() - started < 1.5
+    assert 700 <= len(snapshot) < 4_000
+    assert not snapshot.is_complete
+
+
+def test_repeats_of_one_and_the_same_answer_prove_nothing(resolver: Lookup) -> None:
+    """A cache between us and Consul does not shuffle: asking again is useless, and said so."""
+    with DnsServer(consul(*many(1_500), is_shuffled=False)) as server:
+        snapshot = resolver(server, request_timeout_seconds=5).lookup("scheduler")
+        assert not snapshot.is_complete
+        assert len(server.asked) < 6
+
+
+def test_tc_on_tcp_makes_no_loop(resolver: Lookup) -> None:
+    """With enable_truncate Consul says TC on TCP too; the union ends by its own rule."""
+    answers = [f"SRV 1 1 {port} 0a000001.addr.dc1.consul." for port in range(1, 6)]
+    with DnsServer(lambda asked: [reply_to(asked, answers, truncated=True)]) as server:
+        snapshot = resolver(server).lookup("scheduler")
+        assert len(server.asked) < 10
+    assert len(snapshot) == 5
+
+
+def test_an_answer_that_tcp_cannot_complete_is_kept(resolver: Lookup) -> None:
+    """Where TCP is closed, what came by UDP is worth more than an error, and is incomplete."""
+    with DnsServer(consul(*many(300)), tcp=False) as server:
+        dns_srv = resolver(server)
+        small_udp(dns_srv)
+        snapshot = dns_srv.lookup("scheduler")
+    assert 0 < len(snapshot) < 300
+    assert not snapshot.is_complete
+
+
+def test_shards_are_asked_for_one_by_one(resolver: Lookup) -> None:
+    """Each shard fits into one answer, so all of them are the topic."""
+    instances = many(100)
+    for number, each in enumerate(instances):
+        each.tags = (f"s{number % 4:02d}",)
+    with DnsServer(consul(*instances)) as server:
+        snapshot = resolver(server, shards=4).lookup("scheduler")
+        assert (len(snapshot), snapshot.is_complete) == (100, True)
+        assert server.names() == [f"_scheduler._s0{n}.service.consul." for n in range(4)]
+
+
+# -- a kept TCP connection
+
+
+def tcp_only(resolver: Lookup, server: DnsServer, **settings: object) -> DnsSrv:
+    """A resolver that asks by TCP first."""
+    dns_srv = resolver(server, **settings)
+    for agent in dns_srv._agents._agents:
+        agent.channel.udp_is_silent()
+    return dns_srv
+
+
+def test_a_connection_the_agent_closed_is_quietly_opened_again(
+    resolver: Lookup, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Consul ends connections after 128 queries and when idle: no lookup fails for that."""
+    caplog.set_level(logging.DEBUG)
+    fake = consul(*many(3))
+
+    def two_queries(server: DnsServer, stream: socket.socket) -> None:
+        for _ in range(2):
+            asked = server.receive(stream)
+            if asked is None:
+                return
+            for reply in fake(asked):
+                stream.sendall(len(reply).to_bytes(2, "big") + reply)
+
+    with DnsServer(fake, serve_tcp=two_queries) as server:
+        dns_srv = tcp_only(resolver, server)
+        assert [len(dns_srv.lookup("scheduler")) for _ in range(7)] == [3] * 7
+        assert server.connections == 4
+    assert caplog.records == []
+
+
+def test_a_union_survives_the_end_of_its_connection(resolver: Lookup) -> None:
+    """What was not answered yet is asked on a new connection."""
+    fake = consul(*many(1_000))
+
+    def three_queries(server: DnsServer, stream: socket.socket) -> None:
+        for _ in range(3):
+            asked = server.receive(stream)
+            for reply in fake(asked) if asked else ():
+                stream.sendall(len(reply).to_bytes(2, "big") + reply)
+
+    with DnsServer(fake, serve_tcp=three_queries) as server:
+        dns_srv = tcp_only(resolver, server, request_timeout_seconds=5)
+        snapshot = dns_srv.lookup("scheduler")
+    assert (len(snapshot), snapshot.is_complete) == (1_000, True)
+    assert server.connections > 2
+
+
+def test_a_forked_child_starts_with_connections_of_its_own(resolver: Lookup) -> None:
+    """Two processes on one connection would read each other's answers."""
+    with DnsServer(consul(*many(3))) as server:
+        dns_srv = tcp_only(resolver, server)
+        dns_srv.lookup("scheduler")
+        if os.fork() == 0:
+            dns_srv.forget()
+            for agent in dns_srv._agents._agents:
+                agent.channel.udp_is_silent()
+            os._exit(len(dns_srv.lookup("scheduler")))
+        _, status = os.wait()
+        assert os.waitstatus_to_exitcode(status) == 3
+        assert server.connections == 2
+        dns_srv.lookup("scheduler")
+        assert server.connections == 2
+
+
+def test_nothing_is_opened_or_started_by_construction(resolver: Lookup) -> None:
+    """Programs build it before they fork."""
+    lowest_free, threads = os.dup(0), threading.active_count()
+    os.close(lowest_free)
+    dns_srv = resolver("127.0.0.1:1", "agent.invalid:8600")
+    following = os.dup(0)  # the lowest number that is free: the same when nothing was opened
+    os.close(following)
+    assert following == lowest_free
+    assert threading.active_count() == threads
+    assert "127.0.0.1:1" in repr(dns_srv)
+
+
+def test_many_threads_at_once(resolver: Lookup) -> None:
+    """Lookups of several threads do not disturb each other, on either transport."""
+    fake = FakeConsul(
+        {(f"t{n}", ""): [FakeInstance("10.0.0.1", 100 + n)] * (n + 1) for n in range(8)}
+    )
+    results: list[bool] = []
+    with DnsServer(fake) as server:
+        for dns_srv in (resolver(server), tcp_only(resolver, server)):
+
+            def run(number: int, dns_srv: DnsSrv = dns_srv) -> None:
+                for _ in range(20):
+                    found = dns_srv.lookup(f"t{number}").hosts
+                    results.append(found == hosts(f"10.0.0.1:{100 + number}"))
+
+            threads = [threading.Thread(target=run, args=[n]) for n in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert results == [True] * 320
+
+
+# -- agents that fail
+
+
+def test_servfail_is_asked_again_at_once(resolver: Lookup) -> None:
+    """While a leader is elected single queries fail: two of them cost nothing."""
+    fake = consul(*many(3))
+
+    def answer(asked: Asked) -> Iterable[bytes]:
+        return fake(asked) if len(server.asked) > 2 else [reply_to(asked, rcode="SERVFAIL")]
+
+    with DnsServer(answer) as server:
+        assert len(resolver(server).lookup("scheduler")) == 3
+
+
+@pytest.mark.parametrize(
+    ("rcode", "remedy"), [("SERVFAIL", "leader"), ("REFUSED", "`domain`"), ("FORMERR", "Consul")]
+)
+def test_an_error_is_an_outage_and_names_the_remedy(
+    resolver: Lookup, rcode: str, remedy: str
+) -> None:
+    """Unavailable, with the agent, what it answered, and what to look at."""
+    with DnsServer(lambda asked: [reply_to(asked, rcode=rcode)]) as server:
+        with pytest.raises(Unavailable, match=remedy) as caught:
+            resolver(server).lookup("scheduler")
+        assert len(server.asked) == (3 if rcode == "SERVFAIL" else 1)
+    assert server.address in str(caught.value)
+    assert rcode in str(caught.value)
+    assert not isinstance(caught.value, TimedOut)
+
+
+def test_no_answer_is_timed_out_and_not_empty(resolver: Lookup) -> None:
+    """Silence on both transports ends with the timeout."""
+
+    def silent(server: DnsServer, stream: socket.socket) -> None:
+        server.closing.wait()
+
+    with DnsServer(lambda asked: [], serve_tcp=silent) as server:
+        started = time.monotonic()
+        with pytest.raises(TimedOut, match="request_timeout_seconds"):
+            resolver(server).lookup("scheduler")
+        assert TIMEOUT * 0.9 < time.monotonic() - started < TIMEOUT * 3
+
+
+def test_a_closed_port_is_known_at_once(resolver: Lookup) -> None:
+    """Nothing listens there: no need to wait for the timeout."""
+    with DnsServer(consul(), udp=False, tcp=False) as server:
+        started = time.monotonic()
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            resolver(server, request_timeout_seconds=5).lookup("scheduler")
+        assert time.monotonic() - started < 1
+
+
+def test_udp_that_is_refused_leaves_tcp(resolver: Lookup) -> None:
+    """A firewall may reject one and let the other through."""
+    with DnsServer(consul(*many(2)), udp=False) as server:
+        assert len(resolver(server).lookup("scheduler")) == 2
+
+
+def test_an_agent_whose_name_does_not_resolve_is_unavailable(resolver: Lookup) -> None:
+    """A name that no resolver knows is an outage of that agent, not an error of its own."""
+    with DnsServer(consul(*many(2))) as server:
+        assert len(resolver("agent.invalid:8600", server).lookup("scheduler")) == 2
+        with pytest.raises(Unavailable):
+            resolver("agent.invalid:8600").lookup("scheduler")
+        assert len(resolver(f"localhost:{server.port}").lookup("scheduler")) == 2
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_an_agent_on_ipv6(resolver: Lookup) -> None:
+    """Agents may be asked over IPv6."""
+    try:
+        server = DnsServer(consul(*many(2)), address="::1")
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
+    with server:
+        assert len(resolver(server).lookup("scheduler")) == 2
+
+
+def test_the_other_agents_are_asked(resolver: Lookup) -> None:
+    """SERVFAIL, REFUSED and silence of one are answered by another."""
+    with DnsServer(consul(*many(3))) as good:
+        for rcode in ("SERVFAIL", "REFUSED"):
+            with DnsServer(lambda asked, rcode=rcode: [reply_to(asked, rcode=rcode)]) as bad:
+                assert len(resolver(bad, good).lookup("scheduler")) == 3
+        with DnsServer(lambda asked: []) as silent:
+            assert len(resolver(silent, good).lookup("scheduler")) == 3
+
+
+def test_a_dead_agent_costs_one_timeout_a_probe_and_none_a_lookup(
+    resolver: Lookup, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is left alone for longer each time, tried again, and taken back when it answers."""
+    caplog.set_level(logging.INFO)
+    fake = consul(*many(3))
+    alive: list[bool] = []
+    with DnsServer(lambda asked: fake(asked) if alive else [], tcp=False) as dead:  # noqa: SIM117
+        with DnsServer(fake) as good:
+            dns_srv = resolver(dead, good, request_timeout_seconds=0.1)
+
+            def lookups(count: int) -> int:
+                """Do so many; how many of them asked the dead one."""
+                before = probes = 0
+                for _ in range(count):
+                    before = len(dead.asked)
+                    assert len(dns_srv.lookup("scheduler")) == 3
+                    probes += len(dead.asked) > before
+                return probes
+
+            assert dns_srv.status() == {"agent": dead.address, "agents_away": []}
+            assert lookups(10) == 1
+            assert dns_srv.status() == {"agent": good.address, "agents_away": [dead.address]}
+            for rest in (0.5, 1.0, 2.0):  # half of 1, 2, 4: the test's jitter
+                clock.now += rest + 0.09
+                assert lookups(3) == 0
+                clock.now += 0.02
+                assert lookups(3) == 1
+            assert [r.levelname for r in caplog.records] == ["WARNING"]
+            alive.append(True)
+            clock.now += 60
+            asked = len(good.asked)
+            assert lookups(3) == 3
+            assert len(good.asked) == asked
+    assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
+
+
+def test_all_agents_resting_are_asked_all_the_same(resolver: Lookup, clock: Clock) -> None:
+    """When nobody answered, the next lookup tries them at once: one of them may be back."""
+    fake = consul(*many(3))
+    alive: list[bool] = []
+    with DnsServer(lambda asked: fake(asked) if alive else [], tcp=False) as server:
+        dns_srv = resolver(server, request_timeout_seconds=0.05)
+        with pytest.raises(TimedOut):
+            dns_srv.lookup("scheduler")
+        alive.append(True)
+        assert len(dns_srv.lookup("scheduler")) == 3
+
+
+def test_an_agent_that_answers_tcp_only_costs_no_wait_each_time(resolver: Lookup) -> None:
+    """A firewall that eats UDP is noticed once."""
+    with DnsServer(consul(*many(3))) as server:
+        fake = server.answer
+        server.answer = lambda asked: fake(asked) if asked.is_tcp else []
+        dns_srv = resolver(server)
+        for _ in range(4):
+            assert len(dns_srv.lookup("scheduler")) == 3
+        assert sum(not each.is_tcp for each in server.asked) == 2
+
+
+@pytest.mark.parametrize("tcp", [True, False])
+def test_a_fifth_of_all_packets_lost_fails_no_lookup(resolver: Lookup, tcp: bool) -> None:
+    """Queries are sent again, and with TCP beside UDP there is another way."""
+    with DnsServer(consul(*many(3))) as server, LossyRelay(server, 0.2, seed=7) as relay:
+        dns_srv = resolver(relay.address, request_timeout_seconds=0.5)
+        for _ in range(40):
+            assert len(dns_srv.lookup("scheduler")) == 3
+            if tcp:  # as if the relay carried TCP: its port is what the channel connects to
+                dns_srv._agents._agents[0].channel._tcp_first_until = 0.0
+        assert relay.lost > 10
+
+
+def test_an_agent_is_local_by_loopback_or_by_its_address() -> None:
+    """Whether fragments matter: loopback, and every address this machine has, do not need them."""
+    assert Channel(Host("127.83.1.4", 8600)).udp_limit == 65_000
+    assert Channel(Host("::1", 8600)).udp_limit == 65_000
+
+
+# -- malicious servers
+
+
+def srv(asked: Asked, *records: str, **options: object) -> bytes:
+    return reply_to(asked, [f"SRV 1 1 {record}" for record in records], **options)  # type: ignore[arg-type]
+
+
+GOOD = "80 0a000001.addr.dc1.consul."
+EVIL = "666 06060606.addr.dc1.consul."
+
+
+def other_question(asked: Asked) -> bytes:
+    wrong = Asked(asked.wire.replace(b"scheduler", b"schedulex"), asked.is_tcp, asked.source)
+    return srv(wrong, EVIL)
+
+
+def test_wrong_ids_and_questions_are_not_listened_to(resolver: Lookup) -> None:
+    """Whatever comes before the answer that does not belong to the query changes nothing."""
+
+    def answer(asked: Asked) -> list[bytes]:
+        evil = srv(asked, EVIL)
+        other = bytes([asked.wire[0] ^ 1]) + evil[1:]
+        return [other, other_question(asked), asked.wire, b"", b"\xff" * 9, srv(asked, GOOD)]
+
+    with DnsServer(answer, tcp=False) as server:
+        assert resolver(server).lookup("scheduler").hosts == hosts("10.0.0.1:80")
+
+
+def test_others_cannot_answer(resolver: Lookup) -> None:
+    """The socket is connected: the kernel keeps out what another address sends."""
+    fake = consul(FakeInstance("10.0.0.1", 80))
+
+    def answer(asked: Asked) -> Iterable[bytes]:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+            stranger.sendto(srv(asked, EVIL), asked.source)
+        return fake(asked)
+
+    with DnsServer(answer) as server:
+        assert resolver(server).lookup("scheduler").hosts == hosts("10.0.0.1:80")
+
+
+def header(asked: Asked, answers: int, additional: int = 0) -> bytes:
+    question = asked.wire[12 : 12 + asked.wire[12:].index(b"\0") + 5]
+    return asked.wire[:2] + struct.pack("!BBHHHH", 0x84, 0, 1, answers, 0, additional) + question
+
+
+def record(data: bytes, kind: int = 33, name: bytes = b"\xc0\x0c") -> bytes:
+    return name + struct.pack("!HHIH", kind, 1, 0, len(data)) + data
+
+
+BROKEN: dict[str, Callable[[Asked], bytes]] = {
+    "truncated record": lambda asked: srv(asked, GOOD)[:-7],
+    "pointer to itself": lambda asked: header(asked, 1) + b"\xc0" + bytes([len(header(asked, 1))]),
+    "pointer loop": lambda asked: (
+        header(asked, 1) + record(bytes(6) + b"\xc0" + bytes([len(header(asked, 1)) + 18]))
+    ),
+    "length past the end": lambda asked: header(asked, 1) + record(b"")[:-2] + b"\xff\xff",
+    "garbage": lambda asked: asked.wire[:2] + b"\x84\x00" + b"\xa5" * 60_000,
+    "a million records": lambda asked: header(asked, 0xFFFF, 0xFFFF),
+    "CNAME": lambda asked: reply_to(asked, ["CNAME evil.example."]),
+    "another owner": lambda asked: srv(asked, EVIL, owner="_other._tcp.service.consul."),
+    "another owner, addresses beside": lambda asked: srv(
+        asked, EVIL, owner="_o._tcp.service.consul.", additional=["a.consul. A 6.6.6.6"]
+    ),
+    "addresses": lambda asked: reply_to(asked, ["A 6.6.6.6"]),
+    "nothing": lambda asked: b"",
+    "a query": lambda asked: asked.wire,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_answers_are_an_outage_and_never_a_host(resolver: Lookup, name: str) -> None:
+    """No crash, no wrong host, no hang past the timeout; another agent may know better."""
+    started = time.monotonic()
+    with DnsServer(lambda asked: [BROKEN[name](asked)]) as bad:
+        with pytest.raises(Unavailable):
+            resolver(bad).lookup("scheduler")
+        with DnsServer(consul(*many(2))) as good:
+            assert len(resolver(bad, good).lookup("scheduler")) == 2
+    assert time.monotonic() - started < 6 * TIMEOUT
+
+
+def test_10000_additional_records_change_nothing(resolver: Lookup) -> None:
+    """As many as a message holds, all for other names or of other kinds."""
+
+    def answer(asked: Asked) -> list[bytes]:
+        junk = b"".join(record(b"\6\6\6\6", 1, b"\0") for _ in range(3_500))
+        data = struct.pack("!HHH", 1, 1, 80) + b"\x080a000001\x04addr\x03dc1\x06consul\x00"
+        return [header(asked, 1, 3_500) + record(data) + junk]
+
+    with DnsServer(answer) as server:
+        assert resolver(server).lookup("scheduler").hosts == hosts("10.0.0.1:80")
+
+
+@pytest.mark.parametrize(
+    "label", [b"\0", b"a\0b", b"\xff\xfe", "ü".encode(), b"a b", b"a\nb", b"."]
+)
+def test_labels_that_are_no_host_name_are_left_out(resolver: Lookup, label: bytes) -> None:
+    """NUL, spaces, line ends and bytes outside ASCII reach nobody who connects or logs."""
+    bad = struct.pack("!HHH", 1, 1, 80) + bytes([len(label)]) + label + b"\x07example\x00"
+    good = struct.pack("!HHH", 1, 1, 81) + b"\x02ok\x07example\x00"
+    with DnsServer(lambda asked: [header(asked, 2) + record(bad) + record(good)]) as server:
+        assert resolver(server).lookup("scheduler").hosts == hosts("ok.example:81")
+
+
+def test_odd_addr_names_are_no_addresses(resolver: Lookup) -> None:
+    """Hex digits of the wrong length, or none, are not decoded to anything."""
+    names = ["zzzzzzzz.addr", "0a0001.addr", "0a 00 01.addr", "0a000001ff.addr"]
+
+    def answer(asked: Asked) -> list[bytes]:
+        if asked.kind != "SRV":
+            return [reply_to(asked, rcode="NXDOMAIN")]
+        return [srv(asked, *(f"{n + 1} {name}.dc1.consul." for n, name in enumerate(names[:2])))]
+
+    with DnsServer(answer) as server:
+        assert len(resolver(server).lookup("scheduler")) == 0
+
+
+def drip(server: DnsServer, stream: socket.socket) -> None:
+    asked = server.receive(stream)
+    assert asked is not None
+    stream.sendall(b"\xff\xff" + asked.wire[:2])
+    while not server.closing.wait(0.005):
+        stream.sendall(b"\x84")
+
+
+def hang_up(server: DnsServer, stream: socket.socket) -> None:
+    server.receive(stream)
+
+
+def no_length(server: DnsServer, stream: socket.socket) -> None:
+    server.receive(stream)
+    stream.sendall(b"\0\0" * 100)
+    server.closing.wait()
+
+
+@pytest.mark.parametrize("serve", [drip, hang_up, no_length])
+def test_tcp_that_drips_or_breaks_ends_at_the_timeout(
+    resolver: Lookup, serve: Callable[[DnsServer, socket.socket], None]
+) -> None:
+    """An endless drip cannot hold a lookup, nor can one that hangs up or sends nothing at all."""
+    started = time.monotonic()
+    with DnsServer(lambda asked: [], serve_tcp=serve) as server, pytest.raises(Unavailable):
+        tcp_only(resolver, server).lookup("scheduler")
+    assert time.monotonic() - started < 4 * TIMEOUT
+
+
+def test_a_flood_of_foreign_packets_ends_at_the_timeout(resolver: Lookup) -> None:
+    """However many wrong replies arrive, the deadline is looked at between any two."""
+    done = threading.Event()
+
+    def flood(asked: Asked) -> Iterable[bytes]:
+        while not done.is_set() and not server.closing.is_set():
+            yield b"\0\0" + asked.wire[2:]
+
+    started = time.monotonic()
+    with DnsServer(flood, tcp=False) as server:
+        with pytest.raises(TimedOut):
+            resolver(server).lookup("scheduler")
+        done.set()
+    assert time.monotonic() - started < 4 * TIMEOUT
+
+
+def test_many_targets_without_addresses_end_at_the_timeout(resolver: Lookup) -> None:
+    """A server that names nodes and then falls silent costs one lookup's bound, not one a node."""
+
+    def answer(asked: Asked) -> list[bytes]:
+        if asked.kind != "SRV":
+            return []
+        return [srv(asked, *(f"{n + 1} n{n}.node.dc1.consul." for n in range(40)))]
+
+    started = time.monotonic()
+    with DnsServer(answer, tcp=False) as server:
+        snapshot = resolver(server, request_timeout_seconds=0.2).lookup("scheduler")
+    assert (len(snapshot), snapshot.is_complete) == (0, False)
+    assert time.monotonic() - started < 1.5
+
+
+# -- what is imported
+
+
+def test_http_is_never_imported() -> None:
+    """Catalog mode works without consul, requests and urllib3."""
+    program = (
+        "import sys, consul_matchmaker.backends.dns_srv;"
+        "print({'consul', 'requests', 'urllib3'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout == "set()\n", run.stderr
+
+
+def test_select_has_room_for_many_descriptors() -> None:
+    """Sockets are waited for by their own timeout (poll), so descriptors above 1,023 are fine."""
+    assert hasattr(select, "poll")

@@ -1,0 +1,73 @@
+"""Topics to service labels."""
+
+from __future__ import annotations
+
+import pytest
+
+from consul_matchmaker.errors import InvalidTopic
+from consul_matchmaker.naming import service_of, shard_of, shard_tag
+
+
+@pytest.mark.parametrize(
+    ("topic", "service"),
+    [
+        ("q-plugin", "q-plugin"),
+        ("cinder-volume", "cinder-volume"),
+        ("scheduler", "scheduler"),
+        ("notifications.info", "notifications-info"),
+        ("neutron-vo-Port-1.4", "neutron-vo-port-1-4"),
+        ("reply_" + "0a" * 16, "reply_" + "0a" * 16),
+        ("cinder-volume.node@lvm#pool", "cinder-volume-node-lvm-pool"),
+        ("a b", "a-b"),
+        ("a/b:c", "a-b-c"),
+        ("x" * 62, "x" * 62),
+    ],
+)
+def test_topics_as_openstack_has_them(topic: str, service: str) -> None:
+    """Small letters, digits, '_' and '-' stay; capitals shrink; other ASCII characters are '-'."""
+    assert service_of(topic, "{topic}", {}) == service
+
+
+@pytest.mark.parametrize("topic", ["x" * 63, "t" * 80, "größe", "日本", "a\nb", "a\0b", "tab\t"])
+def test_what_dns_cannot_carry_is_an_error_that_names_service_map(topic: str) -> None:
+    """Nothing is cut short in silence: too long and not ASCII are errors with the remedy."""
+    with pytest.raises(InvalidTopic, match="service_map"):
+        service_of(topic, "{topic}", {})
+
+
+def test_an_empty_topic_is_invalid() -> None:
+    """There is no service without a name."""
+    with pytest.raises(InvalidTopic):
+        service_of("", "{topic}", {})
+
+
+def test_service_map_wins_over_the_template() -> None:
+    """What is mapped is taken by its own name, for topics DNS could not carry too."""
+    assert service_of("t" * 80, "mm-{topic}", {"t" * 80: "Volumes"}) == "volumes"
+    assert service_of("other", "mm-{topic}", {"t": "volumes"}) == "mm-other"
+
+
+@pytest.mark.parametrize("service", ["a.b", "x" * 63, "ü", "a b", ".query", "a..b.query"])
+def test_a_mapped_name_is_not_mended(service: str) -> None:
+    """service_map says exactly one service: a typing error there is an error."""
+    with pytest.raises(InvalidTopic, match="service_map"):
+        service_of("t", "{topic}", {"t": service})
+
+
+def test_prepared_queries() -> None:
+    """A name ending in .query is a prepared query, whether mapped or by the template."""
+    assert service_of("t", "{topic}", {"t": "near.by.query"}) == "near.by.query"
+    assert service_of("T.1", "{topic}.query", {}) == "t-1.query"
+    assert service_of("t.query", "{topic}", {}) == "t-query"
+
+
+def test_shards_are_stable_and_even() -> None:
+    """The same instance has the same shard everywhere, and none is crowded."""
+    assert shard_of("node7:9501", 10) == "s02"
+    assert [shard_tag(0), shard_tag(99)] == ["s00", "s99"]
+    counts: dict[str, int] = {}
+    for number in range(5_000):
+        shard = shard_of(f"node{number}:9501", 10)
+        counts[shard] = counts.get(shard, 0) + 1
+    assert len(counts) == 10
+    assert max(counts.values()) < 600  # what is left over fits into one answer
