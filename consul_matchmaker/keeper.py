@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from .backends import Registrar
-from .errors import Closed, Denied, MatchmakerError, TimedOut, Unavailable
+from .errors import Closed, ConfigurationError, Denied, MatchmakerError, TimedOut, Unavailable
 from .lease_state import (
     Call,
     Kind,
@@ -25,19 +25,19 @@ from .lease_state import (
     Publish,
     Reconciler,
     Renew,
-    Standing,
     State,
     Stop,
     Wait,
     Withdraw,
 )
-from .model import Host, Registration
+from .model import Host, Registration, Standing
 from .settings import Settings
 from .worker import Worker, forget_in_child
 
 logger = logging.getLogger(__name__)
 
 RECENT_EVENTS = 50
+SECONDS_AFTER_A_FAILED_BEAT = 0.3
 SECONDS_AT_EXIT = 2.0  # what a process that ends without close() spends on leaving, at most
 
 _LEVELS = {
@@ -47,12 +47,22 @@ _LEVELS = {
     Kind.STRAY: logging.WARNING,
     Kind.UNREACHABLE: logging.WARNING,
     Kind.OVERDUE: logging.WARNING,
+    Kind.SILENT: logging.WARNING,
     Kind.REPAIRED: logging.WARNING,
     Kind.REFUSED: logging.ERROR,  # goes on until a person gives us another token
 }
 
 Change = Literal["held", "lost"]
 Listener = Callable[[Registration, Change], None]
+
+
+@dataclasses.dataclass(slots=True)
+class _Beats:
+    """What the application promised for one registration, and when it last kept it."""
+
+    every_seconds: float
+    at: float
+    is_silent: bool = False
 
 
 class Keeper:
@@ -81,6 +91,8 @@ class Keeper:
         self._jitter = jitter
         self._threaded = threaded
         self._listeners: list[Listener] = []
+        # Some leases need a beat every moment: `backends.Beating`.
+        self._beat_lease: Callable[[], float | None] | None = getattr(registrar, "beat", None)
         self._worker = Worker("consul-matchmaker-keeper", self.step)
         self._make_clean()
         forget_in_child(self)
@@ -93,20 +105,38 @@ class Keeper:
             maxlen=RECENT_EVENTS
         )
         self._told: dict[Registration, Change] = {}
+        self._own_listeners: dict[Registration, Listener] = {}
+        self._beats: dict[Registration, _Beats] = {}
+        self._lease_is_beating = True
         self._stepping_thread: int | None = None
         self._may_give_up = self._gave_up = False  # the first is close's word, the second step's
         self._pid = os.getpid()
 
     # What it is asked
 
-    def register(self, registration: Registration) -> Registration:
+    def register(
+        self,
+        registration: Registration,
+        *,
+        on_change: Listener | None = None,
+        beat_seconds: float | None = None,
+    ) -> Registration:
         """Make *registration* visible as soon as Consul can be asked, and keep it so.
 
-        Returns at once the same registration, owned by this keeper.  Raises Closed.
+        Returns at once the same registration, owned by this keeper.  *on_change* is what `listen`
+        takes, for this registration alone.  With *beat_seconds* it is taken back whenever the
+        application has not called `beat` for so long, and is back with the next one.
+        Raises Closed.
         """
         owned = dataclasses.replace(registration, owner=self)
         with self._changed:
-            self._reconciler.want(owned, self._clock())
+            now = self._clock()
+            self._reconciler.want(owned, now)
+            self._forget_promises(owned)
+            if on_change is not None:
+                self._own_listeners[owned] = on_change
+            if beat_seconds is not None:
+                self._beats[owned] = _Beats(beat_seconds, now)
         self._go_on()
         return owned
 
@@ -117,15 +147,42 @@ class Keeper:
     def unregister_host(self, topic: str, host: Host) -> None:
         """Take back every registration of *topic* on *host*, whatever its server; idempotent."""
         with self._changed:
-            found = [r for r in self._reconciler.wanted if (r.topic, r.host) == (topic, host)]
+            found = [r for r in self._registered() if (r.topic, r.host) == (topic, host)]
         self._unregister(found)
 
     def _unregister(self, registrations: list[Registration]) -> None:
         with self._changed:
             for registration in registrations:
                 self._reconciler.unwant(registration, self._clock())
+                self._forget_promises(registration)
             self._changed.notify_all()
         self._worker.wake()
+
+    def drain(self, registration: Registration, seconds: float) -> None:
+        """Unregister, wait until Consul has confirmed it, and *seconds* more, or until `close`.
+
+        Raises TimedOut when Consul does not confirm it within *seconds*.
+        """
+        self.unregister(registration)
+        self.wait_until_withdrawn(registration, seconds)
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closing, seconds)
+
+    def beat(self, registration: Registration) -> None:
+        """Say that what serves *registration* still runs.  Raises ConfigurationError when it was
+        registered without ``beat_seconds``; does nothing when it is not registered any more."""
+        with self._changed:
+            beats = self._beats.get(registration)
+            if beats is None:
+                if self._reconciler.is_wanted(registration):
+                    raise ConfigurationError(f"{registration}: register it with beat_seconds")
+                return
+            beats.at = self._clock()
+            was_silent, beats.is_silent = beats.is_silent, False
+            if was_silent:
+                self._reconciler.want(registration, beats.at)
+        if was_silent:
+            self._worker.wake()
 
     def renew_now(self) -> None:
         """Renew the lease and verify every registration now instead of at the next renewal.
@@ -149,12 +206,23 @@ class Keeper:
     def holds(self, topic: str, host: Host) -> bool:
         """Whether this process registered *topic* on *host* and did not take it back."""
         with self._changed:
-            return any((r.topic, r.host) == (topic, host) for r in self._reconciler.wanted)
+            return any((r.topic, r.host) == (topic, host) for r in self._registered())
 
     def standing(self, registration: Registration) -> Standing:
         """What has become of it: pending, published, suspect, lost, refused, withdrawn..."""
         with self._changed:
-            return self._reconciler.standing(registration)
+            return self._standing(registration)
+
+    def _standing(self, registration: Registration) -> Standing:
+        beats = self._beats.get(registration)
+        if beats is not None and beats.is_silent:
+            return "silent"
+        return self._reconciler.standing(registration)
+
+    def _registered(self) -> list[Registration]:
+        """What the application wants, also what is taken back while it does not beat."""
+        silent = [each for each, beats in self._beats.items() if beats.is_silent]
+        return [*self._reconciler.wanted, *silent]
 
     def margin_seconds(self, registration: Registration) -> float:
         """How long Consul surely goes on showing it if nothing is heard from us any more.
@@ -177,7 +245,7 @@ class Keeper:
             while not self._reconciler.is_published(registration):
                 if self._is_closing:
                     raise Closed(f"{registration} was not published: its Matchmaker was closed")
-                if not self._reconciler.is_wanted(registration):
+                if registration not in self._registered():
                     raise Closed(f"{registration} is not registered here: register it (again)")
                 error = self._reconciler.error_of(registration)
                 if isinstance(error, Denied):
@@ -217,7 +285,7 @@ class Keeper:
                 "margin_seconds": reconciler.margin_seconds(now),
                 "renews_in_seconds": reconciler.seconds_to_renewal(now),
                 "error": str(error) if error else None,
-                "registrations": [self._status_of(each) for each in reconciler.wanted],
+                "registrations": [self._status_of(each) for each in self._registered()],
                 "counts": dict(reconciler.counts),
                 "events": [
                     {"seconds_ago": now - at, "kind": note.kind.value, "text": note.text}
@@ -231,7 +299,7 @@ class Keeper:
             "topic": registration.topic,
             "host": str(registration.host),
             "server": registration.server,
-            "standing": self._reconciler.standing(registration),
+            "standing": self._standing(registration),
             "error": str(error) if error else None,
         }
 
@@ -256,6 +324,7 @@ class Keeper:
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
             self._reconciler.close()
+            self._beats.clear()
             self._changed.notify_all()
         self._worker.wake()
         if self._stepping_thread == threading.get_ident():
@@ -311,14 +380,38 @@ class Keeper:
         """
         self._stepping_thread = threading.get_ident()
         try:
-            return self._step()
+            pauses = [self._step(), self._beat_if_due()]
+            return min((each for each in pauses if each is not None), default=None)
         finally:
             self._stepping_thread = None
 
+    def _beat_if_due(self) -> float | None:
+        """Beat for the lease, if it needs that; return in how many seconds to do so again."""
+        if self._beat_lease is None or self._is_closed:
+            return None
+        error: MatchmakerError | None = None
+        pause: float | None = SECONDS_AFTER_A_FAILED_BEAT
+        try:
+            pause = self._beat_lease()
+        except MatchmakerError as failure:
+            error = failure
+        is_beating = error is None
+        if is_beating is not self._lease_is_beating:
+            # Only a renewal tells whether the lease has outlived this.
+            self._lease_is_beating = is_beating
+            if not is_beating:
+                logger.info("a beat failed, asking what became of the lease: %s", error)
+            with self._changed:
+                self._reconciler.ask_renewal(self._clock())
+            return 0.0
+        return pause
+
     def _step(self) -> float | None:
         with self._changed:
-            action = self._reconciler.next_action(self._clock())
-            notes = self._take_notes()
+            now = self._clock()
+            silence, seconds_to_silence = self._take_back_the_silent(now)
+            action = self._reconciler.next_action(now)
+            notes = silence + self._take_notes()
             if isinstance(action, Wait) and self._is_closing and self._may_give_up:
                 self._gave_up, action = True, Stop()
             if isinstance(action, Stop):
@@ -326,7 +419,8 @@ class Keeper:
         if isinstance(action, Wait | Stop):
             self._tell(notes)
             if isinstance(action, Wait):
-                return action.seconds
+                waits = (action.seconds, seconds_to_silence)
+                return min((each for each in waits if each is not None), default=None)
             self._worker.stop(0)
             return None
         outcome = self._carry_out(action)  # may take seconds; nobody is waiting for us
@@ -356,6 +450,27 @@ class Keeper:
             return Unavailable(f"unexpected {type(error).__name__}: see the log")
         return None
 
+    def _take_back_the_silent(self, now: float) -> tuple[list[Note], float | None]:
+        """Stop wanting what is not beaten for; return the notes of it, and when to look again."""
+        notes, soonest = [], None
+        for registration, beats in self._beats.items():
+            if beats.is_silent:
+                continue
+            left = beats.at + beats.every_seconds - now
+            if left > 0:
+                soonest = left if soonest is None else min(soonest, left)
+                continue
+            beats.is_silent = True
+            self._reconciler.unwant(registration, now)
+            text = f"no beat for {registration} in {now - beats.at:.1f} s: taking it back until one"
+            notes.append(Note(Kind.SILENT, text, (registration,)))
+            self._events.append((now, notes[-1]))
+        return notes, soonest
+
+    def _forget_promises(self, registration: Registration) -> None:
+        self._beats.pop(registration, None)
+        self._own_listeners.pop(registration, None)
+
     def _take_notes(self) -> list[Note]:
         notes = self._reconciler.take_notes()
         self._events.extend((self._clock(), note) for note in notes)
@@ -367,7 +482,7 @@ class Keeper:
             level = _LEVELS.get(note.kind)
             if level is not None:
                 logger.log(level, "%s", note.text)
-            if note.kind in (Kind.LOST, Kind.OVERDUE):
+            if note.kind in (Kind.LOST, Kind.OVERDUE, Kind.SILENT):
                 self._tell_listeners(note.registrations, "lost")
             elif note.kind in (Kind.PUBLISHED, Kind.REPAIRED, Kind.RECOVERED):
                 self._tell_listeners(note.registrations, "held")
@@ -380,7 +495,8 @@ class Keeper:
             if self._told.get(registration) == change:
                 continue
             self._told[registration] = change
-            for listener in list(self._listeners):
+            own = self._own_listeners.get(registration)
+            for listener in [*self._listeners, *([own] if own else [])]:
                 try:
                     listener(registration, change)
                 except Exception:

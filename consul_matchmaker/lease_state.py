@@ -17,11 +17,10 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
 
 from .backoff import Backoff
 from .errors import Closed, Denied, LeaseLost, MatchmakerError
-from .model import Lease, Registration
+from .model import Lease, Registration, Standing
 
 RENEWALS_PER_TTL = 3  # two renewals may fail before the lease runs out
 RENEWAL_JITTER = 0.1  # a renewal comes up to a tenth early, so that processes drift apart
@@ -158,17 +157,6 @@ Outcome = Lease | Collection[Registration] | MatchmakerError | None
 error."""
 
 
-Standing = Literal[
-    "pending",  # wanted, not confirmed yet
-    "published",
-    "suspect",  # published, but Consul does not answer renewals now
-    "lost",  # was published; being published again
-    "refused",  # Consul refuses the token
-    "withdrawing",
-    "withdrawn",
-]
-
-
 class Kind(enum.Enum):
     """What a note is about."""
 
@@ -180,6 +168,7 @@ class Kind(enum.Enum):
     OVERDUE = "overdue"  # not renewed for a whole TTL: Consul may have given us up by now
     LOST = "lost"  # lease or keys gone; says nothing to a person yet, `REPAIRED` will
     REPAIRED = "repaired"  # once per repair, with its cause and duration
+    SILENT = "silent"  # the application has stopped beating for it
     STRAY = "stray"  # held by Consul but not wanted: an old request that arrived late
 
 
@@ -258,6 +247,9 @@ class Reconciler:
         """Renew, and so verify, at once; again and again asked for, about once a second."""
         at_earliest = max(now, self._confirmed_at + ASKED_RENEWAL_SECONDS)
         self._renew_at = min(self._renew_at, at_earliest)
+        if self._lease_trouble is not None:  # do not rest until the next retry either
+            soon = max(now, self._sent_at + ASKED_RENEWAL_SECONDS)
+            self._lease_trouble.retry_at = min(self._lease_trouble.retry_at, soon)
 
     def close(self) -> None:
         """Want nothing any more, release the lease without delay, then stop; idempotent."""

@@ -19,12 +19,19 @@ logger = logging.getLogger(__name__)
 
 FIRST_RETRY_SECONDS = 0.5
 MAX_RETRY_SECONDS = 10.0
+SHORTEST_WAIT_SECONDS = 2.0
+"""However short ``ttl_seconds`` is: each poll that runs out carries every key once more."""
 LATEST_ANSWER_SECONDS = 3.0
 """Beside the poll itself: the rest between two polls, a slow machine."""
+WAIT_OVERRUN = 1 / 16
+"""Consul lengthens every wait by up to this share of it."""
 
 
 class Pollable(Protocol):
     """What a watcher asks; `backends.kv.Kv` is one."""
+
+    polled_bytes: int
+    """The size of the last poll's answer."""
 
     def poll(self, index: int, wait_seconds: float) -> tuple[int, Mapping[str, Snapshot]]: ...
     def poll_timeout_seconds(self, wait_seconds: float) -> float: ...
@@ -41,9 +48,10 @@ class Listener(Protocol):
 class Watcher:
     """Tells *cache* each change under the prefix, and when it can no longer do so.
 
-    One request waits at Consul for all topics; what it costs is bounded by `BlockingQuery`.  What
-    it offers counts as fresh until the next answer is overdue, up to about 40 s later, or until the
-    watch is lost: only an agent that goes silent on an open connection is noticed so late.
+    One request waits at Consul for all topics, for ``ttl_seconds`` at most; what it costs is
+    bounded by `BlockingQuery`.  What it offers counts as fresh until the next answer is overdue,
+    `LATEST_ANSWER_SECONDS` after its wait, or until the watch is lost: so an agent that goes silent
+    on an open connection makes answers stale although nothing tells us of it.
     Starts nothing before `start`; all methods are thread-safe.
     """
 
@@ -65,6 +73,9 @@ class Watcher:
         self._cpu_clock = cpu_clock
         self._backoff = Backoff(FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS, jitter)
         self._worker = Worker("consul-matchmaker-watcher", self._step)
+        self._longest_wait_seconds = min(
+            MAX_WAIT_SECONDS, max(SHORTEST_WAIT_SECONDS, settings.ttl_seconds)
+        )
         self._begin()
 
     def _begin(self) -> None:
@@ -106,7 +117,7 @@ class Watcher:
     def _step(self) -> float | None:
         query, cpu_started = self._query, self._cpu_clock()
         try:
-            index, snapshots = self._kv.poll(query.index, query.wait_seconds(self._jitter()))
+            index, snapshots = self._kv.poll(query.index, self._wait_seconds(query))
         except (Unavailable, Denied) as error:
             return None if self._worker.is_stopping else self._on_failure(error)
         now = self._clock()
@@ -122,11 +133,16 @@ class Watcher:
                 query.believed_index,
                 query.confirm_seconds,
             )
-        return self._query.gap_seconds(self._cpu_clock() - cpu_started)
+        return self._query.gap_seconds(self._cpu_clock() - cpu_started, self._kv.polled_bytes)
+
+    def _wait_seconds(self, query: BlockingQuery) -> float:
+        share = query.wait_seconds(self._jitter()) / MAX_WAIT_SECONDS  # jittered
+        return share * self._longest_wait_seconds
 
     def _on_answer(self, snapshots: Mapping[str, Snapshot], now: float) -> None:
         # An answer that confirms the last one is offered too: it makes it fresh again.
-        fresh_seconds = self._kv.poll_timeout_seconds(MAX_WAIT_SECONDS) + LATEST_ANSWER_SECONDS
+        longest_wait = self._longest_wait_seconds * (1 + WAIT_OVERRUN)
+        fresh_seconds = longest_wait + LATEST_ANSWER_SECONDS
         self._cache.offer(snapshots, fresh_seconds)
         if self._lost_at is not None:
             logger.info("watching again after %.1f s", now - self._lost_at)

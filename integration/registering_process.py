@@ -44,6 +44,10 @@ class RegisteringProcess:
         assert isinstance(seconds, float)
         return seconds
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def kill(self) -> None:
         """SIGKILL."""
         self._process.kill()

@@ -384,22 +384,17 @@ def test_a_watcher_sees_hosts_come_and_go(
     assert told.losses == 0
 
 
-def test_a_registration_is_told_within_100_ms(
-    kv: Kv, watching: tuple[Watcher, Told], topic: str
-) -> None:
-    """Of 100 registrations, 99 reach a watching reader within 100 ms."""
+def test_each_registration_is_told(kv: Kv, watching: tuple[Watcher, Told], topic: str) -> None:
+    """A hundred one after another, each seen by a watching reader before the next is made.
+
+    How fast is the bench's to say: `python -m integration.bench kv seen`.
+    """
     _, told = watching
     lease = kv.open()
-    took = []
     for port in range(1, 101):
         host = Host("10.0.0.1", port)
-        started = time.monotonic()
         kv.publish(lease, Registration(topic, host))
         told.wait_for(lambda host=host: host in told.hosts(topic))  # type: ignore[misc]
-        took.append(time.monotonic() - started)
-    took.sort()
-    print(f"p50 {took[50] * 1000:.1f} ms, p99 {took[98] * 1000:.1f} ms")
-    assert took[98] <= 0.1
     kv.release(lease)
 
 
@@ -505,7 +500,14 @@ def test_a_restarted_server_that_denies_everything_is_not_believed(
     before = told.offers
     cluster.start(follower)
     told.wait_for(lambda: told.offers > before, ELECTION_SECONDS)
-    kv.publish(lease, Registration(topic, TWO))
+
+    def is_published() -> bool:  # the agent may ask the very server that is not ready yet
+        with contextlib.suppress(Unavailable):
+            kv.publish(lease, Registration(topic, TWO))
+            return True
+        return False
+
+    eventually(is_published, bool, ELECTION_SECONDS)
     told.wait_for(lambda: told.hosts(topic) == (ONE, TWO), ELECTION_SECONDS)
     assert () not in seen
     assert watcher.close(5)

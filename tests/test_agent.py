@@ -865,3 +865,76 @@ def test_a_tls_poll_can_be_ended(tls_server, certificate):
         ended.wait(0.01)
     agent.end_polls()
     assert ended.wait(5)
+
+
+# -- what is done while an answer is waited for ----------------------------------------------------
+
+
+def waiting_for_a_slow_answer(server, agent):
+    """Call the agent, which answers once it was asked three more things; return those."""
+    asked = threading.Semaphore(0)
+
+    def behave(request):
+        if request.path == "/slow":
+            for _ in range(3):
+                assert asked.acquire(timeout=10)
+            return reply(body=b'"at last"')
+        asked.release()
+        return reply()
+
+    server.behave = behave
+
+    def beat():
+        agent.call("PUT", "/beat", timeout_seconds=5)
+        return 0.001
+
+    assert agent.call("GET", "/slow", meanwhile=beat).json() == "at last"
+    return [request for request in server.requests if request.path == "/beat"]
+
+
+def test_a_thread_that_waits_for_an_answer_can_do_other_things(server):
+    """It even asks the same agent meanwhile, over a second connection, which is kept."""
+    agent = agent_at(server.address)
+    assert len(waiting_for_a_slow_answer(server, agent)) >= 3
+    assert server.connections == 2
+    waiting_for_a_slow_answer(server, agent)
+    assert server.connections == 2
+
+
+def test_the_deadline_holds_whatever_is_done_meanwhile():
+    """What is done while waiting makes no call longer than it may take."""
+    with Server() as server:
+        server.behave = lambda request: lambda sock: server.stopping.wait(30)
+        agent = agent_at(server.address, request_timeout_seconds=0.3)
+        times = []
+        started = time.monotonic()
+        with pytest.raises(TimedOut):
+            agent.call("GET", "/v1/kv/a", meanwhile=lambda: times.append(1) or 0.05)
+        assert time.monotonic() - started < 2
+        assert len(times) >= 3
+
+
+def test_a_call_at_one_agent_goes_nowhere_else(server):
+    """Its failure is its caller's alone: the others are asked as before."""
+    agent = agent_at(server.address, "127.0.0.1:1")
+    first, second = agent._settings.addresses
+    assert agent.call("GET", "/v1/kv/a", at=first).address == first
+    with pytest.raises(Unavailable):
+        agent.call("GET", "/v1/kv/a", at=second)
+    server.behave = lambda request: reply(500, b"CheckID is unknown")
+    with pytest.raises(Unavailable, match="CheckID is unknown"):
+        agent.call("PUT", "/v1/agent/check/pass/x", at=first)
+    server.behave = lambda request: reply(403, b"")
+    with pytest.raises(Denied, match='service "consul-matchmaker" write'):
+        agent.call("PUT", "/v1/agent/check/pass/x", at=first)
+    assert agent.status()["agents_away"] == []
+
+
+def test_waiting_over_tls_does_other_things_too(tls_server, certificate):
+    """What TLS has decrypted already is not waited for."""
+    cert, key = certificate
+    agent = agent_at(tls_server.address, tls=True, ca_cert=cert, client_cert=cert, client_key=key)
+    assert len(waiting_for_a_slow_answer(tls_server, agent)) >= 3
+    tls_server.behave = lambda request: reply(body=b'"' + b"x" * 300_000 + b'"')
+    answer = agent.call("GET", "/big", meanwhile=lambda: 0.01)
+    assert len(answer.body) == 300_002

@@ -3,6 +3,7 @@
 import pytest
 
 from consul_matchmaker.blocking_query import (
+    BYTES_PER_SECOND,
     DOUBT_GAP_SECONDS,
     MAX_GAP_SECONDS,
     MAX_IDLE_GAP_SECONDS,
@@ -101,6 +102,13 @@ def test_work_is_a_bounded_share_of_the_time(work_seconds):
     gap = after((9, "a", 0)).gap_seconds(work_seconds)
     assert gap >= MIN_GAP_SECONDS
     assert work_seconds / (work_seconds + gap) <= WORK_SHARE + 1e-9
+
+
+@pytest.mark.parametrize("answer_bytes", [100_000, 500_000, 2_000_000])
+def test_watching_receives_a_bounded_number_of_bytes(answer_bytes):
+    """However hard the cluster churns, rests keep the average below the bound."""
+    gap = after((9, "a", 0)).gap_seconds(0, answer_bytes)
+    assert answer_bytes / gap <= BYTES_PER_SECOND
 
 
 def test_no_rest_is_longer_than_the_longest():

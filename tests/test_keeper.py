@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -756,3 +757,168 @@ def test_the_reason_of_a_single_registration_is_told(by_hand: ByHand) -> None:
     by_hand.run_for(INTERVAL)
     with pytest.raises(TimedOut, match="no leader"):
         registration.wait_until_published(timeout_seconds=0)
+
+
+# Who serves has to beat, and learns what becomes of it
+
+
+def test_a_registration_that_is_not_beaten_for_is_taken_back(by_hand: ByHand) -> None:
+    """Its serving loop hangs: it alone is withdrawn, told as lost, and back with the next beat."""
+    changes: list[tuple[Registration, str]] = []
+    registration = by_hand.keeper.register(
+        A, beat_seconds=2.0, on_change=lambda *change: changes.append(change)
+    )
+    by_hand.keeper.register(B)
+    by_hand.run_for(1.5)
+    registration.beat()
+    by_hand.run_for(1.5)
+    assert registration.state == "published"
+    by_hand.run_for(1.0)
+    assert registration.state == "silent"
+    assert registration.margin_seconds == 0.0
+    assert by_hand.visible() == []
+    assert by_hand.visible("conductor") == ["10.0.0.5:9501"]
+    assert by_hand.keeper.holds("scheduler", A.host)
+    registration.beat()
+    by_hand.run()
+    assert registration.state == "published"
+    assert by_hand.visible() == ["10.0.0.5:9501"]
+    assert changes == [(A, "held"), (A, "lost"), (A, "held")]
+
+
+def test_the_only_registration_may_fall_silent_too(by_hand: ByHand) -> None:
+    """Its lease is given back meanwhile; unregistered, a late beat brings nothing back."""
+    registration = by_hand.keeper.register(A, beat_seconds=2.0)
+    by_hand.run_for(3)
+    assert by_hand.keeper.status()["lease"] is None
+    registration.beat()
+    by_hand.run()
+    assert by_hand.visible() == ["10.0.0.5:9501"]
+    by_hand.run_for(3)
+    by_hand.keeper.unregister_host("scheduler", A.host)
+    registration.beat()
+    by_hand.run_for(3)
+    assert registration.state == "withdrawn"
+    assert by_hand.visible() == []
+
+
+def test_the_status_names_who_is_silent(by_hand: ByHand) -> None:
+    """Silence is an event like a loss, and fit for JSON."""
+    by_hand.keeper.register(A, beat_seconds=2.0)
+    by_hand.run_for(3)
+    status = by_hand.keeper.status()
+    (row,) = status["registrations"]  # type: ignore[misc]
+    assert row["standing"] == "silent"
+    assert "no beat for scheduler at 10.0.0.5:9501 in 2.0 s" in json.dumps(status)
+
+
+def test_beating_without_having_promised_it_is_a_mistake(by_hand: ByHand) -> None:
+    """Otherwise nobody would notice that the beats do nothing."""
+    registration = by_hand.keeper.register(A)
+    with pytest.raises(ConfigurationError, match="beat_seconds"):
+        registration.beat()
+
+
+def test_who_registers_can_be_told_alone(by_hand: ByHand) -> None:
+    """on_change hears of its own registration only, until that is unregistered."""
+    changes: list[tuple[Registration, str]] = []
+    registration = by_hand.keeper.register(A, on_change=lambda *change: changes.append(change))
+    by_hand.keeper.register(B)
+    by_hand.run()
+    lease = by_hand.keeper.status()["lease"]
+    assert isinstance(lease, str)
+    by_hand.memory.end_lease(lease)
+    by_hand.run_for(INTERVAL + 1)
+    assert changes == [(A, "held"), (A, "lost"), (A, "held")]
+    registration.unregister()
+    by_hand.run()
+    assert len(changes) == 3
+
+
+def test_draining_waits_after_the_withdrawal(threaded: Callable[[Memory], Keeper]) -> None:
+    """It returns when the time is over, or at once when the keeper is closed meanwhile."""
+    memory = Memory()
+    keeper = threaded(memory)
+    registration = keeper.register(A)
+    registration.wait_until_published(timeout_seconds=LONG)
+    registration.drain(0.001)
+    assert memory.lookup("scheduler").hosts == ()
+    again = keeper.register(A)
+    again.wait_until_published(timeout_seconds=LONG)
+    drained = threading.Thread(target=again.drain, args=[60.0])
+    drained.start()
+    keeper.wait_until_withdrawn(A, LONG)
+    assert keeper.close(LONG)
+    drained.join(LONG)
+    assert not drained.is_alive()
+
+
+def test_draining_says_when_consul_does_not_confirm(by_hand: ByHand) -> None:
+    """Peers may go on sending: whoever stops serving now has to know."""
+    registration = by_hand.keeper.register(A)
+    by_hand.run()
+    with pytest.raises(TimedOut):
+        registration.drain(0.0)
+
+
+# Leases that need a beat
+
+
+class BeatenMemory(Memory):
+    """A Memory whose leases need beats, as those of liveness=check do."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(session_ttl_seconds=TTL, clock=clock)
+        self.clock_now = clock
+        self.beaten_at: list[float] = []
+        self.renewed_at: list[float] = []
+        self.error: Exception | None = None
+
+    def beat(self) -> float | None:
+        self.beaten_at.append(self.clock_now())
+        if self.error is not None:
+            raise self.error
+        return 0.3
+
+    def renew(self, lease: Lease) -> Collection[Registration]:
+        self.renewed_at.append(self.clock_now())
+        return super().renew(lease)
+
+
+@pytest.fixture
+def beaten() -> ByHand:
+    by_hand = ByHand()
+    by_hand.memory = BeatenMemory(by_hand.clock)
+    by_hand.keeper = Keeper(
+        by_hand.memory, SETTINGS, clock=by_hand.clock, jitter=lambda: 0.5, threaded=False
+    )
+    return by_hand
+
+
+def test_beats_come_between_renewals(beaten: ByHand) -> None:
+    """The keeper's own thread beats: no wait of it is longer than the next beat allows."""
+    beaten.keeper.register(A)
+    beaten.run_for(10)
+    assert isinstance(beaten.memory, BeatenMemory)
+    times = beaten.memory.beaten_at
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) <= 0.31
+    assert len(beaten.memory.renewed_at) < 6
+
+
+def test_a_failed_beat_asks_for_a_renewal_at_once(beaten: ByHand) -> None:
+    """Only that tells whether the lease is gone; asked again when beats succeed, not each time."""
+    memory = beaten.memory
+    assert isinstance(memory, BeatenMemory)
+    beaten.keeper.register(A)
+    beaten.run_for(INTERVAL * 2 + 0.1)
+    lease = beaten.keeper.status()["lease"]
+    assert isinstance(lease, str)
+    memory.end_lease(lease)
+    memory.error = Unavailable("does not know that check")
+    memory.renewed_at.clear()
+    before = beaten.clock.now
+    beaten.run_for(1.3)
+    assert beaten.visible() == ["10.0.0.5:9501"]
+    assert memory.renewed_at[0] - before <= 1.3
+    beaten.run_for(1.0)
+    assert len(memory.renewed_at) <= 2

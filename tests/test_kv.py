@@ -6,12 +6,13 @@ That the real one behaves like this is shown in integration/test_kv_backend.py.
 import json
 import logging
 import uuid
+from urllib.parse import unquote
 
 import pytest
 
 from consul_matchmaker.backends.agent import Answer
 from consul_matchmaker.backends.kv import CHECKS_PER_REQUEST, Kv
-from consul_matchmaker.errors import ConfigurationError, Denied, LeaseLost, TimedOut, Unavailable
+from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Instance, Lease, Registration
 from consul_matchmaker.naming import Key
 from consul_matchmaker.settings import Settings
@@ -21,14 +22,20 @@ from .doubles import ManualClock
 
 PREFIX = "matchmaker"
 SENTINEL = "matchmaker/_"
+FAKE = Host("fake", 8500)
 
 
 class FakeConsul:
     """Plays the Agent: the part of Consul that kv mode uses, as measured on 1.8.7."""
 
     def __init__(self):
+        self.token_changes = 0
         self.sessions = {}
+        self.services = {}  # id -> what was registered
+        self.passes = []  # when each beat came is the clock's affair
+        self.hows = []  # the rest of each call: at, meanwhile, timeout_seconds
         self.keys = {}  # key -> [value, session]
+        self.indexes = {}  # key -> its ModifyIndex, where that matters
         self.index = 10
         self.calls = []  # (method, path, params)
         self.bodies = []
@@ -37,10 +44,11 @@ class FakeConsul:
         self.says_filtered = False
         self.forgets = self.closes = self.ends = 0
 
-    def call(self, method, path, params=None, body=b"", *, accept=()):
+    def call(self, method, path, params=None, body=b"", *, accept=(), **how):
         params = dict(params or {})
         self.calls.append((method, path, params))
         self.bodies.append(body)
+        self.hows.append(how)
         for (verb, start), error in self.failures.items():
             if method == verb and path.startswith(start):
                 raise error
@@ -51,7 +59,7 @@ class FakeConsul:
         if status != 200 and status not in accept:
             raise Unavailable(f"{where}: status {status}")
         raw = said if isinstance(said, bytes) else json.dumps(said).encode()
-        return Answer(status, raw, self.index, self.says_filtered, where)
+        return Answer(status, raw, self.index, self.says_filtered, where, FAKE)
 
     def poll(self, path, params, wait_seconds, *, accept):
         return self.call("GET", path, {**params, "wait": str(wait_seconds)}, accept=accept)
@@ -75,13 +83,27 @@ class FakeConsul:
         verb, _, rest = path.removeprefix("/v1/").partition("/")
         if verb == "session":
             return self._session(*rest.split("/"), body=body)
+        if verb == "agent":
+            return self._agent(*rest.split("/"), body=body)
         if verb == "txn":
             return self._txn(json.loads(body))
         if method == "PUT":
             return self._put(rest, params, body)
         if method == "DELETE":
-            return self._delete(rest, params)
+            return self._delete(unquote(rest), params)
         return self._get(rest, params)
+
+    def _agent(self, kind, verb, service_id=None, body=b""):
+        if verb == "register":
+            service = json.loads(body)
+            self.services[service["ID"]] = service
+        elif verb == "deregister":
+            self.services.pop(service_id, None)
+        elif service_id in self.services:
+            self.passes.append(service_id)
+        else:
+            return 500, b"CheckID does not have associated TTL"
+        return 200, b""
 
     def _session(self, verb, session_id=None, body=b""):
         if verb == "create":
@@ -128,6 +150,8 @@ class FakeConsul:
 
     def _delete(self, key, params):
         self.index += 1
+        if "cas" in params and params["cas"] != str(self.indexes.get(key, 1)):
+            return 200, False
         for each in list(self.keys):
             if each == key or ("recurse" in params and each.startswith(key)):
                 del self.keys[each]
@@ -144,7 +168,7 @@ class FakeConsul:
         found = sorted(each for each in self.keys if each.startswith(key) and not is_hidden(each))
         if "recurse" in params:
             entries = [
-                {"Key": each, "Value": None}
+                {"Key": each, "Value": None, "ModifyIndex": self.indexes.get(each, 1)}
                 | ({"Session": self.keys[each][1]} if self.keys[each][1] else {})
                 for each in found
             ]
@@ -214,10 +238,46 @@ def test_liveness_node_adds_the_node_check(consul):
     assert consul.sessions[lease.id]["NodeChecks"] == ["serfHealth"]
 
 
-def test_liveness_check_is_refused_as_long_as_it_is_missing(consul):
-    """Nobody believes to be watched that closely who is not."""
-    with pytest.raises(ConfigurationError, match="liveness=check"):
-        kv_over(consul, liveness="check")
+def test_liveness_check_hangs_on_a_service_of_ours(consul):
+    """The session is made where the service with its TTL check is, and bound to both checks."""
+    kv = kv_over(consul, liveness="check")
+    assert kv.beat() is None  # without a lease there is nothing to beat for
+    lease = kv.open()
+    ((service_id, service),) = consul.services.items()
+    assert service["Check"]["TTL"] == "1s"
+    assert service["Check"]["Status"] == "passing"
+    assert service["Check"]["DeregisterCriticalServiceAfter"] == "1m"
+    session = consul.sessions[lease.id]
+    assert session["NodeChecks"] == ["serfHealth"]
+    assert session["ServiceChecks"] == [{"ID": service_id}]
+    assert consul.hows[-1]["at"] == FAKE
+    kv.release(lease)
+    assert consul.services == {}
+    assert kv.beat() is None
+
+
+def test_every_call_for_a_lease_beats_on_meanwhile(consul):
+    """However long Consul takes to open, publish, renew, withdraw or release, the check passes."""
+    kv = kv_over(consul, liveness="check")
+    lease = kv.open()
+    registration = Registration("scheduler", ONE)
+    kv.publish(lease, registration)
+    kv.renew(lease)
+    kv.withdraw(lease, registration)
+    kv.release(lease)
+    silent = [
+        path
+        for (_, path, _), how in zip(consul.calls, consul.hows, strict=True)
+        if not path.startswith("/v1/agent/") and how.get("meanwhile") is None
+    ]
+    assert silent == []
+
+
+def test_other_leases_need_no_beat(consul, kv):
+    """session and node: nothing but renewals is ever sent."""
+    kv.open()
+    assert kv.beat() is None
+    assert consul.services == {}
 
 
 def test_a_short_ttl_that_consul_refuses_is_explained(consul):
@@ -559,6 +619,35 @@ def test_orphans_are_keys_that_nobody_will_remove(consul, kv):
     }
 
 
+def test_sweep_removes_what_nobody_holds(consul, kv):
+    """Never a key that a session holds, whoever named it, nor one that changed meanwhile."""
+    lease = kv.open()
+    kv.publish(lease, Registration("scheduler", ONE))
+    consul.keys[SENTINEL] = [b"", None]
+    consul.keys["matchmaker/rubbish?x"] = [b"", None]
+    consul.keys["matchmaker/foreign"] = [b"", lease.id]
+    assert kv.orphans() == {
+        "matchmaker/rubbish?x": "not a key of ours",
+        "matchmaker/foreign": "not a key of ours, but a session holds it",
+    }
+    before = set(consul.keys)
+    assert kv.sweep() == ["matchmaker/rubbish?x"]
+    assert before - set(consul.keys) == {"matchmaker/rubbish?x"}
+
+    lost = Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)
+    consul.keys[lost] = [b"", None]
+    call = consul.call
+
+    def acquired_meanwhile(method, path, *args, **how):
+        if method == "DELETE":
+            consul.indexes[lost] = 2
+        return call(method, path, *args, **how)
+
+    consul.call = acquired_meanwhile
+    assert kv.sweep() == []
+    assert lost in consul.keys
+
+
 def test_no_keys_no_orphans(kv):
     """An empty prefix has none."""
     assert kv.orphans() == {}
@@ -578,6 +667,31 @@ def test_expiring_nothing_writes_nothing(consul, kv):
     """Without such a key there is no DELETE, which would be a Raft entry."""
     assert kv.expire("scheduler", ONE) == 0
     assert "DELETE" not in [method for method, _, _ in consul.calls]
+
+
+def test_a_publish_that_arrives_after_its_withdrawal_is_found(consul):
+    """Consul was silent, the caller gave up, and then the old request came through: the next
+    renewals tell, for a minute, so that it can be withdrawn."""
+    clock = ManualClock()
+    kv = kv_over(consul, clock=clock)
+    lease = kv.open()
+    registration = Registration("scheduler", ONE)
+    key = Key.of(registration, lease.id).under(PREFIX)
+    consul.failures["PUT", "/v1/kv/"] = TimedOut("no answer")
+    with pytest.raises(TimedOut):
+        kv.publish(lease, registration)
+    del consul.failures["PUT", "/v1/kv/"]
+    kv.withdraw(lease, registration)
+    assert set(kv.renew(lease)) == set()
+    consul.keys[key] = [b"", lease.id]
+    assert set(kv.renew(lease)) == {registration}
+    kv.withdraw(lease, registration)
+    assert set(kv.renew(lease)) == set()
+    kv.withdraw(lease, registration)
+    clock.advance(61)
+    calls = len(consul.calls)
+    assert set(kv.renew(lease)) == set()
+    assert len(consul.calls) == calls + 1, "the renewal alone: nothing is looked for any more"
 
 
 def test_a_lease_of_another_process_cannot_be_withdrawn_from(consul, kv):

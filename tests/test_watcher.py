@@ -37,6 +37,8 @@ class Clock:
 class Kv:
     """Gives the scripted answers, (index, snapshots) or an error, and notes the questions."""
 
+    polled_bytes = 0
+
     def __init__(self, *script):
         self.script = list(script)
         self.asked = []
@@ -118,9 +120,13 @@ def test_a_wait_that_ran_out_makes_the_answer_fresh_again():
 
 
 def test_an_offer_stays_fresh_until_the_next_answer_is_overdue():
-    """Freshness outlives the longest poll, so that no lookup asks while the watch works."""
-    _, _, cache, _ = watch((7, answer(1)))
-    assert cache.told[0][1] > MAX_WAIT_SECONDS + 10
+    """Freshness outlives the longest poll, so that no lookup asks while the watch works, and not
+    by much, so that an agent that hangs is noticed."""
+    _, kv, cache, _ = watch((7, answer(1)), (7, answer(1)))
+    longest = Settings(mode="kv").ttl_seconds
+    assert all(0.8 * longest <= wait <= longest < MAX_WAIT_SECONDS for _, wait in kv.asked)
+    for _, fresh_seconds in cache.told:
+        assert longest * (1 + 1 / 16) + 2 < fresh_seconds < longest + 4
 
 
 def test_a_loss_is_told_once_and_logged_once(caplog):
@@ -242,3 +248,11 @@ def test_a_forked_child_begins_anew():
     watcher._step()
     assert [index for index, _ in kv.asked] == [0, 0]
     assert watcher.status()["answers"] == 1
+
+
+def test_big_answers_are_asked_for_less_often():
+    """200 kB a second answer rests a fifth of a second: the share of the network is bounded."""
+    kv = Kv((9, answer(1)))
+    kv.polled_bytes = 200_000
+    watcher = Watcher(kv, Cache(), SETTINGS, clock=Clock(), jitter=lambda: 0.5, cpu_clock=Clock())
+    assert watcher._step() == 0.2

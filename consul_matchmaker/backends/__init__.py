@@ -31,6 +31,16 @@ class Resolver(Protocol):
         """Close every connection."""
 
 
+class Beating(Protocol):
+    """A Registrar whose leases end soon after the last beat of their process."""
+
+    def beat(self) -> float | None:
+        """Say that this process lives, if it is time; return in how many seconds to come again,
+        None: no lease needs it now.
+
+        Raises Unavailable and Denied when that failed or came late, so that a lease may be lost."""
+
+
 class Registrar(Protocol):
     """Makes registrations visible to everybody, under one lease a process."""
 

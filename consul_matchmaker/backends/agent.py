@@ -20,7 +20,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any, cast
@@ -51,10 +52,15 @@ HOLD_SECONDS = 8.0
 there is no leader (fact C8) ..."""
 POLL_JITTER = 1 / 16
 """... and adds up to this share of the wait (fact C2)."""
+SHORTEST_PAUSE_SECONDS = 0.001
+"""Between two things done while an answer is waited for: a pause of 0 would not wait at all."""
 FIRST_REPROBE_SECONDS = 1.0
 MAX_REPROBE_SECONDS = 15.0
 
 NO_PARAMETERS: Mapping[str, str] = {}
+
+Meanwhile = Callable[[], float]
+"""Something short to do while an answer is waited for; returns in how many seconds again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,8 @@ class Answer:
     """Whether Consul (1.11 or later) says that ACLs removed something from the answer."""
     where: str
     """The exchange in words, for messages."""
+    address: Host | None = None
+    """The agent that answered."""
 
     def json(self) -> Any:
         """The body, decoded; raises Unavailable when it is not JSON."""
@@ -117,7 +125,10 @@ class Agent:
         self._failures = [0] * len(self._settings.addresses)
         self._shunned_until = [float("-inf")] * len(self._settings.addresses)
         self._polls = _Polls()
+        self._waits = threading.local()  # .meanwhile: what this thread does while it waits
         self._token: str | None = None
+        self.token_changes = 0
+        """How often another token was met than the one before."""
         self._token_stamp: object = None
 
     def close(self) -> None:
@@ -140,14 +151,27 @@ class Agent:
         body: bytes = b"",
         *,
         accept: tuple[int, ...] = (),
+        at: Host | None = None,
+        timeout_seconds: float | None = None,
+        meanwhile: Meanwhile | None = None,
     ) -> Answer:
         """Carry out one call.  Returns Consul's answer if its status is 200 or one of *accept*.
+
+        With *at* that agent is asked and no other, and its failure changes nothing for others.
+        While an answer is waited for, *meanwhile* is called again and again, on this thread.
 
         Raises Denied for 401 and 403, TimedOut when no agent answered in time, and Unavailable for
         every other failure.  The texts of Consul's errors are shown, never interpreted.
         """
-        timeout_seconds = self._settings.request_timeout_seconds
-        return self._ask(_Request(method, path, params, body, accept, timeout_seconds))
+        if timeout_seconds is None:
+            timeout_seconds = self._settings.request_timeout_seconds
+        request = _Request(method, path, params, body, accept, timeout_seconds, meanwhile=meanwhile)
+        if at is not None:
+            answer = self._exchange(self._settings.addresses.index(at), request)
+            if answer.status == 429 or answer.status >= 500:
+                raise self._useless(answer)
+            return self._accepted(request, answer)
+        return self._ask(request)
 
     def poll(
         self, path: str, params: Mapping[str, str], wait_seconds: float, *, accept: tuple[int, ...]
@@ -200,11 +224,14 @@ class Agent:
                     break
                 continue
             self._worked(place, first_error)
-            if answer.status == 200 or answer.status in request.accept:
-                return answer
-            raise self._refusal(request, answer)
+            return self._accepted(request, answer)
         assert first_error is not None
         raise first_error
+
+    def _accepted(self, request: _Request, answer: Answer) -> Answer:
+        if answer.status == 200 or answer.status in request.accept:
+            return answer
+        raise self._refusal(request, answer)
 
     def _places(self) -> list[int]:
         now = self._clock()
@@ -239,7 +266,9 @@ class Agent:
 
     def _exchange(self, place: int, request: _Request) -> Answer:
         """Ask one agent; whatever status it answers is an answer."""
-        where = f"{request.method} {request.path} at {self._settings.addresses[place]}"
+        address = self._settings.addresses[place]
+        where = f"{request.method} {request.path} at {address}"
+        request = replace(request, address=address)
         token = self._current_token(where)
         answer = self._send(place, request, where, token)
         if answer.status == 403 and self._settings.token_file:
@@ -284,6 +313,27 @@ class Agent:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
+        with self._doing_meanwhile(request.meanwhile):
+            return self._send_and_read(client, request, where, token, left)
+
+    @contextmanager
+    def _doing_meanwhile(self, meanwhile: Meanwhile | None) -> Iterator[None]:
+        """Have waits of this thread call *meanwhile*; what that asks itself calls nothing."""
+        before = getattr(self._waits, "meanwhile", None)
+        self._waits.meanwhile = meanwhile
+        try:
+            yield
+        finally:
+            self._waits.meanwhile = before
+
+    def _send_and_read(
+        self,
+        client: consul.std.HTTPClient,
+        request: _Request,
+        where: str,
+        token: str | None,
+        left: float,
+    ) -> Answer:
         response = client.session.request(
             request.method,
             client.uri(request.path, request.params),
@@ -305,6 +355,7 @@ class Agent:
             int(index) if index.isascii() and index.isdecimal() and len(index) < 20 else 0,
             filtered.lower() == "true",
             where,
+            request.address,
         )
 
     def _client(self, place: int, is_poll: bool) -> consul.std.HTTPClient:
@@ -330,7 +381,7 @@ class Agent:
         session.headers.clear()
         # Identity: what comes is then bounded by what is read.
         session.headers.update({"User-Agent": "consul-matchmaker", "Accept-Encoding": "identity"})
-        session.mount(f"{scheme}://", _Adapter(self._polls if is_poll else None))
+        session.mount(f"{scheme}://", _Adapter(self._polls if is_poll else None, self._waits))
         return client
 
     def _remedy(self) -> str:
@@ -354,6 +405,8 @@ class Agent:
     def _rights(self, request: _Request) -> str:
         if request.path.startswith("/v1/session/"):
             return 'session_prefix "" write'
+        if request.path.startswith("/v1/agent/"):
+            return 'service "consul-matchmaker" write (because of liveness=check)'
         policy = "read" if request.method == "GET" else "write"
         return f'key_prefix "{self._settings.prefix}/" {policy}'
 
@@ -381,6 +434,7 @@ class Agent:
                 return self._token
             raise Denied(f"{where}: {error}") from None
         with self._lock:
+            self.token_changes += token != self._token
             self._token, self._token_stamp = token, stamp
         return token
 
@@ -410,6 +464,8 @@ class _Request:
     accept: tuple[int, ...]
     timeout_seconds: float
     is_poll: bool = False
+    meanwhile: Meanwhile | None = None
+    address: Host | None = None
 
 
 def _read(response: requests.Response, where: str) -> bytes:
@@ -453,8 +509,10 @@ class _Deadline(io.RawIOBase):
     A plain timeout counts from piece to piece: a server that drips would hold us for ever.
     """
 
-    def __init__(self, sock: socket.socket, reader: io.RawIOBase) -> None:
-        self._sock, self._reader = sock, reader
+    def __init__(
+        self, sock: socket.socket, reader: io.RawIOBase, meanwhile: Meanwhile | None
+    ) -> None:
+        self._sock, self._reader, self._meanwhile = sock, reader, meanwhile
         timeout = sock.gettimeout()
         self._deadline = None if timeout is None else time.monotonic() + timeout
 
@@ -462,24 +520,38 @@ class _Deadline(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        if self._deadline is not None:
-            left = self._deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("timed out")
-            self._sock.settimeout(left)
-        return cast("int | None", self._reader.readinto(buffer))
+        if self._deadline is None:
+            return cast("int | None", self._reader.readinto(buffer))
+        if self._meanwhile is None:
+            self._sock.settimeout(_left_until(self._deadline))
+            return cast("int | None", self._reader.readinto(buffer))
+        while True:
+            # Past the reader, which never reads again after a timeout.
+            pause = max(SHORTEST_PAUSE_SECONDS, self._meanwhile())
+            self._sock.settimeout(min(pause, _left_until(self._deadline)))
+            with suppress(TimeoutError):
+                return self._sock.recv_into(buffer)
 
     def close(self) -> None:
         self._reader.close()
         super().close()
 
 
+def _left_until(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
 class _Answering(HTTPResponse):
     """An answer that is given the socket's timeout as a whole."""
 
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, sock: socket.socket, *args: Any, meanwhile: Meanwhile | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Deadline(sock, self.fp.detach()))
+        self.fp = io.BufferedReader(_Deadline(sock, self.fp.detach(), meanwhile))
 
 
 class _Polls:
@@ -513,8 +585,11 @@ class _Connection:
 
     response_class: Any = _Answering
     polls: _Polls | None = None
+    waits: threading.local
 
     def getresponse(self) -> Any:
+        meanwhile = getattr(self.waits, "meanwhile", None)
+        self.response_class = partial(_Answering, meanwhile=meanwhile)
         ask = super().getresponse  # type: ignore[misc]
         if self.polls is None:
             return ask()
@@ -523,16 +598,19 @@ class _Connection:
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
-    """An adapter to one agent, with connections of ours; those of polls are known to *waiting*."""
+    """An adapter to one agent, with connections of ours; those of polls are known to *waiting*,
+    and *thread_waits* knows what a thread does while it waits for an answer."""
 
-    def __init__(self, waiting: _Polls | None) -> None:
+    def __init__(self, waiting: _Polls | None, thread_waits: threading.local) -> None:
         super().__init__(pool_connections=1, pool_maxsize=IDLE_CONNECTIONS, max_retries=0)
 
         class Plain(_Connection, HTTPConnection):
             polls = waiting
+            waits = thread_waits
 
         class Secure(_Connection, HTTPSConnection):
             polls = waiting
+            waits = thread_waits
 
         class PlainPool(HTTPConnectionPool):
             ConnectionCls = Plain

@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
+from urllib.parse import quote
 
-from ..errors import ConfigurationError, Denied, LeaseLost, Unavailable
+from ..errors import Denied, LeaseLost, Unavailable
 from ..model import Host, Instance, Lease, Registration, Snapshot
 from ..naming import SENTINEL, Key, decode_segment, host_folder, topic_folder
 from ..settings import Settings
-from .agent import Agent, Answer, go_duration
+from .agent import NO_PARAMETERS, Agent, Answer, go_duration
+from .service_check import ServiceCheck
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +36,18 @@ REMEMBERED_KEYS = 16384
 """Keys whose parts are remembered from one answer to the next; about 10 MB when full."""
 CONSUL_SESSION_TTL_MIN_SECONDS = 10
 """Consul's own floor, unless the servers' session_ttl_min lowers it (fact B1)."""
+LATE_SECONDS = 60.0
+"""How long after its withdrawal a registration whose publishing was not answered is looked for:
+Consul itself holds a request for 7 s while there is no leader (fact C8)."""
 NODE_CHECK = "serfHealth"
 """Consul's name for "the node of this agent answers gossip"."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Orphan:
+    reason: str
+    is_held: bool
+    index: int
 
 
 class Kv:
@@ -47,28 +61,31 @@ class Kv:
     def __init__(
         self, agent: Agent, settings: Settings, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        if settings.liveness == "check":
-            raise ConfigurationError(
-                "liveness=check is not available yet: use session (only the TTL ends a lease) "
-                "or node (so does the death of the agent's node)"
-            )
         self._agent = agent
         self._settings = settings
         self._prefix = settings.prefix
         self._clock = clock
+        self._check: ServiceCheck | None = None
+        if settings.liveness == "check":
+            self._check = ServiceCheck(agent, clock=clock)
         self._begin()
 
     def forget(self) -> None:
         """In a forked child: no connection, no lease, nothing published."""
         self._agent.forget()
+        if self._check is not None:
+            self._check.forget()
         self._begin()
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
-        self._published: dict[str, set[Registration]] = {}
+        # By lease, and until when a renewal has to look for it.
+        self._published: dict[str, dict[Registration, float]] = {}
+        self._unanswered: set[tuple[str, Registration]] = set()  # publishes that may still arrive
         # Successive answers hold nearly the same keys, and taking one apart is what costs.
         self._parsed = lru_cache(REMEMBERED_KEYS)(self._parse)
         self._unknown_keys = 0
+        self.polled_bytes = 0
         self._may_write_sentinel = True
 
     def close(self) -> None:
@@ -84,9 +101,10 @@ class Kv:
     def lookup(self, topic: str, server: str | None = None) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's."""
         folder = topic_folder(self._prefix, topic)
-        keys, _ = self._keys_under(folder)
+        keys, answer = self._keys_under(folder)
         found = self._registrations(keys)
-        snapshot = self._snapshot(topic, [key for key in found if key.topic == topic])
+        details = _details(answer, keys)
+        snapshot = self._snapshot(topic, [key for key in found if key.topic == topic], details)
         return snapshot if server is None else snapshot.for_server(server)
 
     def poll(self, index: int, wait_seconds: float) -> tuple[int, Mapping[str, Snapshot]]:
@@ -97,6 +115,7 @@ class Kv:
         when the token may read only some topics: the others would look as if nobody served them.
         """
         keys, answer = self._keys_under(self._prefix + "/", (index, wait_seconds))
+        self.polled_bytes = len(answer.body)
         if answer.is_filtered:
             raise self._hidden(self._prefix + "/", answer)
         if f"{self._prefix}/{SENTINEL}" not in keys:
@@ -106,8 +125,9 @@ class Kv:
         by_topic: dict[str, list[Key]] = {}
         for key in self._registrations(keys):
             by_topic.setdefault(key.topic, []).append(key)
+        details = _details(answer, keys)
         return answer.index, {
-            topic: self._snapshot(topic, found) for topic, found in by_topic.items()
+            topic: self._snapshot(topic, found, details) for topic, found in by_topic.items()
         }
 
     def poll_timeout_seconds(self, wait_seconds: float) -> float:
@@ -130,31 +150,55 @@ class Kv:
 
         They are held by no session, or not named as we name keys; the sentinel is neither.
         """
+        return {key: entry.reason for key, entry in self._orphans().items()}
+
+    def _orphans(self) -> dict[str, _Orphan]:
         answer = self._agent.call("GET", _kv(self._prefix + "/"), {"recurse": ""}, accept=(404,))
         entries = [] if answer.status == 404 else answer.json()
         if not entries:
             self._prove_readable(self._prefix + "/", answer)
-        found: dict[str, str] = {}
+        found: dict[str, _Orphan] = {}
         try:
             for entry in entries:
                 text = entry["Key"]
                 if text == f"{self._prefix}/{SENTINEL}":
                     continue
+                is_held = bool(entry.get("Session"))
                 if self._parsed(text) is None:
-                    found[text] = "not a key of ours"
-                elif not entry.get("Session"):
-                    found[text] = "held by no session"
-        except (TypeError, KeyError, AttributeError):
+                    reason = "not a key of ours" + (", but a session holds it" if is_held else "")
+                elif is_held:
+                    continue
+                else:
+                    reason = "held by no session"
+                found[text] = _Orphan(reason, is_held, int(entry["ModifyIndex"]))
+        except (TypeError, KeyError, ValueError, AttributeError):
             raise answer.unexpected() from None
         return found
+
+    def sweep(self) -> list[str]:
+        """Remove the orphans that no session holds, and return their keys.
+
+        A key that was acquired or written since it was looked at stays.
+        """
+        removed = []
+        for key, entry in self._orphans().items():
+            if entry.is_held:
+                continue
+            answer = self._agent.call("DELETE", _kv(quote(key)), {"cas": str(entry.index)})
+            if answer.json() is True:
+                removed.append(key)
+        return removed
 
     # -- Registrar ---------------------------------------------------------------------------
 
     def open(self) -> Lease:
-        """A new session, which Consul ends 2 x TTL after the last renewal at the latest."""
+        """A new session, which Consul ends 2 x TTL after the last renewal at the latest.
+
+        With ``liveness=check`` it hangs on a check too, which `beat` keeps passing."""
         ttl_seconds = self._settings.session_ttl_seconds
-        node_checks = [NODE_CHECK] if self._settings.liveness == "node" else []
-        wanted = {
+        # Beside our own check too: it runs on the agent, and says nothing once that is dead.
+        node_checks = [] if self._settings.liveness == "session" else [NODE_CHECK]
+        wanted: dict[str, object] = {
             "Name": "consul-matchmaker",
             "TTL": go_duration(ttl_seconds),
             "Behavior": "delete",
@@ -163,8 +207,12 @@ class Kv:
             "Checks": node_checks,
             "NodeChecks": node_checks,
         }
+        place = None
+        if self._check is not None:
+            place = self._check.register()
+            wanted["ServiceChecks"] = [{"ID": self._check.id}]
         try:
-            answer = self._agent.call("PUT", "/v1/session/create", body=_json(wanted))
+            answer = self._write("PUT", "/v1/session/create", body=_json(wanted), at=place)
         except Unavailable as error:
             if ttl_seconds >= CONSUL_SESSION_TTL_MIN_SECONDS:
                 raise
@@ -174,25 +222,35 @@ class Kv:
             ) from error
         lease_id = _field(answer, "ID")
         with self._lock:
-            self._published[lease_id] = set()
+            self._published[lease_id] = {}
         return Lease(lease_id, ttl_seconds)
 
     def publish(self, lease: Lease, registration: Registration) -> None:
         """Make *registration* visible as long as *lease* lives."""
         key = Key.of(registration, lease.id).under(self._prefix)
         with self._lock:  # before the call: if its outcome stays unknown, renew() finds out
-            self._published.setdefault(lease.id, set()).add(registration)
-        answer = self._agent.call(
+            self._published.setdefault(lease.id, {})[registration] = math.inf
+            was_unanswered = (lease.id, registration) in self._unanswered
+            self._unanswered.add((lease.id, registration))
+        answer = self._write(
             "PUT", _kv(key), {"acquire": lease.id}, self._description(registration)
         )
+        if not was_unanswered:
+            with self._lock:
+                self._unanswered.discard((lease.id, registration))
         if answer.json() is not True:
             raise Unavailable(f"{answer.where}: the key is held by another session, trying again")
 
     def withdraw(self, lease: Lease, registration: Registration) -> None:
         """Delete the one key that *lease* holds for *registration*."""
-        self._agent.call("DELETE", _kv(Key.of(registration, lease.id).under(self._prefix)))
+        self._write("DELETE", _kv(Key.of(registration, lease.id).under(self._prefix)))
         with self._lock:
-            self._published.get(lease.id, set()).discard(registration)
+            published = self._published.get(lease.id, {})
+            if (lease.id, registration) not in self._unanswered:
+                published.pop(registration, None)
+            elif registration in published:  # renewals look whether the late request undid this
+                published[registration] = self._clock() + LATE_SECONDS
+                self._unanswered.discard((lease.id, registration))
 
     def renew(self, lease: Lease) -> Collection[Registration]:
         """Keep *lease* alive, and return what Consul holds of what we published under it.
@@ -201,13 +259,16 @@ class Kv:
         (fact B7).  So each is checked, 64 a request, by a transaction that only reads: it costs
         what this process has published, however big the cluster is, and writes nothing to Raft.
         """
-        answer = self._agent.call("PUT", f"/v1/session/renew/{lease.id}", accept=(404,))
+        answer = self._write("PUT", f"/v1/session/renew/{lease.id}", accept=(404,))
         if answer.status == 404:
-            with self._lock:
-                self._published.pop(lease.id, None)
+            self._drop(lease)
             raise LeaseLost(f"{answer.where}: Consul has ended this session; open another")
+        now = self._clock()
         with self._lock:
-            published = sorted(self._published.get(lease.id, ()), key=str)
+            known = self._published.get(lease.id, {})
+            for late in [each for each, until in known.items() if until <= now]:
+                del known[late]
+            published = sorted(known, key=str)
         held: set[Registration] = set()
         for start in range(0, len(published), CHECKS_PER_REQUEST):
             held.update(self._held(lease, published[start : start + CHECKS_PER_REQUEST]))
@@ -215,9 +276,14 @@ class Kv:
 
     def release(self, lease: Lease) -> None:
         """Destroy the session; Consul deletes its keys with it, in the same Raft entry."""
-        self._agent.call("PUT", f"/v1/session/destroy/{lease.id}", accept=(404,))
-        with self._lock:
-            self._published.pop(lease.id, None)
+        self._write("PUT", f"/v1/session/destroy/{lease.id}", accept=(404,))
+        self._drop(lease)
+        if self._check is not None:
+            self._check.deregister()
+
+    def beat(self) -> float | None:
+        """Keep the lease's check passing; see `backends.Beating`."""
+        return None if self._check is None else self._check.beat()
 
     def expire(self, topic: str, host: Host) -> int:
         """Delete every key of *topic* on *host*, whoever holds it; return how many there were."""
@@ -308,7 +374,7 @@ class Kv:
         except ValueError:  # ConfigurationError is one
             return None
 
-    def _snapshot(self, topic: str, keys: Iterable[Key]) -> Snapshot:
+    def _snapshot(self, topic: str, keys: Iterable[Key], details: Mapping[str, object]) -> Snapshot:
         # Two incarnations of one host are one instance: the dead one's key leaves with its lease.
         found = {Instance(key.host, key.server) for key in keys}
         return Snapshot(
@@ -317,6 +383,7 @@ class Kv:
             "kv",
             taken_at=self._clock(),
             clock=self._clock,
+            details=details,
         )
 
     def _held(self, lease: Lease, registrations: list[Registration]) -> list[Registration]:
@@ -330,7 +397,7 @@ class Kv:
             }
             for registration in registrations
         ]
-        answer = self._agent.call("PUT", "/v1/txn", body=_json(checks), accept=(409,))
+        answer = self._write("PUT", "/v1/txn", body=_json(checks), accept=(409,))
         if answer.status == 200:
             return registrations
         try:
@@ -340,6 +407,27 @@ class Kv:
         return [each for number, each in enumerate(registrations) if number not in failed]
 
     # -- writing -----------------------------------------------------------------------------
+
+    def _write(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, str] = NO_PARAMETERS,
+        body: bytes = b"",
+        *,
+        accept: tuple[int, ...] = (),
+        at: Host | None = None,
+    ) -> Answer:
+        """A call of the Registrar's: while its answer is waited for, the check is beaten on."""
+        meanwhile = None if self._check is None else self._check.beat_meanwhile
+        return self._agent.call(
+            method, path, params, body, accept=accept, at=at, meanwhile=meanwhile
+        )
+
+    def _drop(self, lease: Lease) -> None:
+        with self._lock:
+            for registration in self._published.pop(lease.id, ()):
+                self._unanswered.discard((lease.id, registration))
 
     def _write_sentinel(self) -> None:
         """Put one key without a session under the prefix, if there is none.
@@ -376,6 +464,16 @@ class Kv:
                 "registered_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
         )
+
+
+def _details(answer: Answer, keys: Sequence[str]) -> dict[str, object]:
+    return {
+        "agent": str(answer.address),
+        "transport": "http",
+        "status": answer.status,
+        "index": answer.index,
+        "keys": len(keys),
+    }
 
 
 def _kv(key: str) -> str:

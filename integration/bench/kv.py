@@ -1,0 +1,386 @@
+"""How soon kv mode shows what happens, and what it costs; each figure beside what it compares with.
+
+Every part runs against one local cluster of three servers and an agent.  Absolute times are this
+machine's; what counts are the ratios, and the bounds that settings promise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import http.client
+import json
+import logging
+import random
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from consul_matchmaker import Matchmaker, Settings
+from consul_matchmaker.backends.agent import Agent, Answer
+from consul_matchmaker.backends.kv import Kv
+from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json, request
+from consul_matchmaker.demo.local_consul import LocalCluster
+from consul_matchmaker.keeper import Keeper
+from consul_matchmaker.model import Host, Registration
+from integration.crowd import Crowd
+
+TTL = 10.0
+
+
+def new_prefix() -> str:
+    return f"bench-{uuid.uuid4().hex[:8]}"
+
+
+def url_of(node: Node, prefix: str, liveness: str = "session") -> str:
+    return f"consul+kv://{node.http}/{prefix}?session_ttl_seconds={TTL:g}&liveness={liveness}"
+
+
+def until(claim: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not claim():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"not within {seconds:g} s: {what}")
+        time.sleep(0.005)
+
+
+def spread(seconds: Sequence[float]) -> str:
+    return (
+        f"n={len(seconds)}  min {min(seconds):6.2f}  median {statistics.median(seconds):6.2f}  "
+        f"max {max(seconds):6.2f} s"
+    )
+
+
+def percentile(values: Sequence[float], per_cent: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(len(values) * per_cent / 100))]
+
+
+# -- SIGKILL to a watching reader's answer ---------------------------------------------------------
+
+
+def crash(cluster: LocalCluster, n: int) -> bool:
+    """Time from SIGKILL to a watching reader's answer without that host, for each liveness."""
+    print(f"\nSIGKILL of {n} processes, each until a watching reader's answer lacks it")
+    medians = {}
+    node = cluster.nodes["agent1"]
+    worst = 0.0
+    for liveness in ("session", "node", "check"):
+        url = url_of(node, new_prefix(), liveness)
+        with Matchmaker.from_url(url) as reader, Crowd(url, "scheduler", n) as crowd:
+            until(lambda: len(reader.hosts("scheduler")) == n, 10, "all are there")
+            time.sleep(4)  # an agent whose servers have just joined reports checks 3 s late
+            killed: dict[str, float] = {}
+            gone: dict[str, float] = {}
+            deadline = time.monotonic() + 2 * TTL + 5
+            waiting = list(crowd.pids)
+            next_kill = time.monotonic()
+            while len(gone) < n and time.monotonic() < deadline:
+                now = time.monotonic()
+                if waiting and now >= next_kill:
+                    host = waiting.pop()
+                    killed[host] = crowd.kill(host)
+                    next_kill = now + random.uniform(0.05, 0.2)  # between two beats, anywhere
+                shown = {str(host) for host in reader.hosts("scheduler")}
+                for host in killed.keys() - gone.keys() - shown:
+                    gone[host] = time.monotonic() - killed[host]
+                time.sleep(0.005)
+        took = list(gone.values())
+        medians[liveness] = statistics.median(took)
+        worst = max(took)
+        print(f"  {liveness:8} {spread(took)}")
+    ratio = medians["session"] / medians["check"]
+    print(f"  check is {ratio:.0f} times faster than session; its worst {worst:.2f} of 1.50 s")
+    return worst <= 1.5
+
+
+# -- registration to a watching reader's answer ----------------------------------------------------
+
+
+def seen(cluster: LocalCluster, n: int) -> bool:
+    """Registration to a watching reader's answer, beside a bare write and a bare blocking query."""
+    print(
+        f"\nregistration to a watching reader's answer, {n} times, in turn with the bare exchange"
+    )
+    node, prefix = cluster.nodes["agent1"], new_prefix()
+    ours: list[float] = []
+    bare: list[float] = []
+    with (
+        Matchmaker.from_url(url_of(node, prefix)) as reader,
+        Matchmaker.from_url(url_of(node, prefix)) as owner,
+    ):
+        first = owner.register("scheduler", "10.0.0.1:1")
+        first.wait_until_published(timeout_seconds=5)
+        until(lambda: len(reader.hosts("scheduler")) == 1, 5, "the first is there")
+        began = 0.0
+        for number, snapshot in enumerate(reader.watch("scheduler")):
+            if number:
+                assert Host("10.0.0.1", number + 1) in snapshot
+                ours.append(time.monotonic() - began)
+                bare.append(bare_exchange(node))
+            if number == n:
+                break
+            began = time.monotonic()
+            owner.register("scheduler", f"10.0.0.1:{number + 2}")
+    for name, took in (("bare", bare), ("ours", ours)):
+        p50, p99 = percentile(took, 50) * 1000, percentile(took, 99) * 1000
+        print(f"  {name}  p50 {p50:6.1f}  p99 {p99:6.1f} ms")
+    print(f"  ratio of the medians {statistics.median(ours) / statistics.median(bare):.1f}")
+    return percentile(ours, 99) <= 0.1
+
+
+def bare_exchange(node: Node) -> float:
+    """From the start of a PUT to the answer of a blocking query that waits for it."""
+    folder = new_prefix()
+    request(node, "PUT", f"/v1/kv/{folder}/a", "x")
+    waiting = http.client.HTTPConnection(node.http, timeout=30)
+    waiting.request("GET", f"/v1/kv/{folder}/?keys")
+    answer = waiting.getresponse()
+    answer.read()
+    index = answer.getheader("X-Consul-Index")
+    waiting.request("GET", f"/v1/kv/{folder}/?keys&index={index}&wait=20s")
+    time.sleep(0.01)  # so that it waits already
+    began = time.monotonic()
+    threading.Thread(target=request, args=(node, "PUT", f"/v1/kv/{folder}/b", "x")).start()
+    waiting.getresponse().read()
+    took = time.monotonic() - began
+    waiting.close()
+    return took
+
+
+# -- at rest ---------------------------------------------------------------------------------------
+
+
+def raft_index(cluster: LocalCluster) -> int:
+    leader = cluster.nodes[cluster.leader()]
+    return int(read_json(leader, "/v1/agent/self")["Stats"]["raft"]["last_log_index"])
+
+
+def rest(cluster: LocalCluster, n: int, seconds: float) -> bool:
+    """Raft entries while n registrations rest, beside the idle cluster before and after."""
+    print(f"\nRaft entries in {seconds:g} s: {n} registrations at rest, and the idle cluster")
+    moved: dict[str, list[int]] = {"idle": [], "session": [], "check": []}
+    for what in ("idle", "session", "check", "idle"):
+        owner = None
+        if what != "idle":
+            node = cluster.nodes["agent1"]
+            owner = Matchmaker.from_url(url_of(node, new_prefix(), what))
+            for port in range(1, n + 1):
+                owner.register("scheduler", f"10.0.0.1:{port}")
+            last = owner.register("scheduler", f"10.0.0.1:{n + 1}")
+            last.wait_until_published(timeout_seconds=30)
+            time.sleep(2)
+        before = raft_index(cluster)
+        time.sleep(seconds)
+        moved[what].append(raft_index(cluster) - before)
+        print(f"  {what:8} {moved[what][-1]} entries")
+        if owner is not None:
+            owner.close()
+    return max(moved["session"] + moved["check"]) <= max(moved["idle"]) + 2
+
+
+# -- the herd --------------------------------------------------------------------------------------
+
+
+class CountingAgent(Agent):
+    """Notes when each call was answered by Consul, whatever the answer was."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.answered_at: list[float] = []
+        self.polls = self.poll_bytes = 0
+
+    def _send(self, *args: Any) -> Answer:
+        answer = super()._send(*args)
+        self.answered_at.append(time.monotonic())
+        return answer
+
+    def poll(self, *args: Any, **how: Any) -> Answer:
+        answer = super().poll(*args, **how)
+        self.polls += 1
+        self.poll_bytes += len(answer.body)
+        return answer
+
+
+class Drive:
+    """Steps many keepers, each when it wants to, on a few threads."""
+
+    def __init__(self, keepers: Sequence[Keeper], threads: int = 16) -> None:
+        self._changed = threading.Condition()
+        now = time.monotonic()
+        self._due = [(now, number, keeper) for number, keeper in enumerate(keepers)]
+        self._ends = False
+        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._ends and (not self._due or self._due[0][0] > time.monotonic()):
+                    left = self._due[0][0] - time.monotonic() if self._due else 1.0
+                    self._changed.wait(max(0.0, min(left, 1.0)))
+                if self._ends:
+                    return
+                _, number, keeper = heapq.heappop(self._due)
+            pause = keeper.step()
+            at = time.monotonic() + (3600 if pause is None else pause)
+            with self._changed:
+                heapq.heappush(self._due, (at, number, keeper))
+                self._changed.notify()
+
+    def __enter__(self) -> Drive:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ends = True
+        for thread in self._threads:
+            thread.join()
+
+
+def herd(cluster: LocalCluster, n: int, seconds: float) -> bool:
+    """n leases whose agent is away: what hits the servers when it is back, with jitter and not.
+
+    One process drives all leases, and 1,000 of them keep it busy with renewals alone: a peak near
+    what this machine can ask in a second says nothing, look at the tenths, or take fewer leases.
+    """
+    print(f"\n{n} leases, agent away for {seconds:g} s; requests answered once it is back")
+    peaks = {}
+    for name, jitter in (("jitter", random.random), ("none", lambda: 1.0)):
+        node, prefix = cluster.nodes["agent1"], new_prefix()
+        values = {"mode": "kv", "prefix": prefix, "addresses": (node.http,)}
+        settings = Settings.from_mapping(values, {})
+        agent = CountingAgent(settings)
+        kv = Kv(agent, settings)
+        keepers = [Keeper(kv, settings, jitter=jitter, threaded=False) for _ in range(n)]
+        for number, keeper in enumerate(keepers):
+            keeper.register(Registration("scheduler", Host("10.0.0.1", number + 1)))
+        with Drive(keepers):
+            until(lambda: is_whole(node, prefix, n), 120, "all are published")  # noqa: B023
+            time.sleep(TTL)
+            cluster.kill("agent1")
+            time.sleep(seconds)
+            agent.answered_at.clear()
+            cluster.start("agent1")
+            until(lambda: is_whole(node, prefix, n), 120, "all are back")  # noqa: B023
+            came = list(agent.answered_at)
+            back_seconds = time.monotonic() - came[0]
+            per_second = Counter(int(at - came[0]) for at in came)
+            per_tenth = Counter(int((at - came[0]) * 10) for at in came)
+        for keeper in keepers:
+            lease = keeper.status()["lease"]
+            if isinstance(lease, str):
+                request(node, "PUT", f"/v1/session/destroy/{lease}")
+        kv.close()
+        peaks[name] = max(per_second.values())
+        print(
+            f"  {name:8} all back after {back_seconds:5.1f} s; {len(came)} requests, at most "
+            f"{peaks[name]} in a second, {max(per_tenth.values())} in a tenth"
+        )
+        cluster.wait_ready()
+    print(f"  peak with jitter / without: {peaks['jitter'] / peaks['none']:.2f}")
+    return True
+
+
+def is_whole(node: Node, prefix: str, n: int) -> bool:
+    time.sleep(0.2)
+    try:
+        status, text = request(node, "GET", f"/v1/kv/{prefix}/?keys")
+    except NotReady:
+        return False
+    return status == 200 and sum(key != f"{prefix}/_" for key in json.loads(text)) == n
+
+
+# -- churn -----------------------------------------------------------------------------------------
+
+
+def churn(cluster: LocalCluster, n: int, per_second: float, seconds: float) -> bool:
+    """One watching reader, in a process of its own, while registrations come and go."""
+    print(f"\n{n} registrations, {per_second:g} of them replaced each second, for {seconds:g} s")
+    node, prefix = cluster.nodes["agent1"], new_prefix()
+    settings = Settings.from_mapping(
+        {"mode": "kv", "prefix": prefix, "addresses": (node.http,)}, {}
+    )
+    kv = Kv(Agent(settings), settings)
+    lease = kv.open()
+    present = [
+        Registration(f"topic{port % 20}", Host("10.0.0.1", port)) for port in range(1, n + 1)
+    ]
+    for each in present:
+        kv.publish(lease, each)
+    kv.renew(lease)
+    command = [sys.executable, "-m", "integration.bench.kv_reader", url_of(node, prefix)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as reader:
+        assert reader.stdin is not None and reader.stdout is not None
+        reader.stdout.readline()  # it has its first answer
+        began, changes, renewed = time.monotonic(), 0, time.monotonic()
+        while (now := time.monotonic()) < began + seconds:
+            if now - renewed > TTL / 3:
+                kv.renew(lease)
+                renewed = now
+            if changes >= (now - began) * per_second:
+                time.sleep(0.002)
+                continue
+            old = present.pop(0)
+            new = Registration(old.topic, Host("10.0.0.2", n + changes % 60_000))
+            kv.withdraw(lease, old)
+            kv.publish(lease, new)
+            present.append(new)
+            changes += 1
+        reader.stdin.close()
+        said: Mapping[str, float] = json.loads(reader.stdout.readline())
+    kv.release(lease)
+    kv.close()
+    answer = said["bytes"] / max(1, said["answers"])
+    uncoalesced = answer * 2 * changes / seconds
+    print(
+        f"  {changes / seconds:.0f} replaced a second; reader: "
+        f"{said['cpu_share'] * 100:.1f} % of a processor, "
+        f"{said['answers'] / seconds:.1f} answers/s of {answer / 1000:.0f} kB, "
+        f"{said['bytes'] / seconds / 1000:.0f} kB/s"
+    )
+    print(
+        f"  an answer for each change would be {uncoalesced / 1000:.0f} kB/s: "
+        f"{said['bytes'] / seconds / uncoalesced:.2f} of that"
+    )
+    return said["cpu_share"] <= 0.15 and said["bytes"] / seconds <= 1.1 * 1_000_000
+
+
+# -- which of them ---------------------------------------------------------------------------------
+
+
+def parts(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[LocalCluster], bool]]]:
+    yield "crash", lambda cluster: crash(cluster, arguments.crashes)
+    yield "seen", lambda cluster: seen(cluster, arguments.rounds)
+    yield "rest", lambda cluster: rest(cluster, 100, arguments.seconds)
+    yield "herd", lambda cluster: herd(cluster, arguments.leases, arguments.seconds)
+    yield "churn", lambda cluster: churn(cluster, 2_000, 50, arguments.seconds / 3)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m integration.bench kv", description=__doc__)
+    parser.add_argument("only", nargs="*", help="crash, seen, rest, herd, churn; default all")
+    parser.add_argument("--crashes", type=int, default=20, help="processes killed a liveness")
+    parser.add_argument("--rounds", type=int, default=500, help="registrations timed")
+    parser.add_argument("--leases", type=int, default=1_000, help="of the herd")
+    parser.add_argument("--seconds", type=float, default=60.0, help="at rest, and away")
+    arguments = parser.parse_args(argv)
+    logging.getLogger("consul_matchmaker").setLevel(logging.CRITICAL)  # a thousand repairs
+    failed = []
+    with LocalCluster() as cluster:
+        for name, run in parts(arguments):
+            if arguments.only and name not in arguments.only:
+                continue
+            if not run(cluster):
+                failed.append(name)
+                print("  -> NOT REACHED")
+            cluster.wait_ready()
+    print(f"\nnot reached: {', '.join(failed) or 'nothing'}")
+    return 1 if failed else 0
