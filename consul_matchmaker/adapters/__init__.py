@@ -1,0 +1,1 @@
+"""What other frameworks expect of a matchmaker: adapters translate, they decide nothing."""

@@ -1,0 +1,115 @@
+"""Have an unchanged oslo.messaging 8.1.4 take ``consul`` where its list is closed; undo it."""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .oslo_config import is_ours, options
+
+NAME = "consul"
+ZMQ_GROUP = "oslo_messaging_zmq"
+_undo: list[Callable[[], None]] = []
+
+
+def enable() -> None:
+    """Let ``zmq+consul://`` and ``rpc_zmq_matchmaker = consul`` be used; idempotent.
+
+    In memory only: the name joins upstream's two lists of matchmakers, its URLs may carry our
+    settings, and its driver's ``send`` takes the argument that its own transport gives it.
+    Call it after ``eventlet.monkey_patch()``, if that is called: importing upstream's driver
+    decides between green and plain ZeroMQ.  Raises ImportError without oslo.messaging and pyzmq.
+    """
+    if _undo:
+        return
+    with upstream_imports():
+        from oslo_messaging._drivers import impl_zmq
+        from oslo_messaging._drivers.zmq_driver import zmq_options
+    _add_name(zmq_options)
+    _replace(zmq_options, "register_opts", _taking_our_query(zmq_options.register_opts))
+    _replace(impl_zmq.ZmqDriver, "send", sending(impl_zmq.ZmqDriver.send))
+
+
+def disable() -> None:
+    """Undo `enable`; idempotent.  Transports that exist keep the matchmaker they have."""
+    while _undo:
+        _undo.pop()()
+
+
+@contextlib.contextmanager
+def upstream_imports() -> Iterator[None]:
+    """While it lasts, upstream can be imported on Python 3.10 and later.
+
+    8.1.4 says ``collections.Mapping``, at import only, which left Python with 3.10.  The name is
+    gone again afterwards, and never touched where Python still has it.
+    """
+    needs_name = not hasattr(collections, "Mapping")
+    if needs_name:
+        collections.Mapping = collections.abc.Mapping  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if needs_name:
+            del collections.Mapping  # type: ignore[attr-defined]
+
+
+def register_our_query(conf: Any, url: Any) -> None:
+    """Make known to upstream those of our options that stand in *url*: it refuses others."""
+    used = [option for option in options() if option.name in url.query and is_ours(option.name)]
+    conf.register_opts(used, group=ZMQ_GROUP)
+
+
+def sending(upstream_send: Callable[..., Any]) -> Callable[..., Any]:
+    """``ZmqDriver.send`` with what 8.1.4's lacks, and with the wait for a first host before it."""
+    upstream_send = inspect.unwrap(upstream_send)  # not twice, after both `enable` and our driver
+    takes = inspect.signature(upstream_send).parameters
+
+    @functools.wraps(upstream_send)
+    def send(self: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+        if "call_monitor_timeout" not in takes:
+            kwargs.pop("call_monitor_timeout", None)  # 8.1.4's own transport passes it
+        wait = getattr(self.matchmaker, "wait_before_send", None)
+        if wait is not None and not target.fanout:
+            wait(target, _listener_type(self.conf), kwargs.get("timeout"))
+        return upstream_send(self, target, *args, **kwargs)
+
+    return send
+
+
+def _listener_type(conf: Any) -> str:
+    return "DEALER" if conf.oslo_messaging_zmq.use_router_proxy else "ROUTER"
+
+
+def _taking_our_query(register_opts: Callable[..., Any]) -> Callable[..., Any]:
+    def register(conf: Any, url: Any) -> Any:
+        register_our_query(conf, url)
+        return register_opts(conf, url)
+
+    return register
+
+
+def _add_name(zmq_options: Any) -> None:
+    _replace(zmq_options, "MATCHMAKER_BACKENDS", (*zmq_options.MATCHMAKER_BACKENDS, NAME))
+    (option,) = (each for each in zmq_options.zmq_opts if each.name == "rpc_zmq_matchmaker")
+    choices = option.type.choices  # what was read off the tuple when the option was made
+    if NAME not in choices:
+        _replace(option.type, "choices", type(choices)([*_pairs(choices), _pair(choices)]))
+
+
+def _pairs(choices: Any) -> list[Any]:
+    return list(choices.items()) if hasattr(choices, "items") else list(choices)
+
+
+def _pair(choices: Any) -> Any:
+    return (NAME, None) if hasattr(choices, "items") else NAME
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    _undo.append(lambda: setattr(owner, name, before))

@@ -1,0 +1,334 @@
+"""Serve the matchmaker API of oslo.messaging's ZeroMQ driver (releases 2.6 to 8.1.4).
+
+Upstream's contract is larger than its documents; what its code asks for is said where it is met.
+`enable` and `disable` are here too, as this is the module that operators name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+from oslo_config import cfg
+
+from .. import Host, Matchmaker, Registration, Settings
+from ..errors import Closed, MatchmakerError, NoLiveHosts
+from ..worker import forget_in_child
+from .oslo_config import read_settings
+from .oslo_enable import disable, enable
+from .oslo_names import (
+    PUBLISHERS,
+    ROUTERS,
+    addresses_of,
+    host_of,
+    key_of,
+    name_of,
+    publisher_of,
+    read_key,
+    server_of,
+    topic_of,
+)
+
+__all__ = ["MatchmakerConsul", "disable", "enable"]
+
+logger = logging.getLogger(__name__)
+
+LATE_SECONDS = 5.0
+"""How long after `unregister` a register may still come from a thread that has not seen the stop:
+upstream's updater tests its flag, and then registers, with nothing slow in between."""
+WITHDRAWAL_SECONDS = 1.0
+"""How long a server that stops waits for Consul's word; the withdrawal goes on without it."""
+
+Where = tuple[str, str | None]  # topic and server
+
+
+class MatchmakerConsul:
+    """The ``consul`` matchmaker.  Thread-safe; opens nothing and starts nothing when made.
+
+    Hosts come back in the type that they were registered in.  Every error of this package leaves
+    as upstream's MatchmakerUnavailable, which is all that its callers expect.
+    """
+
+    def __init__(
+        self,
+        conf: Any,
+        *args: Any,
+        url: Any = None,
+        matchmaker: Matchmaker | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        **kwargs: Any,
+    ) -> None:
+        self.conf = conf
+        self.url = url
+        settings, self._wait_timeout = read_settings(conf, url)
+        self._matchmaker = _shared(settings) if matchmaker is None else matchmaker
+        self._clock = clock
+        # Each round costs reads from memory here: so upstream's clients may look far more often
+        # for changed hosts than every 180 s.  What the operator sets still wins over a default.
+        with contextlib.suppress(cfg.NoSuchOptError, cfg.NoSuchGroupError):
+            seconds = max(1, round(settings.ttl_seconds))
+            conf.set_default("zmq_target_update", seconds, group="oslo_messaging_zmq")
+        self._crash_seconds = 2 * settings.session_ttl_seconds  # fact B1
+        self._is_waiting_elsewhere = False
+        self._make_clean()
+        forget_in_child(self)
+
+    def _make_clean(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[Registration, _Held] = {}
+        self._ended: dict[Registration, _Ended] = {}
+        self._known: dict[Where, tuple[Host, ...]] = {}
+        self._keys: dict[str, Where] = {}
+        self._told_expire = False
+
+    def forget(self) -> None:
+        """In a forked child: upstream builds this before it forks, and registers after."""
+        self._make_clean()
+
+    # -- servers
+
+    def register(
+        self, target: Any, hostname: str | bytes, listener_type: str, expire: float = -1
+    ) -> None:
+        """Register a listener; upstream calls again every ``zmq_target_update`` seconds.
+
+        Waits for Consul's word up to ``wait_timeout``, then raises MatchmakerUnavailable, upon
+        which upstream goes on and so do we: the listener becomes visible once Consul answers.
+        *expire* sets nothing, since a crashed process leaves with its lease; see the docs.
+        """
+        with _translated():
+            topic = topic_of(target.topic, listener_type)
+            wanted = Registration(topic, host_of(hostname), server_of(target))
+            self._register(wanted, expire)
+
+    def unregister(self, target: Any, hostname: str | bytes, listener_type: str) -> None:
+        """Take back exactly that; raises nothing, as it would escape from ``server.stop()``."""
+        topic = topic_of(target.topic, listener_type)
+        self._unregister(Registration(topic, host_of(hostname), server_of(target)))
+
+    # -- clients
+
+    def get_hosts(self, target: Any, listener_type: str) -> list[str | bytes]:
+        """The live hosts of *target*, perhaps none."""
+        return _names(self._lookup(self._where(target, listener_type)))
+
+    def get_hosts_retry(self, target: Any, listener_type: str) -> list[str | bytes]:
+        """The live hosts of *target*, waited for up to ``wait_timeout``; never an empty list.
+
+        One empty list and upstream's client never again finds that target (oslo-facts 1).
+        """
+        where = self._where(target, listener_type)
+        hosts = self._lookup(where)
+        if not hosts and not self._is_waiting_elsewhere:
+            hosts = self._wait(where, self._wait_timeout)
+        if not hosts:
+            _raise_unavailable(f"no host serves {_shown(where)}")
+        return _names(hosts)
+
+    def get_hosts_fanout(self, target: Any, listener_type: str) -> list[str | bytes]:
+        """The same as `get_hosts`, where a fanout target's server plays no part."""
+        return self.get_hosts(target, listener_type)
+
+    def get_hosts_fanout_retry(self, target: Any, listener_type: str) -> list[str | bytes]:
+        """The same as `get_hosts_retry`."""
+        return self.get_hosts_retry(target, listener_type)
+
+    def get_hosts_by_key(self, key: str) -> list[str | bytes]:
+        """The hosts of ``TYPE/topic[/server]``; the last known ones while there is none.
+
+        Upstream's routing table calls it again and again for what it holds: an empty list would
+        spoil the target for ever, and any other error than ours end the calling thread for good.
+        """
+        where = self._keys.get(key) or read_key(key)
+        try:
+            hosts = self._lookup(where)
+        except _unavailable():
+            if where not in self._known:
+                raise
+            hosts = ()
+        return _names(hosts or self._known.get(where, ()))
+
+    def wait_before_send(
+        self, target: Any, listener_type: str, timeout_seconds: float | None
+    ) -> None:
+        """Wait for a first host of *target*, as long as `get_hosts_retry` would.
+
+        Called by our own driver's send.  Upstream holds one lock for all its targets around
+        `get_hosts_retry`, so that waiting there would delay messages to other topics.
+        """
+        self._is_waiting_elsewhere = True
+        where = self._where(target, listener_type)
+        if where not in self._known:
+            limit = self._wait_timeout
+            if timeout_seconds is not None:
+                limit = min(limit, timeout_seconds)
+            with contextlib.suppress(_unavailable()):  # the send itself will meet it again
+                self._wait(where, limit)
+
+    # -- proxies: upstream expects no error out of any of these
+
+    def register_publisher(self, hostname: tuple[str, str], expire: float = -1) -> None:
+        """Register a proxy's publisher, with the router that leads to it."""
+        with contextlib.suppress(_unavailable()), _translated():
+            self._register(Registration(PUBLISHERS, publisher_of(hostname)), expire)
+
+    def unregister_publisher(self, hostname: tuple[str, str]) -> None:
+        """Take it back."""
+        self._unregister(Registration(PUBLISHERS, publisher_of(hostname)))
+
+    def get_publishers(self) -> list[tuple[str, ...]]:
+        """The pairs of publisher and router; those last known while Consul cannot be asked."""
+        return [addresses_of(host) for host in self._lookup_or_last((PUBLISHERS, None))]
+
+    def register_router(self, hostname: str, expire: float = -1) -> None:
+        """Register a proxy's router."""
+        with contextlib.suppress(_unavailable()), _translated():
+            self._register(Registration(ROUTERS, host_of(hostname)), expire)
+
+    def unregister_router(self, hostname: str) -> None:
+        """Take it back."""
+        self._unregister(Registration(ROUTERS, host_of(hostname)))
+
+    def get_routers(self) -> list[str | bytes]:
+        """The routers; those last known while Consul cannot be asked."""
+        return _names(self._lookup_or_last((ROUTERS, None)))
+
+    # -- inside
+
+    def _where(self, target: Any, listener_type: str) -> Where:
+        where = topic_of(target.topic, listener_type), server_of(target)
+        self._keys[key_of(target, listener_type)] = where
+        return where
+
+    def _lookup(self, where: Where) -> tuple[Host, ...]:
+        with _translated():
+            hosts = self._matchmaker.hosts(*where).hosts
+        if hosts:
+            self._known[where] = hosts
+        return hosts
+
+    def _lookup_or_last(self, where: Where) -> tuple[Host, ...]:
+        try:
+            return self._lookup(where)
+        except _unavailable():
+            return self._known.get(where, ())
+
+    def _wait(self, where: Where, timeout_seconds: float) -> tuple[Host, ...]:
+        topic, server = where
+        with _translated():
+            try:
+                self._known[where] = hosts = self._matchmaker.wait_for_hosts(
+                    topic, server=server, timeout_seconds=timeout_seconds
+                ).hosts
+            except NoLiveHosts:
+                return ()
+        return hosts
+
+    def _register(self, wanted: Registration, expire: float) -> None:
+        with self._lock:
+            if self._is_late(wanted):
+                logger.info("%s: not registered again, it has just been unregistered", wanted)
+                return
+            registration = self._matchmaker.register(wanted.topic, wanted.host, wanted.server)
+            starter = threading.get_ident()
+            self._held.setdefault(wanted, _Held(registration, starter))
+            is_told, self._told_expire = self._told_expire, True
+        if not is_told and 0 < expire < self._crash_seconds:
+            logger.warning(
+                "zmq_target_expire is %g s, but a crashed server stays for up to %g s: "
+                "lower [matchmaker_consul] session_ttl_seconds",
+                expire,
+                self._crash_seconds,
+            )
+        with contextlib.suppress(Closed):  # unregistered while we wait
+            registration.wait_until_published(timeout_seconds=self._wait_timeout)
+
+    def _unregister(self, unwanted: Registration) -> None:
+        with self._lock:
+            held = self._held.pop(unwanted, None)
+            now = self._clock()
+            self._ended = {each: end for each, end in self._ended.items() if end.until > now}
+            if held is None:
+                return
+            threads = frozenset((held.starter, threading.get_ident()))
+            self._ended[unwanted] = _Ended(now + LATE_SECONDS, threads)
+            held.registration.unregister()
+        with contextlib.suppress(MatchmakerError):
+            held.registration.wait_until_withdrawn(timeout_seconds=WITHDRAWAL_SECONDS)
+
+    def _is_late(self, wanted: Registration) -> bool:
+        """Whether this is the last call of an updater whose server was just unregistered.
+
+        One such call can come, from another thread than those that started and stopped the server;
+        a new server at the same place registers from its own updater, too, right after this.
+        """
+        ended = self._ended.pop(wanted, None)
+        return (
+            ended is not None
+            and self._clock() < ended.until
+            and threading.get_ident() not in ended.threads
+        )
+
+    def __repr__(self) -> str:
+        return f"<MatchmakerConsul {self._matchmaker!r}>"
+
+
+_matchmakers: dict[str, Matchmaker] = {}
+
+
+def _shared(settings: Settings) -> Matchmaker:
+    """One a process for the same settings: upstream makes a driver a transport, and a service has
+    one for RPC and one for notifications.  Nobody tells us when to close it; it leaves at exit."""
+    values = [getattr(settings, knob.name) for knob in fields(settings)]
+    # setdefault is atomic in CPython; what a second caller made for nothing has opened nothing.
+    return _matchmakers.setdefault(repr(values), Matchmaker(settings))
+
+
+@dataclass(frozen=True)
+class _Held:
+    registration: Registration
+    starter: int
+
+
+@dataclass(frozen=True)
+class _Ended:
+    until: float
+    threads: frozenset[int]
+
+
+def _names(hosts: tuple[Host, ...]) -> list[str | bytes]:
+    return [name_of(host) for host in hosts]
+
+
+def _shown(where: Where) -> str:
+    topic, server = where
+    return topic if server is None else f"{topic} as {server}"
+
+
+def _unavailable() -> type[Exception]:
+    from oslo_messaging._drivers.zmq_driver.matchmaker import zmq_matchmaker_base
+
+    error: type[Exception] = zmq_matchmaker_base.MatchmakerUnavailable
+    return error
+
+
+def _raise_unavailable(why: str) -> NoReturn:
+    logger.debug("%s", why)  # upstream drops the message, and says so
+    raise _unavailable()()
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except MatchmakerError as error:
+        logger.warning("%s", error)
+        raise _unavailable()() from error
+    except Exception as error:  # nothing else may get out: upstream's threads would end by it
+        logger.exception("unexpected error")
+        raise _unavailable()() from error
