@@ -12,7 +12,7 @@ BIN := .venv/bin
 comma := ,
 empty :=
 space := $(empty) $(empty)
-CHECKS = lint types unit py-consul $(addprefix integration-,$(INTEGRATION))
+CHECKS = lint types unit py-consul $(addprefix integration-,$(INTEGRATION)) long
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test clean

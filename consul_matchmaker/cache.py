@@ -13,6 +13,8 @@ What replaces a held answer:
   without a better answer in between.  Meanwhile the held answer is served.
 - An incomplete answer says who is there, and says nothing about who is not.  It is united with what
   is held; a host leaves when it was in no answer for `UNSEEN_TTLS` TTLs.
+- An answer read from disk at a cold start (`state_file`) is like a stale one, marked ``disk``; the
+  first answer that is believed replaces it.
 - An outage or a refused token replaces nothing: the held answer becomes stale, and is given up
   ``max_stale_seconds`` after it came.
 """
@@ -20,12 +22,14 @@ What replaces a held answer:
 from __future__ import annotations
 
 import enum
+import itertools
 import logging
 import math
 import random
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import cachetools
@@ -35,12 +39,11 @@ from .backoff import Backoff
 from .errors import Closed, Denied, MatchmakerError, TimedOut, Unavailable
 from .model import Host, Instance, Snapshot, checked_topic
 from .settings import Settings
+from .state_file import Kept, Name, StateFile
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
-MAX_TOPICS = 10_000
-"""Topics kept by default; an entry of three hosts weighs about 2 kB, so 20 MB at most."""
 AHEAD_FROM, AHEAD_TO = 0.7, 0.9
 """An answer in use is asked for again after this part of its TTL, at random, so that processes
 which started together do not ask together."""
@@ -56,6 +59,15 @@ FIRST_RETRY_SECONDS = 0.5
 UNSEEN_TTLS = 3
 """One cut answer of 2,000 hosts lacks each with probability 1/2 (fact A3): by three, 1/8 at most,
 and the backend has united several of them before it calls an answer incomplete."""
+SHORTEST_WAIT_SECONDS = 0.05
+"""Who waits for an answer for less gets as long: so a timeout of 0 means "as it is now"."""
+SECONDS_FOR_A_REAL_ANSWER = 0.02
+"""At a cold start, Consul has this long before an answer from disk is given: it needs 0.2 to 2 ms
+where it is well, and no caller must wait where it is not."""
+SECONDS_BETWEEN_SAVES = 10.0
+"""The least between two writes of the state file."""
+SAVES_PER_MAX_STALE = 4
+"""Without a change it is written so often in ``max_stale_seconds``, so that it does not run out."""
 
 _NEVER = math.inf
 
@@ -103,6 +115,7 @@ class _Entry:
         "asked_at",
         "doubt",
         "doubt_since",
+        "empty_since",
         "error",
         "failing_since",
         "failures",
@@ -138,6 +151,7 @@ class _Entry:
         self.error: MatchmakerError | None = None
         self.doubt: Snapshot | None = None  # an answer that is not believed yet
         self.doubt_since = 0.0
+        self.empty_since: float | None = None  # since when every answer is without hosts
         # Who was in which answer, while answers are incomplete.
         self.seen: dict[tuple[Host, str | None], tuple[float, Instance]] | None = None
 
@@ -209,7 +223,7 @@ class Cache:
         *,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
-        max_topics: int = MAX_TOPICS,
+        wall_clock: Callable[[], float] = time.time,
         threaded: bool = True,
     ) -> None:
         self.narrows = resolver.narrows
@@ -217,7 +231,6 @@ class Cache:
         self._settings = settings
         self._clock = clock
         self._jitter = jitter
-        self._max_topics = max_topics
         self._is_threaded = threaded
         # At most one TTL between two attempts: when Consul is back, answers are fresh within one.
         self._backoff = Backoff(FIRST_RETRY_SECONDS, max(1.0, settings.ttl_seconds), jitter)
@@ -230,11 +243,26 @@ class Cache:
         self._is_away = False  # a topic with an answer failed, and none has recovered since
         self._is_closed = False
         self._counts = {"answered": 0, "failed": 0, "doubted": 0, "offered": 0}
-        self._entries = _Entries(max_topics)
+        self._closer = {"stale": 0, "away": 0, "asked": 0, "refused": 0, "disk": 0}
+        self._seconds_asking = self._longest_question = 0.0
+        self._state_file: StateFile | None = None
+        if settings.state_path is not None:
+            self._state_file = StateFile(settings.state_path, settings, wall_clock=wall_clock)
+        self._kept: dict[Name, Kept] | None = None  # what it held at the start; None: not read yet
+        self._kept_since = 0.0
+        self._is_unsaved = False  # hosts changed since it was written
+        self._saved_at = clock()
+        self._begin_counting()
+        self._entries = _Entries(settings.max_topics)
         self._at_hand = self._entries.at_hand
         self._changed = threading.Condition()
         self._version = 0  # answers that came, of any topic
         self._watched_until = -_NEVER  # until then the watcher tells of every change
+
+    def _begin_counting(self) -> None:
+        # The one counter that costs no lock and loses nothing: `next` of it is one C call.
+        self._count_lookup = itertools.count().__next__
+        self._counter_reads = 0
 
     # -- what callers ask
 
@@ -248,11 +276,29 @@ class Cache:
             entry = self._at_hand[topic]
         except (KeyError, TypeError):  # TypeError: not a text at all
             entry = self._entry(topic)
+        self._count_lookup()
         entry.asked_at = now = self._clock()
         snapshot = entry.snapshot
         if snapshot is None or now >= entry.quiet_until:
             snapshot = self._look_closer(entry, now)
         return snapshot if server is None else self._of_server(snapshot, server)
+
+    def at_hand(self, topic: str, server: str | None = None) -> Snapshot | None:
+        """What `lookup` returns, where that takes no question and no wait; else None."""
+        entry = self._at_hand.get(topic)
+        if not self._has_answer(entry):
+            return None
+        if server is not None and self.narrows:
+            assert entry is not None and entry.snapshot is not None
+            is_known = self._has_answer(self._at_hand.get((topic, server)))
+            if not is_known and not entry.snapshot.for_server(server):
+                return None
+        return self.lookup(topic, server)
+
+    def _has_answer(self, entry: _Entry | None) -> bool:
+        if entry is None or entry.snapshot is None or self._clock() >= entry.gone_at:
+            return False
+        return entry.snapshot.source != "disk" or entry.quiet_until != -_NEVER
 
     def refresh(self, topic: str, server: str | None = None) -> Snapshot:
         """Ask Consul now, or wait for the answer somebody asked for already.
@@ -283,7 +329,7 @@ class Cache:
         while True:
             version = self._version
             snapshot = self.lookup(topic, server)
-            if seen is None or not _is_same(snapshot, seen):
+            if seen is None or not is_same(snapshot, seen):
                 return snapshot
             with self._changed:
                 if self._is_closed:
@@ -299,6 +345,33 @@ class Cache:
                     until_stale = snapshot.fresh_until - now
                     pause = min(remaining, SECONDS_BETWEEN_KNOCKS)
                     self._changed.wait(min(pause, until_stale) if until_stale > 0 else pause)
+
+    def explain(self, topic: str, server: str | None = None) -> dict[str, object]:
+        """What is held of *topic*, how it came, what is under way.  Asks nobody; fit for json."""
+        with self._changed:
+            now = self._clock()
+            entry = self._at_hand.get(topic)
+            if server is not None:
+                entry = self._at_hand.get((topic, server), entry)
+            if entry is None:
+                return {"topic": topic, "state": "nobody asked for it yet"}
+            held, doubt = entry.snapshot, entry.doubt
+            next_at = min(entry.refresh_at, entry.gone_at)
+            return {
+                "topic": topic,
+                "state": entry.state(now).value,
+                "answer": None if held is None else _explained(held),
+                "given_up_in_seconds": None if held is None else max(0.0, entry.gone_at - now),
+                "asked_again_in_seconds": max(0.0, next_at - now) if next_at < _NEVER else None,
+                "is_being_asked": entry.flight is not None,
+                "is_watched": now < self._watched_until,
+                "doubted": None
+                if doubt is None
+                else {**_explained(doubt), "since_seconds": now - entry.doubt_since},
+                "failures": entry.failures,
+                "failing_for_seconds": now - entry.failing_since if entry.failures else None,
+                "last_error": None if entry.error is None else str(entry.error),
+            }
 
     def topics_in_use(self) -> list[str]:
         """Every topic that has an entry, sorted."""
@@ -323,7 +396,7 @@ class Cache:
             self._counts["offered"] += 1
             is_doubting = any(entry.doubt is not None for entry in self._at_hand.values())
             self._tell()
-        if is_doubting:
+        if is_doubting or self._is_unsaved:
             self._start_refresher()
 
     def watch_lost(self) -> None:
@@ -334,7 +407,8 @@ class Cache:
             for entry in self._at_hand.values():
                 held = entry.snapshot
                 if held is not None and held.fresh_until > now + self._ttl_seconds(held):
-                    self._hold(entry, held, held.taken_at, now, self._ttl_seconds(held))
+                    seconds = self._ttl_seconds(held)
+                    self._hold(entry, held, held.taken_at, now, seconds, held.confirmed)
         self._refresher.wake()
 
     # -- its own life
@@ -345,13 +419,21 @@ class Cache:
             now = self._clock()
             entries = list(self._at_hand.values())
             states = [entry.state(now) for entry in entries]
+            # Reading takes a number itself: those are not lookups.
+            lookups = self._count_lookup() - self._counter_reads
+            self._counter_reads += 1
             return {
                 "topics": len(entries),
-                "max_topics": self._max_topics,
+                "max_topics": self._settings.max_topics,
                 "evictions": self._entries.evictions,
                 "states": {state.name.lower(): states.count(state) for state in State},
                 "doubted": sum(entry.doubt is not None for entry in entries),
+                "lookups": lookups,
+                # Of them, at most one a second a topic: the others are not worth a look.
+                "lookups_that_found": dict(self._closer),
                 "questions": dict(self._counts),
+                "seconds_asking": self._seconds_asking,
+                "longest_question_seconds": self._longest_question,
                 "refresher": "running" if self._refresher.is_running else "not running",
             }
 
@@ -360,7 +442,7 @@ class Cache:
         self._changed = threading.Condition()
         self._watched_until = -_NEVER
         self._refresher.forget()
-        before, self._entries = self._at_hand, _Entries(self._max_topics)
+        before, self._entries = self._at_hand, _Entries(self._settings.max_topics)
         self._at_hand = self._entries.at_hand
         for key, entry in before.items():
             entry.make_clean()
@@ -371,7 +453,10 @@ class Cache:
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
-        return self._refresher.stop(timeout_seconds)
+        has_ended = self._refresher.stop(timeout_seconds)
+        if has_ended and self._is_unsaved:
+            self._save()
+        return has_ended
 
     def __repr__(self) -> str:
         return f"<Cache {len(self._at_hand)} topics, {self._refresher!r}>"
@@ -385,6 +470,8 @@ class Cache:
             entry = self._at_hand.get(key)
             if entry is None:
                 entry = self._entries[key] = _Entry(topic, server, self._clock())
+                if self._state_file is not None:
+                    self._take_from_disk(entry, self._state_file)
             return entry
 
     def _of_server(self, snapshot: Snapshot, server: str) -> Snapshot:
@@ -406,13 +493,25 @@ class Cache:
                 return held  # it came while we waited for the lock
             if held is None or now >= entry.gone_at:
                 if entry.error is not None and now < entry.retry_at:
+                    self._closer["refused"] += 1
                     raise _again(entry.error) from entry.error
                 held = None
+                self._closer["asked"] += 1
             else:
+                is_first_look = entry.quiet_until == -_NEVER
+                found = "disk" if held.source == "disk" else "away" if entry.failures else "stale"
+                self._closer[found] += 1
                 entry.quiet_until = min(now + SECONDS_BETWEEN_KNOCKS, entry.gone_at)
                 entry.refresh_at = min(entry.refresh_at, max(now, entry.retry_at))
         if held is not None:
             self._start_refresher()
+            if held.source == "disk" and is_first_look and self._is_threaded:
+                with self._changed:
+                    self._changed.wait_for(
+                        lambda: entry.snapshot is not held or entry.failures > 0,
+                        SECONDS_FOR_A_REAL_ANSWER,
+                    )
+                    return entry.snapshot or held
             return held
         try:
             return self._ask(entry)
@@ -430,15 +529,20 @@ class Cache:
                 entry.flight = flight
         if not is_ours:
             return flight.wait(entry.name, self._patience_seconds)
+        began = self._clock()
         try:
             answer = self._resolver.lookup(entry.topic, entry.server)
         except BaseException as error:
             self._land_failure(entry, flight, error)
             raise
-        return self._land_answer(entry, flight, answer)
+        return self._land_answer(entry, flight, answer, self._clock() - began)
 
-    def _land_answer(self, entry: _Entry, flight: _Flight, answer: Snapshot) -> Snapshot:
+    def _land_answer(
+        self, entry: _Entry, flight: _Flight, answer: Snapshot, seconds: float
+    ) -> Snapshot:
         with self._changed:
+            self._seconds_asking += seconds
+            self._longest_question = max(self._longest_question, seconds)
             # What the watcher brought while this question was on its way is newer than it.
             if entry.offers == flight.offers or entry.snapshot is None:
                 self._take(entry, answer, self._clock())
@@ -448,6 +552,8 @@ class Cache:
             entry.flight = None
             flight.land(held)
             self._tell()
+        if self._is_unsaved and self._is_threaded:
+            self._refresher.start()
         return held
 
     def _land_failure(self, entry: _Entry, flight: _Flight, error: BaseException) -> None:
@@ -480,9 +586,12 @@ class Cache:
             entry.quiet_until = entry.retry_at
             entry.landed_at = now
             self._counts["doubted"] += 1
+            if held.confirmed:
+                entry.snapshot = replace(held, confirmed=False)
             return
         else:
             entry.seen = None
+        confirmed = self._is_confirmed(entry, answer, now)
         entry.doubt = None
         is_watched = now < self._watched_until
         if fresh_seconds is None:
@@ -491,14 +600,22 @@ class Cache:
             # offered.  But a stale read may have been older.
             if is_watched and self._settings.consistency != "stale":
                 fresh_seconds = max(fresh_seconds, self._watched_until - now)
-        self._hold(entry, answer, now, now, fresh_seconds)
+        if self._state_file is not None and (held is None or not is_same(held, answer)):
+            self._is_unsaved = True
+        self._hold(entry, answer, now, now, fresh_seconds, confirmed)
         if is_watched:  # the watcher will offer again before it runs out
             entry.refresh_at = entry.quiet_until
         entry.gone_at = now + max(self._settings.max_stale_seconds, fresh_seconds)
         entry.landed_at = now
 
     def _hold(
-        self, entry: _Entry, answer: Snapshot, taken_at: float, now: float, fresh_seconds: float
+        self,
+        entry: _Entry,
+        answer: Snapshot,
+        taken_at: float,
+        now: float,
+        fresh_seconds: float,
+        confirmed: bool,
     ) -> None:
         entry.snapshot = Snapshot(
             answer.topic,
@@ -509,6 +626,8 @@ class Cache:
             taken_at,
             now + fresh_seconds,
             self._clock,
+            confirmed,
+            answer.details,
         )
         part = AHEAD_FROM + (AHEAD_TO - AHEAD_FROM) * self._jitter()
         entry.retry_at = now + SECONDS_BETWEEN_REFRESHES
@@ -546,6 +665,15 @@ class Cache:
         logger.warning("topic %s: confirmed, it has %d hosts", entry.name, len(answer))
         return True
 
+    def _is_confirmed(self, entry: _Entry, answer: Snapshot, now: float) -> bool:
+        """Whether *answer*, which is believed, has hosts or was repeated long enough without."""
+        if answer.instances or not self._can_lie(answer):
+            entry.empty_since = None
+            return True
+        if entry.empty_since is None:
+            entry.empty_since = now if entry.doubt is None else entry.doubt_since
+        return now - entry.empty_since >= self._settings.confirm_empty_seconds
+
     def _can_lie(self, answer: Snapshot) -> bool:
         return answer.source == "dns" or (
             answer.source == "kv" and self._settings.consistency == "stale"
@@ -554,7 +682,9 @@ class Cache:
     def _united(self, entry: _Entry, answer: Snapshot, now: float) -> tuple[Instance, ...]:
         """*answer* and what earlier answers had, without what was in none for a while."""
         if entry.seen is None:
-            before = entry.snapshot.instances if entry.snapshot is not None else ()
+            held = entry.snapshot
+            # What was read from disk ends with the first real answer, even a cut one.
+            before = () if held is None or held.source == "disk" else held.instances
             entry.seen = {(one.host, one.server): (now, one) for one in before}
         entry.seen.update({(one.host, one.server): (now, one) for one in answer.instances})
         oldest = now - self._unseen_seconds
@@ -572,6 +702,27 @@ class Cache:
                     if other.failures:
                         other.retry_at = other.refresh_at = now
         entry.failures, entry.error, entry.retry_at = 0, None, -_NEVER
+
+    def _take_from_disk(self, entry: _Entry, state_file: StateFile) -> None:
+        now = self._clock()
+        if self._kept is None:
+            self._kept, self._kept_since = state_file.load(), now
+        kept = self._kept.pop((entry.topic, entry.server), None)
+        if kept is None:
+            return
+        taken_at = self._kept_since - kept.age_seconds
+        entry.gone_at = taken_at + self._settings.max_stale_seconds
+        entry.snapshot = Snapshot(
+            entry.topic,
+            kept.instances,
+            "disk",
+            kept.is_complete,
+            taken_at=taken_at,
+            fresh_until=now,
+            clock=self._clock,
+            confirmed=False,
+            details={"file": str(state_file.path)},
+        )
 
     def _note_failure(self, entry: _Entry, error: BaseException, now: float) -> None:
         if entry.failures == 0:
@@ -622,9 +773,36 @@ class Cache:
                 logger.debug("topic %s: refresh failed: %s", entry.name, error)
             except Exception:
                 logger.exception("topic %s: unexpected error while asking", entry.name)
+        if self._clock() >= self._save_at():
+            self._save()
         with self._changed:
             next_at = min((entry.refresh_at for entry in self._at_hand.values()), default=_NEVER)
+            next_at = min(next_at, self._save_at())
             return None if next_at == _NEVER else max(0.0, next_at - self._clock())
+
+    def _save_at(self) -> float:
+        if self._state_file is None:
+            return _NEVER
+        pause = SECONDS_BETWEEN_SAVES
+        if not self._is_unsaved:
+            pause = max(pause, self._settings.max_stale_seconds / SAVES_PER_MAX_STALE)
+        return self._saved_at + pause
+
+    def _save(self) -> None:
+        """Write the state file: by the background thread, or by `close` once that has ended."""
+        assert self._state_file is not None
+        with self._changed:
+            self._is_unsaved, self._saved_at = False, self._clock()
+            answers = {
+                (entry.topic, entry.server): Kept(
+                    held.age_seconds, held.is_complete, held.instances
+                )
+                for entry in self._at_hand.values()
+                if (held := entry.snapshot) is not None
+                and held.source != "disk"
+                and (held.instances or held.confirmed)
+            }
+        self._state_file.save(answers)
 
     def _due(self) -> list[_Entry]:
         with self._changed:
@@ -638,6 +816,26 @@ class Cache:
                 if is_wanted and entry.flight is None:
                     due.append(entry)
             return sorted(due, key=lambda entry: entry.failures)
+
+
+def _explained(answer: Snapshot) -> dict[str, object]:
+    return {
+        "source": answer.source,
+        "hosts": [
+            {
+                "host": str(one.host),
+                "server": one.server,
+                "priority": one.priority,
+                "weight": one.weight,
+            }
+            for one in answer.instances
+        ],
+        "age_seconds": answer.age_seconds,
+        "is_stale": answer.is_stale,
+        "is_complete": answer.is_complete,
+        "confirmed": answer.confirmed,
+        "details": dict(answer.details),
+    }
 
 
 def _key(entry: _Entry) -> _Key:
@@ -656,6 +854,6 @@ def _is_suspicious(answer: Snapshot, held: Snapshot) -> bool:
     return len(answer) * 2 < len(held)
 
 
-def _is_same(one: Snapshot, other: Snapshot) -> bool:
+def is_same(one: Snapshot, other: Snapshot) -> bool:
     """Whether both have the same instances, in whatever order: DNS shuffles (fact A3)."""
     return one.instances == other.instances or set(one.instances) == set(other.instances)

@@ -174,6 +174,20 @@ def _status(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> i
         return OK if problem is None else _code_of(problem)
 
 
+def _sweep(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
+    with make_matchmaker(_settings(arguments)) as matchmaker:
+        orphans = matchmaker.orphans()
+        removed = matchmaker.sweep() if arguments.remove and orphans else []
+        if arguments.output == "json":
+            _print(json.dumps({"orphans": orphans, "removed": removed}))
+        else:
+            for key, reason in orphans.items():
+                _print(f"{key}: {reason}" + (", removed" if key in removed else ""))
+        if orphans and not arguments.remove:
+            _say("nothing was removed: add --remove for that")
+        return OK
+
+
 def _demo(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
     from .demo import story  # only this command needs a Consul of its own
 
@@ -352,6 +366,14 @@ def _parser() -> argparse.ArgumentParser:
         "remove a host's registrations of a topic for everybody, and print how many; "
         "its owner, if alive, registers again",
         ["TOPIC", "HOST"],
+    )
+    sweep = command(
+        "sweep",
+        _sweep,
+        "print the keys under the prefix that nobody will ever remove, with the reason",
+    )
+    sweep.add_argument(
+        "--remove", action="store_true", help="remove them, except those that a session holds"
     )
     command("status", _status, "print which Consul is asked, and whether it answers")
     command("demo", _demo, "start a Consul cluster of its own and show what this does")

@@ -8,27 +8,32 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
 from .backends import Registrar, Resolver
-from .cache import Cache
+from .cache import Cache, is_same
 from .errors import Closed, ConfigurationError, Denied, NoLiveHosts, TimedOut, Unavailable
-from .keeper import Keeper
-from .model import Host, Registration, Snapshot, checked_topic
-from .naming import encode_segment
+from .keeper import Change, Keeper
+from .model import Host, Registration, Snapshot, Standing, checked_topic
+from .naming import checked_registration
 from .selection import Quarantine, Selector
 from .settings import Settings
-from .worker import forget_in_child
+from .worker import call_within, forget_in_child
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
+    from .backends.kv import Kv
     from .watcher import Watcher
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_ASKS = 0.5
 """While somebody waits for the first host of a topic, Consul is asked this often."""
+SECONDS_OF_GRACE = 0.1
+"""So much later than asked for a wait may end when Consul hangs: with a timeout of 0 it is what
+Consul has to answer an unknown topic."""
 
 
 class Matchmaker:
@@ -110,34 +115,20 @@ class Matchmaker:
         """The hosts of *topic*, as soon as there is one; Consul is asked about twice a second.
 
         Raises NoLiveHosts when there is none after *timeout_seconds*, TimedOut when Consul could
-        not be asked, and Denied at once.  When Consul hangs, that may take one
-        ``request_timeout_seconds`` longer.
+        not be asked, also when it hangs, and Denied at once.
         """
-        deadline = self._clock() + timeout_seconds
-        snapshot: Snapshot | None = None
-        while True:
-            error: Unavailable | None = None
-            try:
-                if snapshot is None:
-                    snapshot = self._lookup(topic, server)
-                if not snapshot and snapshot.age_seconds >= SECONDS_BETWEEN_ASKS:
-                    snapshot = self._cache.refresh(topic, server)
-            except Unavailable as failure:
-                error = failure
-            if snapshot:
-                return snapshot
-            remaining = deadline - self._clock()
-            if remaining <= 0:
-                raise self._nobody_came(topic, server, timeout_seconds, error)
-            pause = min(remaining, SECONDS_BETWEEN_ASKS)
-            if snapshot is not None and error is None:
-                try:
-                    snapshot = self._cache.wait_for_change(topic, snapshot, pause, server)
-                    continue
-                except Unavailable:  # the answer was given up meanwhile
-                    pass
-            if self._closing.wait(pause):
-                raise Closed("the matchmaker was closed while waiting")
+        self._check_open()
+        checked_topic(topic)
+        try:
+            return call_within(
+                timeout_seconds + SECONDS_OF_GRACE,
+                lambda: self._wait_for_hosts(topic, timeout_seconds, server),
+                "consul-matchmaker-waiting",
+            )
+        except TimeoutError as error:
+            raise TimedOut(
+                f"Consul did not answer for {_named(topic, server)} within {timeout_seconds:g} s"
+            ) from error
 
     def is_alive(self, topic: str, host: str | Host) -> bool:
         """Whether *host* serves *topic*, by what `hosts` says."""
@@ -152,6 +143,23 @@ class Matchmaker:
         first = self._lookup(topic, server)
         return self._changes(first, server)
 
+    def hosts_at_hand(self, topic: str, server: str | None = None) -> Snapshot | None:
+        """What `hosts` returns when that takes no question to Consul, else None: never waits."""
+        self._check_open()
+        checked_topic(topic)
+        return self._cache.at_hand(topic, server)
+
+    def next_change(
+        self, seen: Snapshot, *, timeout_seconds: float, server: str | None = None
+    ) -> Snapshot | None:
+        """The hosts of *seen*'s topic once they are others than those, or None after the timeout.
+
+        *server*: with which *seen* was asked for.  Raises like `hosts`, and Closed.
+        """
+        self._check_open()
+        found = self._cache.wait_for_change(seen.topic, seen, timeout_seconds, server)
+        return None if is_same(found, seen) else found
+
     def topics(self) -> list[str]:
         """Every topic that somebody registered, sorted.  Asks Consul: raises Unavailable, Denied,
         and ConfigurationError in catalog mode, as DNS cannot list."""
@@ -164,22 +172,36 @@ class Matchmaker:
 
     # -- that this process serves one
 
-    def register(self, topic: str, host: str | Host, server: str | None = None) -> Registration:
+    def register(
+        self,
+        topic: str,
+        host: str | Host,
+        server: str | None = None,
+        *,
+        on_change: Callable[[Registration, Change], None] | None = None,
+        beat_seconds: float | None = None,
+    ) -> Registration:
         """Say that *host* serves *topic*, and keep it said until unregistered or closed.
 
         Returns at once, whether or not Consul is up; the registration can be waited for, and
         unregisters as a context manager.  A text must be ``ADDRESS:PORT``; for anything else pass
         ``Host.opaque(text)``.  In catalog mode accepted without effect: operators register there.
         Raises ConfigurationError for a malformed host or topic.
+
+        *on_change* is called with the registration and ``"held"`` or ``"lost"``, on a thread of
+        the library that renews nothing meanwhile: it has to return at once.  With *beat_seconds*
+        the application promises to call `Registration.beat` at least so often from what serves;
+        when it does not, because that hangs, the registration is taken back until it does.
         """
-        wanted = Registration(checked_topic(topic), _host(host), server or None)
-        for text in (wanted.topic, str(wanted.host), wanted.server or ""):
-            encode_segment(text)  # refused here, not later on a thread where nobody sees it
+        # Refused here, not later on a thread where nobody sees it.
+        wanted = checked_registration(Registration(topic, _host(host), server or None))
+        if beat_seconds is not None and not beat_seconds > 0:
+            raise ConfigurationError(f"beat_seconds must be above 0, not {beat_seconds!r}")
         self._check_open()
         if self._keeper is None:
             self._tell_that_nothing_is_registered()
             return Registration(wanted.topic, wanted.host, wanted.server, _NOBODY)
-        return self._keeper.register(wanted)
+        return self._keeper.register(wanted, on_change=on_change, beat_seconds=beat_seconds)
 
     def unregister(self, topic: str, host: str | Host) -> None:
         """Take back what this process registered for *topic* on *host*, and nothing else."""
@@ -208,6 +230,19 @@ class Matchmaker:
                 logger.debug("topic %s: not asked again after expire: %s", topic, error)
         return count
 
+    def orphans(self) -> dict[str, str]:
+        """Keys under the prefix that nobody will ever remove, each with the reason.
+
+        Raises Unavailable, Denied, and ConfigurationError in catalog mode.
+        """
+        self._check_open()
+        return self._sweeper().orphans()
+
+    def sweep(self) -> list[str]:
+        """Remove the `orphans` that no session holds, and return their keys; raises as it does."""
+        self._check_open()
+        return self._sweeper().sweep()
+
     # -- what callers found out
 
     def acknowledge(self, topic: str, host: str | Host) -> None:
@@ -223,7 +258,40 @@ class Matchmaker:
         self._check_open()
         self._quarantine.reject(topic, _host(host))
 
+    @contextmanager
+    def using(
+        self, topic: str, server: str | None = None, *, key: str | bytes | None = None
+    ) -> Iterator[Host]:
+        """A picked host, for a ``with`` block: rejected if the block raises, else acknowledged.
+
+        What is no failure of the host must not leave the block as an exception; what is no
+        Exception (an interrupt, a cancelled task) says nothing of the host.  Raises like `pick`.
+        """
+        host = self.pick(topic, server, key=key)
+        try:
+            yield host
+        except Exception:
+            self._quarantine.reject(topic, host)
+            raise
+        self._quarantine.acknowledge(topic, host)
+
     # -- its own life
+
+    def explain(self, topic: str, server: str | None = None) -> dict[str, object]:
+        """Why `hosts` and `pick` say what they say: what was asked and answered, by whom, what was
+        left out of it and why, which hosts are rejected, and when Consul is asked again.
+
+        Fit for json; for people and bug reports, its content may grow.  A topic that nobody asked
+        for is looked up first; that Consul cannot be asked is part of the answer.  Raises Closed
+        and InvalidTopic.
+        """
+        hosts: tuple[Host, ...] = ()
+        with suppress(Unavailable, Denied):
+            hosts = self._lookup(topic, server).hosts
+        is_heeded = self._quarantine.is_heeded(topic, hosts)
+        what = "avoided by pick" if is_heeded else "used all the same: too many are rejected"
+        rejected = self._quarantine.status().get(topic, [])
+        return {**self._cache.explain(topic, server), "rejected": dict.fromkeys(rejected, what)}
 
     def status(self) -> dict[str, object]:
         """Where everything stands, fit for json, without secrets."""
@@ -235,6 +303,7 @@ class Matchmaker:
             "settings": _shown(self.settings),
             "cache": self._cache.status(),
             "quarantine": self._quarantine.status(),
+            "quarantines": self._quarantine.begun,
             "keeper": None if keeper is None else keeper.status(),
             "watcher": None if watcher is None else watcher.status(),
             "backend": None if tell is None else tell(),
@@ -334,6 +403,33 @@ class Matchmaker:
             else:
                 yield last
 
+    def _wait_for_hosts(self, topic: str, timeout_seconds: float, server: str | None) -> Snapshot:
+        deadline = self._clock() + timeout_seconds
+        snapshot: Snapshot | None = None
+        while True:
+            error: Unavailable | None = None
+            try:
+                if snapshot is None:
+                    snapshot = self._lookup(topic, server)
+                if not snapshot and snapshot.age_seconds >= SECONDS_BETWEEN_ASKS:
+                    snapshot = self._cache.refresh(topic, server)
+            except Unavailable as failure:
+                error = failure
+            if snapshot:
+                return snapshot
+            remaining = deadline - self._clock()
+            if remaining <= 0:
+                raise self._nobody_came(topic, server, timeout_seconds, error)
+            pause = min(remaining, SECONDS_BETWEEN_ASKS)
+            if snapshot is not None and error is None:
+                try:
+                    snapshot = self._cache.wait_for_change(topic, snapshot, pause, server)
+                    continue
+                except Unavailable:  # the answer was given up meanwhile
+                    pass
+            if self._closing.wait(pause):
+                raise Closed("the matchmaker was closed while waiting")
+
     def _nobody_came(
         self, topic: str, server: str | None, timeout_seconds: float, error: Unavailable | None
     ) -> TimedOut | NoLiveHosts:
@@ -343,6 +439,11 @@ class Matchmaker:
         waited = TimedOut(f"Consul could not be asked for {name}: {error}")
         waited.__cause__ = error
         return waited
+
+    def _sweeper(self) -> Kv:
+        if not hasattr(self._registrar, "sweep"):
+            raise ConfigurationError("only Consul's KV store has orphans: use consul+kv://")
+        return cast("Kv", self._registrar)
 
     def _tell_that_nothing_is_registered(self) -> None:
         if not self._is_told_that_nothing_is_registered:
@@ -359,8 +460,23 @@ class _Nobody:
     def wait_until_published(self, registration: Registration, timeout_seconds: float) -> None:
         """There is nothing to wait for."""
 
+    def wait_until_withdrawn(self, registration: Registration, timeout_seconds: float) -> None:
+        """Nor here."""
+
     def unregister(self, registration: Registration) -> None:
         """There is nothing to take back."""
+
+    def drain(self, registration: Registration, seconds: float) -> None:
+        """Whoever deregisters in Consul has to wait there."""
+
+    def beat(self, registration: Registration) -> None:
+        """Consul's own checks say whether it lives."""
+
+    def standing(self, registration: Registration) -> Standing:
+        return "published"
+
+    def margin_seconds(self, registration: Registration) -> float:
+        return math.inf
 
 
 _NOBODY = _Nobody()

@@ -25,6 +25,17 @@ _IPV6 = re.compile(
 )  # ipaddress takes any zone, even a newline
 
 Source = Literal["dns", "kv", "memory", "disk"]
+Standing = Literal[
+    "pending",  # wanted, not confirmed yet
+    "published",
+    "suspect",  # published, but Consul does not answer renewals now
+    "lost",  # was published; being published again
+    "refused",  # Consul refuses the token
+    "silent",  # taken back because the application stopped beating; back with its next beat
+    "withdrawing",
+    "withdrawn",
+]
+"""What has become of a registration."""
 
 
 def checked_topic(topic: str) -> str:
@@ -129,7 +140,12 @@ class RegistrationOwner(Protocol):
     """What keeps a registration true; see `Registration`."""
 
     def wait_until_published(self, registration: Registration, timeout_seconds: float) -> None: ...
+    def wait_until_withdrawn(self, registration: Registration, timeout_seconds: float) -> None: ...
     def unregister(self, registration: Registration) -> None: ...
+    def drain(self, registration: Registration, seconds: float) -> None: ...
+    def beat(self, registration: Registration) -> None: ...
+    def standing(self, registration: Registration) -> Standing: ...
+    def margin_seconds(self, registration: Registration) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +166,45 @@ class Registration:
         Denied when Consul refuses the token, Closed when the owner was closed meanwhile."""
         self._owned().wait_until_published(self, timeout_seconds)
 
+    def wait_until_withdrawn(self, *, timeout_seconds: float) -> None:
+        """After `unregister`, return once Consul cannot be showing it any more.  Raises TimedOut
+        after *timeout_seconds*."""
+        self._owned().wait_until_withdrawn(self, timeout_seconds)
+
     def unregister(self) -> None:
         """Take the wish back; only this one, whatever else the process registered."""
         self._owned().unregister(self)
+
+    def drain(self, seconds: float) -> None:
+        """Take it back, then go on serving for *seconds* before this returns: peers that hold an
+        older answer still send here meanwhile.  Stop serving after it, and no message is lost.
+
+        *seconds*: 1 when all peers watch, else their ``ttl_seconds`` and a little.  Raises TimedOut
+        when Consul does not confirm the withdrawal within *seconds*: peers may still send here.
+        `Matchmaker.close` ends the wait.
+        """
+        self._owned().drain(self, seconds)
+
+    def beat(self) -> None:
+        """Say that the loop which serves this still runs; cheap, asks nobody.
+
+        For a registration made with ``beat_seconds``; raises ConfigurationError for another.
+        """
+        self._owned().beat(self)
+
+    @property
+    def state(self) -> Standing:
+        """What has become of it, as far as this process knows; asks nobody."""
+        return self._owned().standing(self)
+
+    @property
+    def margin_seconds(self) -> float:
+        """How long Consul surely goes on showing it if nothing is heard from us any more.
+
+        0 while it is not published.  Not counted: somebody deleting it, the end of its agent, and
+        with ``liveness=check`` a second without a beat.
+        """
+        return self._owned().margin_seconds(self)
 
     def _owned(self) -> RegistrationOwner:
         if self.owner is None:
@@ -204,6 +256,12 @@ class Snapshot(Sequence[Host]):
     fresh_until: float = field(default=float("inf"), compare=False)
     """When it becomes stale, on *clock*; set by the cache."""
     clock: Callable[[], float] = field(default=_no_clock, compare=False, repr=False)
+    confirmed: bool = field(default=True, compare=False)
+    """False for an answer that may well be wrong: read from disk; kept although Consul's newest
+    answer denies most of it; or the first empty one of a source that has denied live services
+    before (DNS, stale KV reads), until it was repeated for ``confirm_empty_seconds``."""
+    details: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
+    """How the backend got it, fit for json; `Matchmaker.explain` shows it."""
 
     @cached_property
     def hosts(self) -> tuple[Host, ...]:
@@ -243,6 +301,8 @@ class Snapshot(Sequence[Host]):
             self.taken_at,
             self.fresh_until,
             self.clock,
+            self.confirmed,
+            self.details,
         )
 
     def __len__(self) -> int:
@@ -267,4 +327,6 @@ class Snapshot(Sequence[Host]):
             marks.append("stale")
         if not self.is_complete:
             marks.append("incomplete")
+        if not self.confirmed:
+            marks.append("unconfirmed")
         return f"<{self.topic}: {', '.join(marks)}>"

@@ -51,6 +51,7 @@ class Quarantine:
         self._memory_seconds = settings.quarantine_max_seconds
         self._records: dict[str, dict[Host, _Record]] = {}
         self._lock = threading.Lock()
+        self.begun = 0  # quarantines, since the start
 
     def reject(self, topic: str, host: Host) -> None:
         """It failed.  Rejections during a quarantine are the same failure seen by others."""
@@ -60,6 +61,7 @@ class Quarantine:
             record = self._records.setdefault(topic, {}).setdefault(host, _Record())
             if now < record.until:
                 return
+            self.begun += 1
             record.rejections += 1
             spread = 1 - QUARANTINE_SPREAD * self._jitter()
             record.seconds = self._backoff.bound_seconds(record.rejections) * spread
@@ -89,6 +91,10 @@ class Quarantine:
             )
         is_panic = bad and len(bad) >= self._panic_fraction * len(hosts)
         return None if is_panic else bad
+
+    def is_heeded(self, topic: str, hosts: Sequence[Host]) -> bool:
+        """Whether the rejections of *topic* count: too few of *hosts* are left otherwise."""
+        return topic not in self._records or self.avoided(topic, hosts) is not None
 
     def begin_trial(self, topic: str, host: Host) -> bool:
         """Whether the caller may use *host*: False when another caller is trying it just now."""

@@ -204,11 +204,6 @@ def _key_prefix(value: Any) -> str:
     return prefix
 
 
-def _not_yet(value: Any) -> str:
-    # Taken and not acted on would be worse: an operator would count on it.
-    raise _Refused("must be left out: it is not available yet")
-
-
 def _template(value: Any) -> str:
     if "{topic}" not in _text(value) or re.search("[{}]", value.replace("{topic}", "")):
         raise _Refused("must hold {topic} where the topic goes, and no other braces")
@@ -281,8 +276,8 @@ class Settings:
     )
     liveness: str = _knob(
         _one_of("session", "node", "check"),
-        "what ends a lease beside its TTL: session (nothing), node (its agent's node dies), "
-        "check (the process stops beating: not available yet)",
+        "what ends a lease beside its TTL: session (nothing), node (the agent's node dies), "
+        "check (also the process itself, within about a second)",
         "session",
     )
     watch: bool = _knob(
@@ -302,9 +297,15 @@ class Settings:
         "rejections are ignored when this fraction of a topic's hosts or more is rejected",
         0.5,
     )
+    max_topics: int = _knob(
+        _whole(1, 1_000_000),
+        "topics kept in memory; beyond it, those nobody asked for lately make room",
+        10_000,
+    )
     state_path: str | None = _knob(
-        _not_yet,
-        "folder for last-known-good answers, read at a cold start; not available yet",
+        _text,
+        "folder for last-known-good answers, read at a cold start while Consul is away; "
+        "only this program's user may be able to write there",
         None,
     )
     token: str | None = _knob(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from consul_matchmaker.cache import (
     SECONDS_BETWEEN_DOUBTS,
     UNSEEN_TTLS,
     Cache,
+    State,
 )
 from consul_matchmaker.errors import (
     Closed,
@@ -65,10 +70,9 @@ def made(
     """A cache whose background work is done by `step`, jitter at its least."""
     return Cache(
         consul,
-        settings or kv(),
+        replace(settings or kv(), max_topics=max_topics),
         clock=clock,
         jitter=lambda: 0.0,
-        max_topics=max_topics,
         threaded=False,
     )
 
@@ -972,7 +976,7 @@ def test_a_forked_child_keeps_the_answers_only(
 def test_threads_and_topics_all_at_once(consul: FakeResolver) -> None:
     """Eight threads, fifty topics in room for twenty, offers and refreshes between: every answer
     is the right one."""
-    cache = Cache(consul, kv(ttl_seconds=0.01, ttl_min_seconds=0.01), max_topics=20)
+    cache = Cache(consul, kv(ttl_seconds=0.01, ttl_min_seconds=0.01, max_topics=20))
     truth = {f"topic{number}": f"10.0.1.{number + 1}:80" for number in range(50)}
     for topic, host in truth.items():
         consul.say(topic, host)
@@ -1056,3 +1060,214 @@ def test_whatever_happens(steps: list[tuple[str, Any]], settings: Settings) -> N
             cache.lookup("scheduler")
         cache.step()
     assert tuple(shown(cache.lookup("scheduler"))) == truth
+
+
+# -- where an answer is from
+
+
+def test_a_first_empty_answer_is_confirmed_by_repetition(
+    dns: FakeResolver, clock: ManualClock
+) -> None:
+    """DNS may deny what lives: only after confirm_empty_seconds is "no hosts" called confirmed."""
+    cache = made(dns, clock, catalog())
+    for _ in range(6):
+        assert not cache.lookup("scheduler").confirmed
+        clock.advance(1)
+        cache.step()
+    assert cache.lookup("scheduler").confirmed
+    dns.say("scheduler", A)
+    assert cache.refresh("scheduler").confirmed
+
+
+def test_an_answer_that_is_doubted_is_not_confirmed(dns: FakeResolver, clock: ManualClock) -> None:
+    """While Consul denies the held answer it says so; afterwards whatever holds is confirmed."""
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A, B)
+    assert cache.lookup("scheduler").confirmed
+    dns.say("scheduler")
+    doubted = cache.refresh("scheduler")
+    assert shown(doubted) == [A, B]
+    assert not doubted.confirmed
+    assert not doubted.for_server("nobody").confirmed
+    told: Any = cache.explain("scheduler")
+    assert told["doubted"]["hosts"] == []
+    clock.advance(6)
+    gone = cache.refresh("scheduler")
+    assert (shown(gone), gone.confirmed) == ([], True)
+
+
+def test_kv_is_sure_of_no_hosts(cache: Cache, consul: FakeResolver) -> None:
+    """What cannot lie is confirmed at once."""
+    assert cache.lookup("scheduler").confirmed
+
+
+def test_explain_tells_the_state_and_the_last_error(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """In words and figures fit for json, for a topic nobody asked for too."""
+    assert "nobody asked" in str(cache.explain("scheduler"))
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    clock.advance(6)
+    cache.lookup("scheduler")
+    consul.fail("scheduler")
+    cache.step()
+    clock.advance(2)
+    told: Any = json.loads(json.dumps(cache.explain("scheduler")))
+    assert told["state"] == State.AWAY.value
+    assert told["answer"]["hosts"][0]["host"] == A
+    assert told["answer"]["age_seconds"] == pytest.approx(8)
+    assert told["last_error"] == "Consul is away"
+    assert (told["failures"], told["failing_for_seconds"]) == (1, pytest.approx(2))
+
+
+def test_lookups_are_counted_by_what_they_found(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """All of them, from every thread; and what the ones that were not fresh met."""
+    consul.say("scheduler", A)
+    work = [in_thread(lambda: [cache.lookup("scheduler") for _ in range(500)]) for _ in range(4)]
+    for each in work:
+        each.result(DEADLINE_SECONDS)
+    for _ in range(3):  # reading the figure does not change it
+        assert cache.status()["lookups"] == 2000
+    clock.advance(6)
+    cache.lookup("scheduler")
+    consul.fail("mails")
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            cache.lookup("mails")
+    found: Any = cache.status()["lookups_that_found"]
+    assert (found["stale"], found["refused"]) == (1, 1)
+    assert 2 <= found["asked"] <= 5
+    assert cache.status()["lookups"] == 2003
+
+
+# -- answers from disk
+
+
+@pytest.fixture
+def wall() -> ManualClock:
+    return ManualClock(1_700_000_000.0)
+
+
+def on_disk(
+    consul: FakeResolver,
+    clock: ManualClock,
+    wall: ManualClock,
+    folder: Path,
+    threaded: bool = False,
+    **values: object,
+) -> Cache:
+    settings = kv(state_path=str(folder), **values)
+    return Cache(
+        consul, settings, clock=clock, wall_clock=wall, jitter=lambda: 0.0, threaded=threaded
+    )
+
+
+def test_a_cold_start_while_consul_is_away(
+    consul: FakeResolver, clock: ManualClock, wall: ManualClock, tmp_path: Path
+) -> None:
+    """The answer of the process before is given, marked for what it is, until the first real one;
+    a topic that is not in the file is still an error."""
+    before = on_disk(consul, clock, wall, tmp_path)
+    consul.say("scheduler", A, B)
+    before.lookup("scheduler")
+    clock.advance(20)
+    assert before.close(0)
+    wall.advance(100)
+    consul.fail("scheduler")
+    consul.fail("mails")
+    cache = on_disk(consul, clock, wall, tmp_path)
+    answer = cache.lookup("scheduler")
+    assert shown(answer) == [A, B]
+    assert (answer.source, answer.is_stale, answer.confirmed) == ("disk", True, False)
+    assert answer.age_seconds == pytest.approx(120)
+    with pytest.raises(Unavailable):
+        cache.lookup("mails")
+    cache.step()
+    assert cache.lookup("scheduler").source == "disk"
+    consul.say("scheduler", C)
+    clock.advance(1)
+    cache.lookup("scheduler")
+    cache.step()
+    answer = cache.lookup("scheduler")
+    assert (shown(answer), answer.source, answer.confirmed) == ([C], "memory", True)
+
+
+def test_an_answer_from_disk_is_given_up_like_any_other(
+    consul: FakeResolver, clock: ManualClock, wall: ManualClock, tmp_path: Path
+) -> None:
+    """max_stale_seconds counts from the moment Consul gave it, in whatever process."""
+    before = on_disk(consul, clock, wall, tmp_path, max_stale_seconds=60)
+    consul.say("scheduler", A)
+    before.lookup("scheduler")
+    before.close(0)
+    wall.advance(50)
+    consul.fail("scheduler")
+    cache = on_disk(consul, clock, wall, tmp_path, max_stale_seconds=60)
+    assert shown(cache.lookup("scheduler")) == [A]
+    clock.advance(10)
+    with pytest.raises(Unavailable):
+        cache.lookup("scheduler")
+
+
+def test_a_cut_answer_takes_nothing_over_from_disk(
+    dns: FakeResolver, clock: ManualClock, wall: ManualClock, tmp_path: Path
+) -> None:
+    """Even an incomplete real answer is not united with what the file said."""
+    before = on_disk(dns, clock, wall, tmp_path)
+    dns.say("scheduler", A, B)
+    before.lookup("scheduler")
+    before.close(0)
+    cache = on_disk(dns, clock, wall, tmp_path)
+    assert shown(cache.lookup("scheduler")) == [A, B]
+    dns.say("scheduler", C, is_complete=False)
+    assert shown(cache.refresh("scheduler")) == [C]
+
+
+def test_the_file_is_written_seldom_and_never_by_a_lookup(
+    consul: FakeResolver, clock: ManualClock, wall: ManualClock, tmp_path: Path
+) -> None:
+    """Ten seconds apart where hosts changed; a quarter of max_stale_seconds where nothing did."""
+    cache = on_disk(consul, clock, wall, tmp_path, max_stale_seconds=400)
+    written = 0
+    stamp: object = None
+    for second in range(200):
+        consul.say("scheduler", A if second < 100 and second // 15 % 2 else B)
+        cache.lookup("scheduler")
+        clock.advance(1)
+        wall.advance(1)
+        files = [(each.stat().st_mtime_ns, each.stat().st_ino) for each in tmp_path.iterdir()]
+        cache.lookup("scheduler")
+        assert files == [(e.stat().st_mtime_ns, e.stat().st_ino) for e in tmp_path.iterdir()]
+        cache.step()
+        files = [(each.stat().st_mtime_ns, each.stat().st_ino) for each in tmp_path.iterdir()]
+        written += files != stamp and bool(files)
+        stamp = files
+    assert 4 <= written <= 12
+
+
+def test_a_consul_that_is_well_is_quicker_than_the_file(
+    consul: FakeResolver, wall: ManualClock, tmp_path: Path
+) -> None:
+    """At a start with Consul there the first answer is its own already; with one that hangs the
+    file's comes within 50 ms."""
+    clock = time.monotonic
+    consul.say("scheduler", A)
+    before = Cache(consul, kv(state_path=str(tmp_path)))
+    before.lookup("scheduler")
+    assert before.close(DEADLINE_SECONDS)
+    consul.say("scheduler", B)
+    cache = Cache(consul, kv(state_path=str(tmp_path)))
+    assert shown(cache.lookup("scheduler")) == [B]
+    assert cache.close(DEADLINE_SECONDS)
+    consul.hold("scheduler")
+    cache = Cache(consul, kv(state_path=str(tmp_path)))
+    began = clock()
+    for _ in range(10):
+        answer = cache.lookup("scheduler")
+        assert (shown(answer), answer.source) == ([B], "disk")
+    assert clock() - began < 0.05
+    consul.let_go("scheduler")
+    cache.close(DEADLINE_SECONDS)

@@ -136,6 +136,39 @@ def test_expire_says_how_many_it_removed(run: Run, memory: Memory) -> None:
     assert json.loads(out) == {"topic": "scheduler", "host": "10.0.0.1:9501", "removed": 0}
 
 
+class Swept(Memory):
+    """A Memory with two orphans, one of which a session holds."""
+
+    def orphans(self) -> dict[str, str]:
+        return {"p/a": "held by no session", "p/b": "not a key of ours, but a session holds it"}
+
+    def sweep(self) -> list[str]:
+        return ["p/a"]
+
+
+def test_sweep_removes_only_when_told(capsys: Captured) -> None:
+    """Dry by default, and says so; with --remove each removed key is marked."""
+    run = Run(Swept(), capsys)
+    code, out, err = run("sweep", "--url", KV)
+    held = "p/b: not a key of ours, but a session holds it\n"
+    assert (code, out) == (0, "p/a: held by no session\n" + held)
+    assert "--remove" in err
+    assert run("sweep", "--remove", "--url", KV) == (
+        0,
+        "p/a: held by no session, removed\n" + held,
+        "",
+    )
+    code, out, _ = run("sweep", "--remove", "--url", KV, "-o", "json")
+    assert json.loads(out)["removed"] == ["p/a"]
+
+
+def test_sweep_is_for_consuls_keys(run: Run) -> None:
+    """Where nothing can be left behind, asking for it is wrong usage."""
+    code, out, err = run("sweep", "--url", KV)
+    assert (code, out) == (2, "")
+    assert "consul+kv" in err
+
+
 def test_status_says_whether_consul_answers(run: Run, memory: Memory) -> None:
     """For people and for machines; exit 4 when it does not."""
     code, out, _ = run("status", "--url", KV)
@@ -308,7 +341,7 @@ def test_verbose_logs_to_stderr_only(run: Run, memory: Memory) -> None:
 
 # The command line over a memory backend that says on stdout what it holds when it is asked to end.
 CLI_OVER_MEMORY = """
-import sys
+import os, sys
 from consul_matchmaker import Matchmaker
 from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.cli import main
@@ -316,7 +349,7 @@ from consul_matchmaker.cli import main
 class Telling(Memory):
     def release(self, lease):
         super().release(lease)
-        print("left:", self.topics(), flush=True)
+        os.write(1, f"left: {self.topics()}\\n".encode())  # whole, beside the command's lines
 
 memory = Telling()
 memory.declare("declared", ["10.0.0.1:9501", "10.0.0.2:9501"])
@@ -403,9 +436,10 @@ def test_a_command_killed_by_a_signal_has_the_shells_code() -> None:
 def test_a_signal_is_forwarded_to_the_command(number: int) -> None:
     """The registration goes first, the command decides when it ends, and how."""
     command = python(
-        "import signal, sys\n"
+        # os.write: the signal may come while `print` still flushes, which is not reentrant.
+        "import os, signal, sys\n"
         "def end(n, frame):\n"
-        "    print('command got', n, flush=True)\n"
+        "    os.write(1, b'command got %d\\n' % n)\n"
         "    sys.exit(5)\n"
         "signal.signal(signal.SIGTERM, end); signal.signal(signal.SIGINT, end)\n"
         "print('up', flush=True)\n"
@@ -426,8 +460,8 @@ def test_a_signal_is_forwarded_to_the_command(number: int) -> None:
 def test_a_command_may_survive_a_hangup() -> None:
     """SIGHUP means reload to many servers: it is forwarded, and the registration stays."""
     command = python(
-        "import signal\n"
-        "signal.signal(signal.SIGHUP, lambda n, f: print('reloaded', flush=True))\n"
+        "import os, signal\n"
+        "signal.signal(signal.SIGHUP, lambda n, f: os.write(1, b'reloaded\\n'))\n"
         "print('up', flush=True)\n"
         "signal.pause(); signal.pause()"
     )

@@ -444,3 +444,117 @@ def test_an_agent_that_is_not_there() -> None:
             pytest.raises(errors.Unavailable, match=r"127\.0\.0\.1:1"),
         ):
             mm.hosts("scheduler")
+
+
+# -- what a registration tells
+
+
+def test_a_registration_tells_where_it_stands(mm: Matchmaker) -> None:
+    """Its state, how long it surely lasts, and each change to who registered it."""
+    changes: list[str] = []
+    registration = mm.register(
+        "scheduler", "10.0.0.1:5001", on_change=lambda _, change: changes.append(change)
+    )
+    registration.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+    assert registration.state == "published"
+    assert 0 < registration.margin_seconds <= mm.settings.session_ttl_seconds
+    eventually(lambda: changes == ["held"], bool)
+    registration.drain(seconds=0.01)
+    assert registration.state == "withdrawn"
+    assert registration.margin_seconds == 0
+    with pytest.raises(errors.ConfigurationError, match="beat_seconds"):
+        mm.register("scheduler", "10.0.0.1:5001", beat_seconds=0)
+
+
+def test_a_host_that_no_reader_could_tell_is_refused(mm: Matchmaker) -> None:
+    """Made without `Host.parse`, in another spelling than it gives."""
+    with pytest.raises(errors.ConfigurationError):
+        mm.register("scheduler", Host("0::1", 5001))
+
+
+def test_in_catalog_mode_a_registration_is_consuls_affair() -> None:
+    """The same program runs in both modes: what it asks of its registration does nothing there."""
+    with Matchmaker(catalog(), backend=FakeResolver("dns")) as mm:
+        registration = mm.register("scheduler", "10.0.0.1:5001", beat_seconds=1)
+        registration.beat()
+        registration.drain(seconds=60)
+        assert registration.state == "published"
+        assert registration.margin_seconds == float("inf")
+        for ask in (mm.orphans, mm.sweep):
+            with pytest.raises(errors.ConfigurationError, match=r"consul\+kv"):
+                ask()
+
+
+# -- using a host, and why it is that one
+
+
+def test_using_a_host(memory: Memory) -> None:
+    """A block that raises rejects its host, one that ends acknowledges it; an interrupt and a
+    missing host say nothing."""
+    memory.declare("scheduler", [f"10.0.0.{number}:5000" for number in range(1, 6)])
+    with Matchmaker(kv(), backend=memory) as mm:
+        with pytest.raises(ConnectionRefusedError), mm.using("scheduler", key="k") as bad:
+            raise ConnectionRefusedError
+        assert mm.status()["quarantine"] == {"scheduler": [str(bad)]}
+        assert mm.status()["quarantines"] == 1
+        with mm.using("scheduler", key="k") as other:
+            assert other != bad
+        with pytest.raises(KeyboardInterrupt), mm.using("scheduler", key="k"):
+            raise KeyboardInterrupt
+        assert mm.status()["quarantine"] == {"scheduler": [str(bad)]}
+        mm.acknowledge("scheduler", bad)
+        with mm.using("scheduler", key="k") as again:
+            assert again == bad
+        with pytest.raises(errors.NoLiveHosts), mm.using("nobody"):
+            raise AssertionError("there is no host")
+
+
+def test_explaining_an_answer(mm: Matchmaker, memory: Memory) -> None:
+    """Looked up first, and told with what callers rejected; an outage is told, not raised."""
+    memory.declare("scheduler", [ONE, TWO, "10.0.0.3:5000"])
+    mm.reject("scheduler", ONE)
+    told = json.loads(json.dumps(mm.explain("scheduler")))
+    assert told["state"] == "fresh"
+    assert told["answer"]["source"] == "memory"
+    assert [each["host"] for each in told["answer"]["hosts"]][:2] == [str(ONE), str(TWO)]
+    assert told["rejected"] == {str(ONE): "avoided by pick"}
+    mm.reject("scheduler", TWO)
+    assert "too many" in str(mm.explain("scheduler")["rejected"])
+    memory.is_available = False
+    told = json.loads(json.dumps(mm.explain("mails")))
+    assert "no answer" in told["state"]
+    assert "told not to answer" in told["last_error"]
+    with pytest.raises(errors.InvalidTopic):
+        mm.explain("")
+
+
+def test_waiting_ends_in_time_although_consul_hangs() -> None:
+    """However long a question hangs, for a topic or a server of it, the wait is as long as asked
+    for; the error says so."""
+    consul = FakeResolver(narrows=True)
+    consul.hold("scheduler")
+    with Matchmaker(catalog(), backend=consul) as mm:
+        for timeout_seconds in (0.0, 0.3):
+            began = time.monotonic()
+            with pytest.raises(errors.TimedOut, match=r"scheduler as node1 within 0(\.3)? s"):
+                mm.wait_for_hosts("scheduler", timeout_seconds=timeout_seconds, server="node1")
+            assert time.monotonic() - began < timeout_seconds + 0.25
+        consul.say("scheduler", str(ONE))
+        waiting = in_thread(lambda: mm.wait_for_hosts("scheduler", timeout_seconds=float("inf")))
+        consul.let_go("scheduler")
+        assert waiting.result(DEADLINE_SECONDS).hosts == (ONE,)
+
+
+def test_the_next_change(memory: Memory) -> None:
+    """The hosts once they are others, None when they stay what they are."""
+    memory.declare("scheduler", [ONE])
+    with Matchmaker(kv(ttl_seconds=0.05), backend=memory) as mm:
+        seen = mm.hosts("scheduler")
+        assert mm.next_change(seen, timeout_seconds=0) is None
+        assert mm.hosts_at_hand("nobody") is None
+        held = mm.hosts_at_hand("scheduler")
+        assert held is not None and held.hosts == (ONE,)
+        changing = in_thread(lambda: mm.next_change(seen, timeout_seconds=DEADLINE_SECONDS))
+        memory.declare("scheduler", [TWO])
+        changed = changing.result(2 * DEADLINE_SECONDS)
+        assert changed is not None and changed.hosts == (TWO,)

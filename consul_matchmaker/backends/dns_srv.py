@@ -6,7 +6,9 @@ a service is `naming.service_of`.
 
 from __future__ import annotations
 
+import collections
 import ipaddress
+import itertools
 import logging
 import random
 import threading
@@ -39,8 +41,10 @@ which repairs losses by itself.  More would make Consul answer a topic of thousa
 packets is lost, 0.36 of all exchanges fail, and ten of them in a row once in 27,000."""
 SERVFAIL_TRIES = 3
 """While Consul elects a leader single queries fail, and the next one works (fact A9)."""
-MAX_OUTSTANDING = 3
-"""How many repeated queries wait for an answer: Consul works while we read."""
+MAX_OUTSTANDING = 4
+"""How many repeated queries wait for an answer, on two connections: Consul answers those of one
+connection one by one, and those of two at the same time.  Measured with 1,000 hosts on two busy
+cores: 6.5-7.2 bare exchanges for all of them, where one connection took 8.0."""
 FIRST_REST_SECONDS, LONGEST_REST_SECONDS = 1.0, 60.0
 """How long an agent that could not be asked is left alone, doubling, when there are others."""
 MAX_REMEMBERED = 4_096
@@ -69,9 +73,14 @@ class _Found:
     instances: dict[Instance, None] = field(default_factory=dict)
     is_complete: bool = True
     ttl_seconds: int = 0
+    asked: list[dict[str, object]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Targets whose records name no usable host, and why."""
 
     def add(self, other: _Found) -> None:
         self.instances.update(other.instances)
+        self.asked += other.asked
+        self.left_out.update(other.left_out)
         self.is_complete = self.is_complete and other.is_complete
         both = [ttl for ttl in (self.ttl_seconds, other.ttl_seconds) if ttl]
         self.ttl_seconds = min(both, default=0)
@@ -151,6 +160,7 @@ class DnsSrv:
             ttl_seconds=float(found.ttl_seconds) if found.ttl_seconds else None,
             taken_at=self._clock(),
             clock=self._clock,
+            details={"asked": found.asked, "left_out": found.left_out},
         )
 
     def forget(self) -> None:
@@ -307,12 +317,24 @@ class _Lookup:
             if len(large) < MAX_REMEMBERED:
                 large.add(name)
             if self._complete:
+                union.was_completed = True
                 self._complete_union(channel, query, union, is_tcp=is_tcp)
             else:
                 union.is_complete = False
         elif is_tcp and not may_be_cut(reply, limit, is_tcp=False):
             large.discard(name)
-        return self._found(name, channel, union)
+        found = self._found(name, channel, union)
+        found.asked.append(
+            {
+                "name": name,
+                "agent": str(channel.agent),
+                "transport": "tcp" if is_tcp or union.was_completed else "udp",
+                "rcode": "NXDOMAIN" if reply.rcode == NXDOMAIN else "NOERROR",
+                "answers": union.answers,
+                "records": len(union.records),
+            }
+        )
+        return found
 
     def _exchange(
         self, channel: Channel, query: bytes, *, tcp_first: bool = False
@@ -351,10 +373,10 @@ class _Lookup:
         """Ask again by TCP, and again, until every record was seen, or the time is over."""
         union.is_complete = False
         try:
-            with Stream(channel, self._until) as stream:
+            with Stream(channel, self._until) as one, Stream(channel, self._until) as other:
                 if not is_tcp:
-                    stream.send(query)
-                    reply = _with_records(stream, query)
+                    one.send(query)
+                    reply = _with_records(one, query)
                     is_cut = may_be_cut(reply, TCP_LIMIT, is_tcp=True)
                     if not is_cut or len(reply.records) > len(union.records):
                         union.restart()
@@ -362,16 +384,16 @@ class _Lookup:
                     if not is_cut:
                         union.is_complete = True
                         return
-                sent = 0
+                next_stream = itertools.cycle((one, other))
+                waiting: collections.deque[Stream] = collections.deque()
                 while not union.is_covered():
                     if union.is_unshuffled or union.answers >= MAX_ANSWERS:
                         return
                     # No more than it takes if they bring nothing new: none is left over then.
-                    while sent < MAX_OUTSTANDING and not union.is_covered(sent):
-                        stream.send(query)
-                        sent += 1
-                    union.add(_with_records(stream, query))
-                    sent -= 1
+                    while len(waiting) < MAX_OUTSTANDING and not union.is_covered(len(waiting)):
+                        waiting.append(next(next_stream))
+                        waiting[-1].send(query)
+                    union.add(_with_records(waiting.popleft(), query))
                 union.is_complete = not union.is_unshuffled
         except (OSError, BadReply, _Failed) as error:
             # What was found is worth more than an error, and the snapshot says what it is.
@@ -383,6 +405,7 @@ class _Lookup:
         found = _Found(is_complete=union.is_complete, ttl_seconds=union.ttl_seconds)
         for record in union.records.values():
             if record.target == ".":
+                found.left_out["."] = "the service is declared to be absent"
                 continue  # RFC 2782: decidedly not available at this domain
             if not record.port:
                 if self._resolver._is_first("port 0", name):
@@ -392,6 +415,7 @@ class _Lookup:
                         name,
                         record.target,
                     )
+                found.left_out[record.target] = "port 0"
                 continue
             addresses = _decoded(record.target) or _printed(union.addresses, record.target)
             if addresses is None and self._is_consuls(record.target):
@@ -399,6 +423,7 @@ class _Lookup:
                     addresses = self._asked(channel, record.target)
                 except (OSError, BadReply, _Failed) as error:
                     logger.debug("%s: no address of %s: %s", name, record.target, error)
+                    found.left_out[record.target] = f"no address: {error}"
                     found.is_complete = False
                     continue
             if addresses is None:
@@ -407,7 +432,10 @@ class _Lookup:
                 except ConfigurationError:
                     if self._resolver._is_first("target", name):
                         logger.warning("%s: %s is no host name, left out", name, record.target)
+                    found.left_out[record.target] = "no host name"
                     continue
+            if not addresses:
+                found.left_out[record.target] = "no address"
             server = _node(record.target)
             for address in addresses:
                 host = Host(address, record.port)
@@ -450,6 +478,7 @@ class _Union:
     def __init__(self) -> None:
         self.is_complete = True
         self.is_unshuffled = False
+        self.was_completed = False  # by TCP
         self._ttls: list[int] = []
         self.addresses: dict[str, set[bytes]] = {}
         self.records: dict[tuple[str, int], Srv] = {}
@@ -586,7 +615,7 @@ def _named(server: str, found: _Found, instances: Iterable[Instance]) -> _Found:
         Instance(instance.host, server, instance.priority, instance.weight): None
         for instance in instances
     }
-    return _Found(named, found.is_complete, found.ttl_seconds)
+    return _Found(named, found.is_complete, found.ttl_seconds, found.asked, found.left_out)
 
 
 def _decoded(target: str) -> list[str] | None:

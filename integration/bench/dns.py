@@ -194,20 +194,18 @@ def plot(results: Results, forms: Sequence[str], hosts: Sequence[int], path: Pat
         for way, (color, line, marker) in styles.items():
             times = [results[form, count, way].milliseconds for count in hosts]
             panel.plot(hosts, times, color=color, linestyle=line, marker=marker, label=way)
-            below = False  # neighbours' labels must not meet
             for count, milliseconds in zip(hosts, times, strict=True):
                 found = results[form, count, way].found
                 if found is not None and found < count:
                     panel.annotate(
-                        f"{found} of {count:,}",
+                        f"finds {found}",
                         (count, milliseconds),
-                        xytext=(-6, -13 if below else 7),
+                        xytext=(0, 7),
                         textcoords="offset points",
-                        ha="right",
+                        ha="center",
                         fontsize=8,
                         color=color,
                     )
-                    below = True
         panel.set(xscale="log", yscale="log", xlabel="hosts of the topic", title=FORMS[form])
         panel.set_xticks(hosts, [f"{count:,}" for count in hosts])
         panel.minorticks_off()

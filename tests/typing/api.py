@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
-from consul_matchmaker import Host, Matchmaker, Registration, Settings, Snapshot, errors
+from consul_matchmaker import Host, Matchmaker, Registration, Settings, Snapshot, aio, errors
 from consul_matchmaker.backends import Registrar, Resolver
 from consul_matchmaker.backends.memory import Memory
 
@@ -17,7 +17,11 @@ def look_up(mm: Matchmaker) -> list[str]:
     several: tuple[Host, ...] = snapshot[:2] + snapshot.hosts
     first: Host = one[0]
     age: float = snapshot.age_seconds
-    marks: tuple[bool, bool] = (snapshot.is_stale, snapshot.is_complete)
+    marks: tuple[bool, bool, bool] = (
+        snapshot.is_stale,
+        snapshot.is_complete,
+        snapshot.confirmed,
+    )
     where: str = f"{first.address} {first.port} {snapshot.topic} {snapshot.source} {age} {marks}"
     return [where, *map(str, hosts), *map(str, several)]
 
@@ -42,7 +46,16 @@ def register(mm: Matchmaker) -> Registration:
         registration.host,
         registration.server,
     )
+    state: str = registration.state
+    margin: float = registration.margin_seconds
     registration.unregister()
+
+    def told(which: Registration, change: str) -> None:
+        print(which, change, state, margin)
+
+    beaten = mm.register("scheduler", "10.0.0.5:9502", on_change=told, beat_seconds=2)
+    beaten.beat()
+    beaten.drain(seconds=1.5)
     mm.register(named[0], Host.opaque("identity"))
     mm.unregister("scheduler", "10.0.0.5:9501")
     return registration
@@ -62,10 +75,38 @@ def watch(mm: Matchmaker) -> Iterator[Snapshot]:
     yield from mm.watch("scheduler", server="node7")
 
 
+def use(mm: Matchmaker) -> str:
+    with mm.using("scheduler", server=None, key="tenant-42") as host:
+        used: Host = host
+    changed: Snapshot | None = mm.next_change(mm.hosts("scheduler"), timeout_seconds=1)
+    held: Snapshot | None = mm.hosts_at_hand("scheduler")
+    why: dict[str, object] = mm.explain("scheduler", server="node7")
+    return json.dumps({"why": why, "used": str(used), "seen": [str(changed), str(held)]})
+
+
+async def awaited() -> None:
+    async with aio.Matchmaker.from_url("consul+kv://127.0.0.1:8500") as mm:
+        snapshot: Snapshot = await mm.hosts("scheduler")
+        host: Host = await mm.pick("scheduler", key="tenant-42")
+        registration: aio.Registration = await mm.register("scheduler", host)
+        async with registration:
+            await registration.wait_until_published(timeout_seconds=5)
+        async with mm.using("scheduler") as used:
+            print(used.port, snapshot)
+        async for each in mm.watch("scheduler"):
+            print(each.confirmed)
+        count: int = await mm.expire("scheduler", host)
+        print(count, mm.sync.status(), await mm.topics())
+
+
 def about(mm: Matchmaker) -> str:
     topics: list[str] = mm.topics()
+    orphans: dict[str, str] = mm.orphans()
+    removed: list[str] = mm.sweep() if orphans else []
     settings: Settings = mm.settings
-    return json.dumps({"topics": topics, "prefix": settings.prefix, **mm.status()})
+    return json.dumps(
+        {"topics": topics, "removed": removed, "prefix": settings.prefix, **mm.status()}
+    )
 
 
 def make() -> None:

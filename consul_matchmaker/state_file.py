@@ -1,0 +1,175 @@
+"""Last-known-good answers on disk: read at a cold start, never believed blindly.
+
+One file a configuration, in the folder ``state_path``.  Its first line says format, checksum and
+length of the rest; whatever does not agree with it is as good as no file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .model import Host, Instance
+from .settings import Settings
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "consul-matchmaker-answers-1"
+MAX_BYTES = 64 * 1024 * 1024
+"""A bigger file is not ours: 10,000 topics of 20 hosts take about 10 MB."""
+CLOCK_SLACK_SECONDS = 5.0
+"""So far in the future an answer may be from: wall clocks are set back a little now and then."""
+# What makes the hosts of a topic other ones: files of settings that differ in it never mix.
+_IDENTITY = (
+    "mode",
+    "addresses",
+    "domain",
+    "datacenters",
+    "tag",
+    "service_template",
+    "service_map",
+    "shards",
+    "prefix",
+)
+
+Name = tuple[str, str | None]
+"""A topic, and the server it was narrowed to."""
+
+
+class Kept(NamedTuple):
+    """An answer as it is kept."""
+
+    age_seconds: float
+    is_complete: bool
+    instances: tuple[Instance, ...]
+
+
+class StateFile:
+    """Reads and writes the answers of one configuration.  No lock: its owner calls one at a time.
+
+    Several processes may share the folder: each keeps what the others wrote, the newest answer of a
+    topic wins.  Two that write in the same moment may lose the older write, never mix the two.
+    """
+
+    def __init__(
+        self, folder: str, settings: Settings, *, wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        identity = {name: _plain(getattr(settings, name)) for name in _IDENTITY}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.path = Path(folder) / f"{settings.mode}-{digest[:16]}.answers"
+        self._max_age_seconds = settings.max_stale_seconds
+        self._max_answers = settings.max_topics
+        self._wall_clock = wall_clock
+        self._has_warned = False
+
+    def load(self) -> dict[Name, Kept]:
+        """Every answer that is not too old; none, with one warning, when the file is damaged."""
+        now = self._wall_clock()
+        return {
+            name: Kept(max(0.0, now - taken_at), is_complete, instances)
+            for name, (taken_at, is_complete, instances) in self._read(now).items()
+        }
+
+    def save(self, answers: Mapping[Name, Kept]) -> None:
+        """Put *answers* into the file at once or not at all; one without hosts removes its topic.
+
+        A failure is logged, the first one as a warning, and leaves the file as it was.
+        """
+        now = self._wall_clock()
+        kept = self._read(now)
+        for name, answer in answers.items():
+            taken_at = now - answer.age_seconds
+            if name not in kept or kept[name][0] <= taken_at:
+                kept[name] = (taken_at, answer.is_complete, answer.instances)
+        newest = sorted(
+            (item for item in kept.items() if item[1][2]), key=lambda item: item[1][0], reverse=True
+        )
+        rows = [
+            [topic, server, taken_at, is_complete, [_row(one) for one in instances]]
+            for (topic, server), (taken_at, is_complete, instances) in newest[: self._max_answers]
+        ]
+        body = json.dumps(rows, separators=(",", ":")).encode("ascii")
+        try:
+            self._replace(_header(body) + body)
+        except OSError as error:
+            self._warn("cannot be written", error)
+
+    def _read(self, now: float) -> dict[Name, tuple[float, bool, tuple[Instance, ...]]]:
+        try:
+            if self.path.stat().st_size > MAX_BYTES:
+                raise ValueError("it is too big")
+            rows = _checked(self.path.read_bytes())
+            found = {
+                (topic, server): (
+                    float(taken_at),
+                    bool(is_complete),
+                    tuple(_instance(*row) for row in instances),
+                )
+                for topic, server, taken_at, is_complete, instances in rows
+            }
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            self._warn("is ignored", error)
+            return {}
+        return {
+            name: answer
+            for name, answer in found.items()
+            if -CLOCK_SLACK_SECONDS <= now - answer[0] < self._max_age_seconds
+        }
+
+    def _replace(self, content: bytes) -> None:
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=self.path.name, dir=self.path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut may leave the name without the content
+            Path(temporary).replace(self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink()
+            raise
+
+    def _warn(self, what: str, error: Exception) -> None:
+        level = logging.DEBUG if self._has_warned else logging.WARNING
+        self._has_warned = True
+        logger.log(level, "state file %s %s: %s", self.path, what, error)
+
+
+def _header(body: bytes) -> bytes:
+    return f"{FORMAT} {hashlib.sha256(body).hexdigest()} {len(body)}\n".encode("ascii")
+
+
+def _checked(content: bytes) -> Any:
+    """The rows in *content*; raises ValueError unless every byte is as it was written."""
+    header, newline, body = content.partition(b"\n")
+    if header + newline != _header(body):
+        raise ValueError("damaged, or of another version")
+    return json.loads(body)
+
+
+def _row(instance: Instance) -> list[object]:
+    host = instance.host
+    return [host.address, host.port, instance.server, instance.priority, instance.weight]
+
+
+def _instance(
+    address: str, port: int | None, server: str | None, priority: int, weight: int
+) -> Instance:
+    return Instance(Host(address, port), server, priority, weight)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return [str(item) for item in value] if isinstance(value, tuple) else value

@@ -1,0 +1,153 @@
+"""Consul away for a minute under load, in every way it can be away: answers get old, never fail."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+
+from consul_matchmaker import Matchmaker, errors
+from consul_matchmaker.demo.consul_probe import Node
+from integration.cluster import Cluster
+from integration.test_answers import (
+    TIMEOUT_SECONDS,
+    TTL_SECONDS,
+    Load,
+    Operators,
+    matchmaker,
+    published,
+    until,
+)
+
+OUTAGE_SECONDS = 60.0
+MAX_STALE_SECONDS = 30.0
+STALE_SECONDS = 5.5
+"""A watched answer: its poll of 2 s and 1/16, and 3 s; the others are faster."""
+FRESH_SECONDS = TTL_SECONDS + TIMEOUT_SECONDS + 1
+
+
+@contextlib.contextmanager
+def paused(cluster: Cluster) -> Iterator[None]:
+    """It accepts, and says nothing."""
+    cluster.pause("agent1")
+    yield
+    cluster.resume("agent1")
+
+
+@contextlib.contextmanager
+def killed(cluster: Cluster) -> Iterator[None]:
+    """Connections are refused."""
+    cluster.kill("agent1")
+    yield
+    cluster.start("agent1")
+    cluster.wait_ready()
+
+
+@contextlib.contextmanager
+def firewalled(cluster: Cluster) -> Iterator[None]:
+    """Packets from and to it are dropped, those of open connections too."""
+    node = cluster.nodes["agent1"]
+    ports = [("tcp", node.http), ("tcp", node.dns), ("udp", node.dns)]
+    rules = [
+        ["INPUT", "-i", "lo", "-p", protocol, side, address.rpartition(":")[2], "-j", "DROP"]
+        + (["-d", address.rpartition(":")[0]] if side == "--dport" else [])
+        + (["-s", address.rpartition(":")[0]] if side == "--sport" else [])
+        for protocol, address in ports
+        for side in ("--dport", "--sport")
+    ]
+    with contextlib.ExitStack() as stack:
+        for rule in rules:
+            subprocess.run(["iptables", "-w", "-I", *rule], check=True)
+            stack.callback(subprocess.run, ["iptables", "-w", "-D", *rule], check=True)
+        yield
+
+
+@pytest.fixture
+def readers(
+    cluster: Cluster, agent: Node, prefix: str, topic: str
+) -> Iterator[Mapping[str, Matchmaker]]:
+    """One in each mode, and one of each that gives up early."""
+    with contextlib.ExitStack() as stack:
+        # Not at the agent that goes away: its minute would end their leases and checks, and Consul
+        # would rightly say, when it is back, that nobody is there.
+        home = cluster.nodes["server1"]
+        stack.enter_context(Operators(home, topic))
+        published(stack, home, prefix, topic)
+        found = {}
+        for name, max_stale_seconds in (("", 3600.0), (", impatient", MAX_STALE_SECONDS)):
+            for mode, address, values in (
+                ("catalog", agent.dns, {}),
+                ("kv", agent.http, {"prefix": prefix}),
+                ("kv, no watch", agent.http, {"prefix": prefix, "watch": False}),
+            ):
+                found[mode + name] = stack.enter_context(
+                    matchmaker(
+                        mode.partition(",")[0],
+                        address,
+                        max_stale_seconds=max_stale_seconds,
+                        **values,  # type: ignore[arg-type]
+                    )
+                )
+        for reader in found.values():
+            until(lambda reader=reader: len(reader.hosts(topic)) == 3, 10)  # type: ignore[misc]
+        yield found
+        if cluster.is_disturbed:
+            cluster.mend()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("outage", [paused, killed, firewalled])
+def test_a_minute_without_consul(
+    cluster: Cluster,
+    readers: Mapping[str, Matchmaker],
+    topic: str,
+    outage: Callable[[Cluster], contextlib.AbstractContextManager[None]],
+) -> None:
+    """No failed lookup of a known topic and none slower, every answer stale and older and older;
+    Unavailable after max_stale_seconds; fresh within a TTL and a timeout after the return."""
+    patient = {name: one for name, one in readers.items() if "impatient" not in name}
+    impatient = [one for name, one in readers.items() if "impatient" in name]
+    with contextlib.ExitStack() as stack:
+        loads = {name: stack.enter_context(Load(one, topic)) for name, one in patient.items()}
+        time.sleep(5)
+        before = {name: load.p99() for name, load in loads.items()}
+        with outage(cluster):
+            began = time.monotonic()
+            stale = {
+                name: until(lambda one=one: one.hosts(topic).is_stale, STALE_SECONDS)  # type: ignore[misc]
+                for name, one in patient.items()
+            }
+            ages: dict[str, list[float]] = {name: [] for name in patient}
+            while time.monotonic() - began < OUTAGE_SECONDS:
+                for name, one in patient.items():
+                    held = one.hosts(topic)
+                    assert held.is_stale
+                    ages[name].append(held.age_seconds)
+                for one in impatient:
+                    with contextlib.suppress(errors.Unavailable):
+                        one.hosts(topic)
+                        assert time.monotonic() - began < MAX_STALE_SECONDS + STALE_SECONDS
+                time.sleep(0.5)
+            during = {name: load.p99() for name, load in loads.items()}
+        for one in readers.values():
+            until(lambda one=one: not _stale(one, topic), FRESH_SECONDS)  # type: ignore[misc]
+    for name, load in loads.items():
+        print(
+            f"{outage.__name__}, {name}: stale after {stale[name]:.1f} s, "
+            f"age {ages[name][0]:.0f} to {ages[name][-1]:.0f} s, "
+            f"p99 {before[name] * 1e6:.0f} us before, {during[name] * 1e6:.0f} us during"
+        )
+        assert load.failures == []
+        assert ages[name] == sorted(ages[name])
+        assert ages[name][-1] > OUTAGE_SECONDS - STALE_SECONDS
+        assert during[name] < 3 * before[name] + 0.002
+
+
+def _stale(reader: Matchmaker, topic: str) -> bool:
+    try:
+        return reader.hosts(topic).is_stale
+    except errors.Unavailable:
+        return True

@@ -1,0 +1,217 @@
+"""The asyncio facade: the same answers, never in the way of the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import pytest
+
+from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, aio, errors
+from consul_matchmaker.backends import Resolver
+from consul_matchmaker.backends.memory import Memory
+
+from .contract import ONE, TWO, ResolverContract
+from .doubles import DEADLINE_SECONDS, FakeResolver, catalog, kv
+
+T = TypeVar("T")
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    async def bounded() -> T:
+        return await asyncio.wait_for(work, DEADLINE_SECONDS)
+
+    return asyncio.run(bounded())
+
+
+class Awaited:
+    """The facade as a Resolver, so that the contract can be asked of it."""
+
+    narrows = True
+
+    def __init__(self, mm: Matchmaker) -> None:
+        self._mm = mm
+
+    def lookup(self, topic: str, server: str | None = None) -> Snapshot:
+        return run(aio.Matchmaker(self._mm).hosts(topic, server))
+
+    def forget(self) -> None:
+        self._mm.forget()
+
+    def close(self) -> None:
+        run(aio.Matchmaker(self._mm).close())
+
+
+class TestAioContract(ResolverContract):
+    """What holds of the backend holds of it behind the facade."""
+
+    @pytest.fixture
+    def memory(self) -> Memory:
+        return Memory()
+
+    @pytest.fixture
+    def resolver(self, memory: Memory) -> Iterator[Resolver]:
+        settings = kv(ttl_seconds=0.05, empty_ttl_seconds=0.05)
+        resolver = Awaited(Matchmaker(settings, backend=memory))
+        yield resolver
+        resolver.close()
+
+    @pytest.fixture
+    def away(self) -> Iterator[Resolver]:
+        memory = Memory()
+        memory.is_available = False
+        resolver = Awaited(Matchmaker(kv(), backend=memory))
+        yield resolver
+        resolver.close()
+
+    @pytest.fixture
+    def topic(self) -> str:
+        return "scheduler"
+
+    @pytest.fixture
+    def set_hosts(self, memory: Memory) -> Callable[[str, list[Host]], None]:
+        return memory.declare
+
+
+def test_every_method_of_the_matchmaker_is_there() -> None:
+    """The same public names, and no verb that the other does not have."""
+
+    def names(of: type) -> set[str]:
+        return {name for name in dir(of) if not name.startswith("_")}
+
+    helpers = {"forget", "hosts_at_hand", "next_change"}
+    assert names(Matchmaker) - names(aio.Matchmaker) == helpers
+    assert names(aio.Matchmaker) - names(Matchmaker) == set()
+
+
+def test_an_answer_at_hand_does_not_leave_the_loop() -> None:
+    """A known topic is answered without a thread, also when it is picked from."""
+    memory = Memory()
+    memory.declare("scheduler", [ONE])
+
+    async def work() -> None:
+        async with aio.Matchmaker(Matchmaker(kv(), backend=memory)) as mm:
+            first = mm.hosts("scheduler")
+            assert (await first).hosts == (ONE,)
+            again = mm.hosts("scheduler")
+            with pytest.raises(StopIteration) as caught:
+                again.send(None)  # done at its first step: nothing was awaited
+            assert caught.value.value.hosts == (ONE,)
+            assert await mm.pick("scheduler") == ONE
+            assert await mm.is_alive("scheduler", str(ONE))
+            assert (await mm.explain("scheduler"))["topic"] == "scheduler"
+
+    run(work())
+
+
+def test_a_topic_that_hangs_holds_up_neither_loop_nor_others() -> None:
+    """While many calls wait for one topic, others are answered; cancelling them takes no time, and
+    the answer comes into the memory all the same."""
+    consul = FakeResolver()
+    consul.say("slow", str(TWO))
+    consul.say("scheduler", str(ONE))
+    consul.hold("slow")
+
+    async def work() -> None:
+        async with aio.Matchmaker(Matchmaker(catalog(), backend=consul)) as mm:
+            waiting = [asyncio.create_task(mm.hosts("slow")) for _ in range(50)]
+            assert (await mm.hosts("scheduler")).hosts == (ONE,)
+            assert not any(task.done() for task in waiting)
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            assert all(task.cancelled() for task in waiting)
+            consul.let_go("slow")
+            assert (await mm.hosts("slow")).hosts == (TWO,)
+            assert consul.count("slow") == 1
+
+    run(work())
+
+
+def test_registering_waiting_and_watching() -> None:
+    """A registration is awaited, seen by a watch, and leaves with its block."""
+    memory = Memory()
+
+    async def work() -> None:
+        settings = kv(ttl_seconds=0.05, empty_ttl_seconds=0.05)
+        async with (
+            aio.Matchmaker(Matchmaker(kv(), backend=memory)) as owner,
+            aio.Matchmaker(Matchmaker(settings, backend=memory)) as reader,
+        ):
+            changes = reader.watch("scheduler")
+            assert (await anext(changes)).hosts == ()
+            async with await owner.register("scheduler", ONE, server="node1") as registration:
+                await registration.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+                assert registration.state == "published"
+                assert (await anext(changes)).hosts == (ONE,)
+                found = await reader.wait_for_hosts("scheduler", timeout_seconds=5, server="node1")
+                assert found.hosts == (ONE,)
+                assert await reader.topics() == ["scheduler"]
+            assert (await anext(changes)).hosts == ()
+            await reader.close()
+            with pytest.raises(StopAsyncIteration):
+                await anext(changes)
+            with pytest.raises(errors.Closed):
+                await reader.hosts("scheduler")
+
+    run(work())
+
+
+def test_a_failure_in_a_block_rejects_and_a_cancellation_does_not() -> None:
+    """As the synchronous one; a task that is cancelled has learnt nothing of the host."""
+    memory = Memory()
+    memory.declare("scheduler", [f"10.0.0.{number}:5000" for number in range(1, 6)])
+
+    async def work() -> None:
+        async with aio.Matchmaker(Matchmaker(kv(), backend=memory)) as mm:
+            with pytest.raises(ConnectionError):
+                async with mm.using("scheduler") as bad:
+                    raise ConnectionError
+            assert mm.status()["quarantine"] == {"scheduler": [str(bad)]}
+            with pytest.raises(asyncio.CancelledError):
+                async with mm.using("scheduler"):
+                    raise asyncio.CancelledError
+            assert mm.status()["quarantine"] == {"scheduler": [str(bad)]}
+
+    run(work())
+
+
+def test_errors_are_the_same() -> None:
+    """What the synchronous calls raise comes out of the awaited ones."""
+    memory = Memory()
+    memory.is_available = False
+
+    async def work() -> None:
+        async with aio.Matchmaker(Settings(mode="kv", addresses="127.0.0.1:1")) as mm:
+            with pytest.raises(errors.InvalidTopic):
+                await mm.hosts("")
+        async with aio.Matchmaker(Matchmaker(kv(), backend=memory)) as mm:
+            with pytest.raises(errors.Unavailable):
+                await mm.pick("scheduler")
+            memory.is_available = True
+            with pytest.raises(errors.NoLiveHosts):
+                await mm.pick("nobody")
+
+    run(work())
+
+
+def test_a_loop_that_ended_is_not_disturbed() -> None:
+    """An answer that comes after its loop was closed is dropped without a noise."""
+    consul = FakeResolver()
+    consul.hold("slow")
+    mm = Matchmaker(catalog(), backend=consul)
+
+    async def work() -> None:
+        task = asyncio.create_task(aio.Matchmaker(mm).hosts("slow"))
+        await asyncio.get_running_loop().run_in_executor(None, consul.wait_until_asked, "slow")
+        task.cancel()
+
+    run(work())
+    threads = [one for one in threading.enumerate() if one.name == "consul-matchmaker-awaited"]
+    consul.let_go("slow")
+    for thread in threads:
+        thread.join(DEADLINE_SECONDS)
+        assert not thread.is_alive()
+    mm.close()
