@@ -123,6 +123,7 @@ class _Entry:
         "gone_at",
         "landed_at",
         "offers",
+        "part",
         "placed_at",
         "quiet_until",
         "refresh_at",
@@ -137,6 +138,7 @@ class _Entry:
         self.topic = topic
         self.server = server
         self.snapshot: Snapshot | None = None  # the held answer
+        self.part: Snapshot | None = None  # some of the hosts, while all of them are asked for
         self.quiet_until = -_NEVER  # until then the held answer is returned without a look
         self.gone_at = -_NEVER  # from then on it is not returned any more
         self.asked_at = now  # by a caller
@@ -266,11 +268,12 @@ class Cache:
 
     # -- what callers ask
 
-    def lookup(self, topic: str, server: str | None = None) -> Snapshot:
+    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's.
 
         Does not wait for Consul while there is an answer younger than ``max_stale_seconds``.
-        Else asks, and raises Unavailable or Denied.
+        Else asks, and raises Unavailable or Denied.  With *complete* False some of the hosts will
+        do where nothing is held: the rest is asked for in the background.
         """
         try:
             entry = self._at_hand[topic]
@@ -280,7 +283,8 @@ class Cache:
         entry.asked_at = now = self._clock()
         snapshot = entry.snapshot
         if snapshot is None or now >= entry.quiet_until:
-            snapshot = self._look_closer(entry, now)
+            # One server may be missing in a part of the answer: only all of it will do.
+            snapshot = self._look_closer(entry, now, complete or server is not None)
         return snapshot if server is None else self._of_server(snapshot, server)
 
     def at_hand(self, topic: str, server: str | None = None) -> Snapshot | None:
@@ -485,10 +489,13 @@ class Cache:
             held if held is not None and now < entry.quiet_until else self._look_closer(entry, now)
         )
 
-    def _look_closer(self, entry: _Entry, now: float) -> Snapshot:
+    def _look_closer(self, entry: _Entry, now: float, complete: bool = True) -> Snapshot:
         """The answer of an entry that is not simply fresh: old but held, or none yet."""
         with self._changed:
             held = entry.snapshot
+            part = entry.part
+            if not complete and held is None and part is not None and now < part.fresh_until:
+                return part
             if held is not None and now < entry.quiet_until:
                 return held  # it came while we waited for the lock
             if held is None or now >= entry.gone_at:
@@ -514,28 +521,50 @@ class Cache:
                     return entry.snapshot or held
             return held
         try:
-            return self._ask(entry)
+            return self._ask(entry, complete)
         finally:
+            if entry.part is not None:  # what is missing is asked for there
+                self._start_refresher()
             self._refresher.wake()  # it may have something to do earlier than it thought
 
     # -- asking
 
-    def _ask(self, entry: _Entry) -> Snapshot:
+    def _ask(self, entry: _Entry, complete: bool = True) -> Snapshot:
         """Ask the resolver, or wait for whoever asks already; no lock is held meanwhile."""
-        with self._changed:
-            flight, is_ours = entry.flight, False
-            if flight is None:
-                flight, is_ours = _Flight(entry.offers), True
-                entry.flight = flight
-        if not is_ours:
-            return flight.wait(entry.name, self._patience_seconds)
+        while True:
+            with self._changed:
+                flight, is_ours = entry.flight, False
+                if flight is None:
+                    flight, is_ours = _Flight(entry.offers), True
+                    entry.flight = flight
+            if is_ours:
+                break
+            answer = flight.wait(entry.name, self._patience_seconds)
+            if answer is not entry.part or not complete:
+                return answer
         began = self._clock()
         try:
-            answer = self._resolver.lookup(entry.topic, entry.server)
+            if complete:
+                answer = self._resolver.lookup(entry.topic, entry.server)
+            else:
+                answer = self._resolver.lookup(entry.topic, entry.server, complete=False)
         except BaseException as error:
             self._land_failure(entry, flight, error)
             raise
+        if not (complete or answer.is_complete) and answer and entry.snapshot is None:
+            return self._land_part(entry, flight, answer)
         return self._land_answer(entry, flight, answer, self._clock() - began)
+
+    def _land_part(self, entry: _Entry, flight: _Flight, answer: Snapshot) -> Snapshot:
+        """Keep some of the hosts until the refresher has asked for all of them."""
+        with self._changed:
+            now = self._clock()
+            self._note_success(entry, now)
+            entry.part = part = replace(answer, fresh_until=now + self._ttl_seconds(answer))
+            entry.flight = None
+            entry.refresh_at, entry.landed_at = now, -_NEVER
+            flight.land(part)
+        return part
 
     def _land_answer(
         self, entry: _Entry, flight: _Flight, answer: Snapshot, seconds: float
@@ -629,9 +658,10 @@ class Cache:
             confirmed,
             answer.details,
         )
-        part = AHEAD_FROM + (AHEAD_TO - AHEAD_FROM) * self._jitter()
+        entry.part = None
+        share = AHEAD_FROM + (AHEAD_TO - AHEAD_FROM) * self._jitter()
         entry.retry_at = now + SECONDS_BETWEEN_REFRESHES
-        entry.refresh_at = max(entry.retry_at, now + fresh_seconds * part)
+        entry.refresh_at = max(entry.retry_at, now + fresh_seconds * share)
         entry.quiet_until = now + fresh_seconds
 
     def _ttl_seconds(self, answer: Snapshot) -> float:

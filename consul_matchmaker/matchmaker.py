@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from .backends import Registrar, Resolver
 from .cache import Cache, is_same
@@ -34,6 +34,10 @@ SECONDS_BETWEEN_ASKS = 0.5
 SECONDS_OF_GRACE = 0.1
 """So much later than asked for a wait may end when Consul hangs: with a timeout of 0 it is what
 Consul has to answer an unknown topic."""
+
+
+class _Lookup(Protocol):
+    def __call__(self, topic: str, server: str | None, *, complete: bool = True) -> Snapshot: ...
 
 
 class Matchmaker:
@@ -72,7 +76,7 @@ class Matchmaker:
         if settings.watch and backend is None:
             self._watcher = _watcher(self._resolver, self._cache, settings, clock, jitter)
         # Replaced by the cache's own at the first lookup: a cached answer costs one call less.
-        self._lookup: Callable[[str, str | None], Snapshot] = self._first_lookup
+        self._lookup: _Lookup = self._first_lookup
         forget_in_child(self)
 
     @classmethod
@@ -104,7 +108,9 @@ class Matchmaker:
         With *key*, the same host for the same key in every process, as long as that host lives.
         Raises NoLiveHosts when there is none, and what `hosts` raises.
         """
-        host = self._selector.pick(self._lookup(topic, server), server=server, key=key)
+        # One of them is enough, but who has a key must choose among the same hosts as the others.
+        snapshot = self._lookup(topic, server, complete=key is not None)
+        host = self._selector.pick(snapshot, server=server, key=key)
         if host is None:
             raise NoLiveHosts(f"no host serves {_named(topic, server)} now: try wait_for_hosts()")
         return host
@@ -375,15 +381,15 @@ class Matchmaker:
 
     # -- inside
 
-    def _first_lookup(self, topic: str, server: str | None) -> Snapshot:
+    def _first_lookup(self, topic: str, server: str | None, *, complete: bool = True) -> Snapshot:
         with self._lock:
             self._check_open()
             if self._watcher is not None:
                 self._watcher.start()
             self._lookup = self._cache.lookup
-        return self._cache.lookup(topic, server)
+        return self._cache.lookup(topic, server, complete=complete)
 
-    def _refuse(self, topic: str, server: str | None) -> Snapshot:
+    def _refuse(self, topic: str, server: str | None, *, complete: bool = True) -> Snapshot:
         raise Closed("this matchmaker was closed: make a new one")
 
     def _check_open(self) -> None:

@@ -217,12 +217,12 @@ def test_every_form_of_address(
     resolver: Callable[..., DnsSrv], define: Callable[..., str], topic: str
 ) -> None:
     """IPv4, IPv6, host names, several instances on one address: all are found as registered."""
-    for port, address in enumerate(["10.0.0.1", "10.0.0.1", "2001:db8::7", "db.example.com"], 1):
+    for port, address in enumerate(["10.0.0.1", "10.0.0.1", "2001:db8::7", "localhost"], 1):
         define(address, port)
     dns_srv = resolver()
     until(lambda: len(dns_srv.lookup(topic)) == 4, 5, "all are there")
     assert [str(host) for host in dns_srv.lookup(topic)] == [
-        *("10.0.0.1:1", "10.0.0.1:2", "[2001:db8::7]:3", "db.example.com:4"),
+        *("10.0.0.1:1", "10.0.0.1:2", "127.0.0.1:4", "[2001:db8::7]:3"),
     ]
 
 

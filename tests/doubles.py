@@ -38,6 +38,7 @@ class FakeResolver:
         self.source = source
         self.asked: list[tuple[str, str | None]] = []
         self._says: dict[tuple[str, str | None], Snapshot | BaseException] = {}
+        self._parts: dict[str, Snapshot] = {}
         self._gates: dict[str, threading.Event] = {}
         self._arrivals: dict[str, threading.Event] = {}
 
@@ -52,6 +53,10 @@ class FakeResolver:
         self._says[topic, server] = snapshot(
             topic, hosts, self.source, is_complete=is_complete, ttl_seconds=ttl_seconds
         )
+
+    def say_first(self, topic: str, *hosts: str | Instance) -> None:
+        """What who needs only some hosts of *topic* is told, as an incomplete answer."""
+        self._parts[topic] = snapshot(topic, hosts, self.source, is_complete=False)
 
     def fail(self, topic: str, error: BaseException | None = None) -> None:
         self._says[topic, None] = error or Unavailable("Consul is away")
@@ -73,13 +78,15 @@ class FakeResolver:
     def count(self, topic: str) -> int:
         return sum(asked == topic for asked, _ in self.asked)
 
-    def lookup(self, topic: str, server: str | None = None) -> Snapshot:
+    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
         self.asked.append((topic, server))
         gate = self._gates.get(topic)
         if gate is not None:
             self._arrivals[topic].set()
             assert gate.wait(DEADLINE_SECONDS)
         said = self._says.get((topic, server))
+        if not complete:
+            said = self._parts.get(topic, said)
         if isinstance(said, BaseException):
             raise said
         return snapshot(topic, (), self.source) if said is None else said

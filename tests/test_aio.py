@@ -34,7 +34,7 @@ class Awaited:
     def __init__(self, mm: Matchmaker) -> None:
         self._mm = mm
 
-    def lookup(self, topic: str, server: str | None = None) -> Snapshot:
+    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
         return run(aio.Matchmaker(self._mm).hosts(topic, server))
 
     def forget(self) -> None:

@@ -398,6 +398,54 @@ def test_an_unknown_topic_is_asked_for_once(consul: FakeResolver) -> None:
     assert cache.close(DEADLINE_SECONDS)
 
 
+def test_who_needs_one_host_does_not_wait_for_all(
+    clock: ManualClock,
+) -> None:
+    """Some of the hosts will do for a first pick; all of them are asked for in the background, and
+    nobody who wants all is given less."""
+    dns = FakeResolver("dns")
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A, B, C)
+    dns.say_first("scheduler", A)
+    assert shown(cache.lookup("scheduler", complete=False)) == [A]
+    assert shown(cache.lookup("scheduler", complete=False)) == [A]
+    assert dns.count("scheduler") == 1
+    cache.step()
+    assert dns.count("scheduler") == 2
+    assert shown(cache.lookup("scheduler", complete=False)) == [A, B, C]
+    assert cache.lookup("scheduler").is_complete
+    assert dns.count("scheduler") == 2
+
+
+def test_who_wants_all_hosts_is_not_given_some(clock: ManualClock) -> None:
+    """Not what a pick left behind, nor the answer a pick is just asking for."""
+    dns = FakeResolver("dns")
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A, B, C)
+    dns.say_first("scheduler", A)
+    dns.hold("scheduler")
+    pick = in_thread(lambda: cache.lookup("scheduler", complete=False))
+    dns.wait_until_asked("scheduler")
+    hosts = in_thread(lambda: cache.lookup("scheduler"))
+    dns.let_go("scheduler")
+    assert shown(pick.result(DEADLINE_SECONDS)) in ([A], [A, B, C])
+    assert shown(hosts.result(DEADLINE_SECONDS)) == [A, B, C]
+    dns.say("other", A, B)
+    dns.say_first("other", B)
+    assert shown(cache.lookup("other", complete=False)) == [B]
+    assert shown(cache.lookup("other")) == [A, B]
+
+
+def test_a_part_that_is_all_there_is_needs_no_second_question(clock: ManualClock) -> None:
+    """A small topic's first answer is complete: it is held like any other."""
+    dns = FakeResolver("dns")
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A)
+    assert shown(cache.lookup("scheduler", complete=False)) == [A]
+    assert cache.lookup("scheduler").is_complete
+    assert dns.count("scheduler") == 1
+
+
 def test_a_failure_is_everybodys_and_does_not_make_them_stampede(consul: FakeResolver) -> None:
     """All who wait get the error, each its own exception, and nobody asks again just then."""
     clock = ManualClock()

@@ -46,6 +46,22 @@ def clock() -> Clock:
     return Clock()
 
 
+NAMES = {
+    "db.example.com": ["192.0.2.5"],
+    "localhost": ["127.0.0.1"],
+    "db.example": ["192.0.2.2"],
+    "ok.example": ["192.0.2.81", "192.0.2.82"],
+    "my.node.example.org": ["192.0.2.9"],
+}
+
+
+def resolve(name: str) -> list[str]:
+    """In place of the system's resolver, which knows other names on every machine."""
+    if name == "unsure.example":
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    return NAMES.get(name, [])
+
+
 @pytest.fixture
 def resolver(clock: Clock, request: pytest.FixtureRequest) -> Lookup:
     """Makes a DnsSrv on servers, or "host:port", and settings."""
@@ -57,6 +73,7 @@ def resolver(clock: Clock, request: pytest.FixtureRequest) -> Lookup:
             Settings(mode="catalog", addresses=addresses, **settings),  # type: ignore[arg-type]
             clock=clock,
             jitter=lambda: 0.5,
+            resolve=resolve,
         )
         request.addfinalizer(made.close)
         return made
@@ -98,8 +115,8 @@ def test_every_form_of_target(resolver: Lookup) -> None:
     with server:
         snapshot = resolver(server).lookup("scheduler")
     assert snapshot.hosts == hosts(
-        *("10.9.9.5:1", "[2001:db8::1]:2", "10.0.0.7:3", "[::1]:4", "db.example.com:5"),
-        *("localhost:6", "10.9.9.5:7"),
+        *("10.9.9.5:1", "[2001:db8::1]:2", "10.0.0.7:3", "[::1]:4", "192.0.2.5:5"),
+        *("127.0.0.1:6", "10.9.9.5:7"),
     )
     servers = {instance.host.port: instance.server for instance in snapshot.instances}
     assert servers == dict.fromkeys(range(1, 8)) | {3: "node.with.dots", 4: "n4"}
@@ -216,11 +233,52 @@ def test_a_node_whose_address_cannot_be_asked_for_leaves_the_answer_incomplete(
 
     with DnsServer(answer) as server:
         snapshot = resolver(server).lookup("scheduler")
-    assert (snapshot.hosts, snapshot.is_complete) == (hosts("db.example:2"), False)
+    assert (snapshot.hosts, snapshot.is_complete) == (hosts("192.0.2.2:2"), False)
 
 
-def test_a_name_outside_consul_stays_a_name(resolver: Lookup) -> None:
-    """Where Consul refuses to resolve a target, whoever connects resolves it."""
+def test_a_name_nobody_knows_is_left_out(resolver: Lookup) -> None:
+    """A definite no is an answer: the others are all there is, and `details` says who is not."""
+    answer = ["SRV 1 1 1 gone.example.", "SRV 1 1 2 ok.example."]
+    with DnsServer(lambda asked: [reply_to(asked, answer)]) as server:
+        snapshot = resolver(server).lookup("scheduler")
+    assert snapshot.hosts == hosts("192.0.2.81:2", "192.0.2.82:2")
+    assert snapshot.is_complete
+    assert snapshot.details["left_out"] == {"gone.example.": "no address"}
+
+
+def test_a_name_the_system_cannot_tell_is_no_proof_of_absence(resolver: Lookup) -> None:
+    """With others, the answer is incomplete; alone, it is an outage and not an empty answer."""
+    answer = ["SRV 1 1 1 unsure.example.", "SRV 1 1 2 ok.example."]
+    with DnsServer(lambda asked: [reply_to(asked, answer)]) as server:
+        snapshot = resolver(server).lookup("scheduler")
+        assert snapshot.hosts == hosts("192.0.2.81:2", "192.0.2.82:2")
+        assert not snapshot.is_complete
+        del answer[1]
+        with pytest.raises(Unavailable, match=r"unsure\.example"):
+            resolver(server).lookup("scheduler")
+
+
+def test_a_resolver_that_hangs_holds_no_lookup(clock: Clock) -> None:
+    """The lookup ends in its own time, whatever the system's resolver does."""
+    end = threading.Event()
+
+    def hang(name: str) -> list[str]:
+        end.wait()
+        return []
+
+    with DnsServer(lambda asked: [reply_to(asked, ["SRV 1 1 1 db.example."])]) as server:
+        settings = Settings(
+            mode="catalog", addresses=(server.address,), request_timeout_seconds=TIMEOUT
+        )
+        try:
+            with pytest.raises(Unavailable):
+                DnsSrv(settings, clock=clock, resolve=hang).lookup("scheduler")
+        finally:
+            end.set()
+
+
+def test_a_name_outside_consul_is_resolved_by_the_system(resolver: Lookup) -> None:
+    """Where Consul refuses to resolve a target, this machine does."""
 
     def answer(asked: Asked) -> list[bytes]:
         if asked.kind != "SRV":
@@ -228,7 +286,7 @@ def test_a_name_outside_consul_stays_a_name(resolver: Lookup) -> None:
         return [reply_to(asked, ["SRV 1 1 1 my.node.example.org."])]
 
     with DnsServer(answer) as server:
-        assert resolver(server).lookup("scheduler").hosts == hosts("my.node.example.org:1")
+        assert resolver(server).lookup("scheduler").hosts == hosts("192.0.2.9:1")
 
 
 # -- what is asked
@@ -882,7 +940,7 @@ def test_labels_that_are_no_host_name_are_left_out(resolver: Lookup, label: byte
     bad = struct.pack("!HHH", 1, 1, 80) + bytes([len(label)]) + label + b"\x07example\x00"
     good = struct.pack("!HHH", 1, 1, 81) + b"\x02ok\x07example\x00"
     with DnsServer(lambda asked: [header(asked, 2) + record(bad) + record(good)]) as server:
-        assert resolver(server).lookup("scheduler").hosts == hosts("ok.example:81")
+        assert resolver(server).lookup("scheduler").hosts == hosts("192.0.2.81:81", "192.0.2.82:81")
 
 
 def test_odd_addr_names_are_no_addresses(resolver: Lookup) -> None:
@@ -952,9 +1010,9 @@ def test_many_targets_without_addresses_end_at_the_timeout(resolver: Lookup) -> 
         return [srv(asked, *(f"{n + 1} n{n}.node.dc1.consul." for n in range(40)))]
 
     started = time.monotonic()
-    with DnsServer(answer, tcp=False) as server:
-        snapshot = resolver(server, request_timeout_seconds=0.2).lookup("scheduler")
-    assert (len(snapshot), snapshot.is_complete) == (0, False)
+    outage = pytest.raises(Unavailable, match="none can be used")  # and not "nobody"
+    with DnsServer(answer, tcp=False) as server, outage:
+        resolver(server, request_timeout_seconds=0.2).lookup("scheduler")
     assert time.monotonic() - started < 1.5
 
 

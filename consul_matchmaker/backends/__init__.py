@@ -19,8 +19,11 @@ class Resolver(Protocol):
     narrows: bool
     """Whether ``lookup(topic, server)`` can find more than ``lookup(topic).for_server(server)``."""
 
-    def lookup(self, topic: str, server: str | None = None) -> Snapshot:
+    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's.
+
+        With *complete* False whoever asks needs one of them: the first answer will do, and
+        ``is_complete`` says whether it was all.
 
         Raises Unavailable when Consul cannot be asked, Denied when it refuses."""
 

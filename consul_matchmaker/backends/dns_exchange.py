@@ -32,6 +32,23 @@ CONNECT_SHARE = 0.35
 _Place = tuple[socket.AddressFamily, tuple[object, ...]]
 
 
+def resolve_by_system(name: str) -> list[str]:
+    """The addresses this machine's own resolver has for *name*: IPv4, or IPv6 where there are none.
+
+    [] when it knows no such name; raises OSError when it cannot tell.  May take as long as the
+    system's resolver likes.
+    """
+    try:
+        infos = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        if error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)):
+            return []
+        raise
+    families = {info[0] for info in infos}
+    family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
+    return sorted({str(info[4][0]) for info in infos if info[0] == family})
+
+
 class NotConnected(ConnectionError):
     """No TCP connection to the agent came about: refused, or too slow.  UDP is what is left."""
 

@@ -27,7 +27,8 @@ from ..naming import SERVICE_LABEL, service_of, shard_tag
 from ..settings import Settings
 from ..srv_coverage import MAX_ANSWERS, TCP_LIMIT, is_covered, may_be_cut
 from ..srv_wire import NOERROR, NXDOMAIN, REFUSED, SERVFAIL, BadReply, Reply, Srv
-from .dns_exchange import Channel, Stream
+from ..worker import call_within
+from .dns_exchange import Channel, Stream, resolve_by_system
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +93,8 @@ class DnsSrv:
     Opens no socket and starts no thread when made.  Raises ConfigurationError where ``domain``,
     ``tag`` or ``datacenters`` cannot be parts of a DNS name.
 
-    Service addresses that are host names are kept as names: whoever connects resolves them, so that
-    all processes know the same host by the same name and nobody waits for a resolver here.
+    Service addresses that are host names are resolved by the system's resolver (*resolve*), on a
+    thread beside the caller's, so that a slow one cannot hold a lookup past its end.
     """
 
     narrows = True
@@ -104,8 +105,10 @@ class DnsSrv:
         *,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
+        resolve: Callable[[str], list[str]] = resolve_by_system,
     ) -> None:
         self._settings = settings
+        self._resolve = resolve
         self._clock = clock
         self._timeout_seconds = settings.request_timeout_seconds
         self._domain = _checked_domain(settings.domain)
@@ -150,6 +153,8 @@ class DnsSrv:
                 continue
             if found.instances:
                 break
+            if found.left_out and not found.is_complete:  # an outage, and not "nobody"
+                failure = failure or _unusable(service, found)
         if failure is not None and not found.instances:
             raise failure
         return Snapshot(
@@ -418,22 +423,21 @@ class _Lookup:
                 found.left_out[record.target] = "port 0"
                 continue
             addresses = _decoded(record.target) or _printed(union.addresses, record.target)
-            if addresses is None and self._is_consuls(record.target):
-                try:
+            try:
+                if addresses is None and self._is_consuls(record.target):
                     addresses = self._asked(channel, record.target)
-                except (OSError, BadReply, _Failed) as error:
-                    logger.debug("%s: no address of %s: %s", name, record.target, error)
-                    found.left_out[record.target] = f"no address: {error}"
-                    found.is_complete = False
-                    continue
-            if addresses is None:
-                try:
-                    addresses = [Host.parse(f"{record.target.rstrip('.')}:1").address]
-                except ConfigurationError:
-                    if self._resolver._is_first("target", name):
-                        logger.warning("%s: %s is no host name, left out", name, record.target)
-                    found.left_out[record.target] = "no host name"
-                    continue
+                if addresses is None:
+                    addresses = self._by_system(record.target)
+            except ConfigurationError:
+                if self._resolver._is_first("target", name):
+                    logger.warning("%s: %s is no host name, left out", name, record.target)
+                found.left_out[record.target] = "no host name"
+                continue
+            except (OSError, BadReply, _Failed) as error:
+                logger.debug("%s: no address of %s: %s", name, record.target, error)
+                found.left_out[record.target] = f"no address: {error}"
+                found.is_complete = False
+                continue
             if not addresses:
                 found.left_out[record.target] = "no address"
             server = _node(record.target)
@@ -469,6 +473,21 @@ class _Lookup:
                 if addresses:
                     break
             self._addresses[name] = addresses
+        return self._addresses[name]
+
+    def _by_system(self, target: str) -> list[str]:
+        """The addresses of a host name that is not Consul's; [] when there is no such name.
+
+        Raises ConfigurationError for what is no host name, OSError when the resolver cannot tell.
+        """
+        name = Host.parse(f"{target.rstrip('.').lower()}:1").address
+        if name not in self._addresses:
+            seconds = min(self._timeout_seconds, self._until - time.monotonic())
+            if seconds <= 0:
+                raise TimeoutError("no time was left to resolve it")
+            self._addresses[name] = call_within(
+                seconds, lambda: self._resolver._resolve(name), "consul-matchmaker-names"
+            )
         return self._addresses[name]
 
 
@@ -616,6 +635,13 @@ def _named(server: str, found: _Found, instances: Iterable[Instance]) -> _Found:
         for instance in instances
     }
     return _Found(named, found.is_complete, found.ttl_seconds, found.asked, found.left_out)
+
+
+def _unusable(service: str, found: _Found) -> Unavailable:
+    reasons = [f"{target} ({reason})" for target, reason in sorted(found.left_out.items())]
+    return Unavailable(
+        f"{service} has instances, and none can be used now: {', '.join(reasons[:3])}: retry"
+    )
 
 
 def _decoded(target: str) -> list[str] | None:

@@ -98,7 +98,7 @@ class Kv:
 
     # -- Resolver ----------------------------------------------------------------------------
 
-    def lookup(self, topic: str, server: str | None = None) -> Snapshot:
+    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's."""
         folder = topic_folder(self._prefix, topic)
         keys, answer = self._keys_under(folder)

@@ -48,7 +48,7 @@ class Memory:
 
     # -- Resolver
 
-    def lookup(self, topic: str, server: str | None = None) -> Snapshot:
+    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
         """Every live host of *topic*; with *server*, only that server's."""
         checked_topic(topic)
         with self._lock:
