@@ -4,6 +4,7 @@
 # Both set up all they need (Python >= 3.10 is assumed, nothing else), in .venv and .tox.
 # A Consul program is found, or fetched, by consul_matchmaker/demo/consul_binary.py.
 # make test uses Docker too when an engine answers; INTEGRATION="local docker" insists on both.
+# It runs oslo.messaging beside Redis when there is a redis-server; OSLO=oslo insists on it.
 
 PYTHON ?= python3
 INTEGRATION ?= local $(if $(shell docker version --format '{{.Server.Version}}' 2>/dev/null),docker)
@@ -12,7 +13,8 @@ BIN := .venv/bin
 comma := ,
 empty :=
 space := $(empty) $(empty)
-CHECKS = lint types unit py-consul $(addprefix integration-,$(INTEGRATION)) long
+OSLO ?= $(if $(shell command -v redis-server),oslo)
+CHECKS = lint types unit py-consul $(addprefix integration-,$(INTEGRATION)) long $(OSLO)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test clean

@@ -666,11 +666,10 @@ class Cache:
 
     def _ttl_seconds(self, answer: Snapshot) -> float:
         settings = self._settings
-        if not answer.instances:
-            return settings.empty_ttl_seconds
-        if answer.ttl_seconds:  # Consul's own is 0 unless operators set one (fact A7)
+        # Consul's own is 0 unless operators set one: service_ttl, or for "nobody" soa.min_ttl (A7).
+        if answer.ttl_seconds:
             return min(max(answer.ttl_seconds, settings.ttl_min_seconds), settings.ttl_max_seconds)
-        return settings.ttl_seconds
+        return settings.ttl_seconds if answer.instances else settings.empty_ttl_seconds
 
     def _is_believed(self, entry: _Entry, held: Snapshot, answer: Snapshot, now: float) -> bool:
         if not self._can_lie(answer) or not _is_suspicious(answer, held):

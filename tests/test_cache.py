@@ -189,6 +189,19 @@ def test_a_ttl_in_the_answer_is_obeyed_within_bounds(
     assert answer.is_stale
 
 
+@pytest.mark.parametrize(("said", "fresh_seconds"), [(None, 1), (0.2, 1), (30.0, 30), (600.0, 60)])
+def test_a_ttl_of_a_denial_is_obeyed_too(
+    cache: Cache, consul: FakeResolver, clock: ManualClock, said: float | None, fresh_seconds: float
+) -> None:
+    """Within the same bounds (RFC 2308: it is the SOA record's); without one: empty_ttl_seconds."""
+    consul.say("scheduler", ttl_seconds=said)
+    answer = cache.lookup("scheduler")
+    clock.advance(fresh_seconds - 0.01)
+    assert not answer.is_stale
+    clock.advance(0.01)
+    assert answer.is_stale
+
+
 def test_an_answer_without_hosts_has_a_ttl_of_its_own(
     cache: Cache, consul: FakeResolver, clock: ManualClock
 ) -> None:
