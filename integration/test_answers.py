@@ -17,6 +17,7 @@ import pytest
 from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, errors
 from consul_matchmaker.demo.consul_probe import Node, request
 from integration.cluster import Cluster
+from integration.waiting import until
 
 HOSTS = ("10.0.0.1:5001", "10.0.0.2:5002", "10.0.0.3:5003")
 TTL_SECONDS = 1.0
@@ -135,15 +136,6 @@ class Load:
                 self.failures.append(error)
             self.seconds.append(time.perf_counter() - began)
             time.sleep(0.002)
-
-
-def until(claim: Callable[[], bool], seconds: float) -> float:
-    """How long it took until *claim* was true; fails after *seconds*."""
-    began = time.monotonic()
-    while not claim():
-        assert time.monotonic() - began < seconds, f"not so after {seconds:g} s"
-        time.sleep(0.02)
-    return time.monotonic() - began
 
 
 def test_an_agent_that_hangs_makes_answers_old(

@@ -29,8 +29,8 @@ from integration.test_registrations import (
     keys,
     lease_of,
     repairs,
-    until,
 )
+from integration.waiting import until
 
 MANAGEMENT = str(uuid.uuid4())
 RULES = 'key_prefix "matchmaker/" {policy="write"} session_prefix "" {policy="write"}'

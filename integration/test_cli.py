@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from consul_matchmaker.demo.consul_binary import consul_version, find_consul
 from consul_matchmaker.demo.consul_probe import Node, request
 from consul_matchmaker.demo.local_consul import LocalCluster
 from integration.cluster import Cluster
+from integration.waiting import until
 
 WAIT_SECONDS = 30.0
 SOON_SECONDS = 1.0  # the promise for what Consul is told and not left to find out
-POLL_SECONDS = 0.02
 LISTEN = (
     "import socket, sys\n"
     "with socket.create_server(('127.0.0.1', int(sys.argv[1]))) as listener:\n"
@@ -71,15 +71,6 @@ def running(*argv: str) -> Iterator["subprocess.Popen[str]"]:
 def said(process: "subprocess.Popen[str]", words: str) -> None:
     assert process.stderr is not None
     assert any(words in line for line in process.stderr), f"ended without saying {words!r}"
-
-
-def until(is_so: Callable[[], bool], timeout_seconds: float) -> float:
-    """Seconds until *is_so*; fails after *timeout_seconds*."""
-    began = time.monotonic()
-    while not is_so():
-        assert time.monotonic() - began < timeout_seconds, "not so in time"
-        time.sleep(POLL_SECONDS)
-    return time.monotonic() - began
 
 
 def keys(agent: Node, prefix: str, token: str = "") -> list[str]:

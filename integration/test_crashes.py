@@ -9,7 +9,8 @@ import pytest
 from consul_matchmaker import Matchmaker
 from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json
 from integration.crowd import Crowd
-from integration.test_registrations import CRASH_SECONDS, SOON, TTL, Sampler, keys, until
+from integration.test_registrations import CRASH_SECONDS, SOON, TTL, Sampler, keys
+from integration.waiting import until
 
 pytestmark = pytest.mark.long
 

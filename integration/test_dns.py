@@ -17,6 +17,7 @@ from consul_matchmaker.demo.consul_probe import Node, read_json, request
 from consul_matchmaker.naming import shard_of
 from integration.catalog import METADATA, instances, register, unregister
 from integration.cluster import Cluster
+from integration.waiting import until
 
 # What restarts and transactions of thousands may take on a busy machine with two cores.
 TIMEOUT_SECONDS = 5.0
@@ -69,13 +70,6 @@ def hosts_of(made: Made) -> tuple[Host, ...]:
             Host(details.get("Address") or address, details["Port"]) for _, address, details in made
         )
     )
-
-
-def until(claim: Callable[[], bool], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not claim():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.02)
 
 
 def small_udp(resolver: DnsSrv) -> None:

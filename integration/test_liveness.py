@@ -22,8 +22,8 @@ from integration.test_registrations import (
     hosts,
     keys,
     lease_of,
-    until,
 )
+from integration.waiting import until
 
 SERVICE = "consul-matchmaker"
 CHECK_SECONDS = 1.5  # design, section 7: crash seen by every reader with liveness=check

@@ -19,8 +19,8 @@ from integration.test_answers import (
     Operators,
     matchmaker,
     published,
-    until,
 )
+from integration.waiting import until
 
 OUTAGE_SECONDS = 60.0
 MAX_STALE_SECONDS = 30.0

@@ -7,7 +7,8 @@ import pytest
 
 from consul_matchmaker import Matchmaker
 from integration.cluster import Cluster
-from integration.test_registrations import CRASH_SECONDS, INTERVAL, SLACK, SOON, TTL, answers, until
+from integration.test_registrations import CRASH_SECONDS, INTERVAL, SLACK, SOON, TTL, answers
+from integration.waiting import until
 
 BACK_SECONDS = 30.0  # until a cut-off node is a member again and knows the leader
 STALE_SECONDS = 45.0  # a connection that has gone silent is noticed when its poll is overdue

@@ -13,6 +13,7 @@ from consul_matchmaker import Matchmaker, Registration, errors
 from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json, request, wait_until
 from integration.cluster import Cluster
 from integration.registering_process import RegisteringProcess
+from integration.waiting import until
 
 TTL = 10.0  # the least that Consul accepts by default
 INTERVAL = TTL / 3
@@ -35,16 +36,6 @@ def join(url: str) -> Iterator[Callable[..., Matchmaker]]:
     """Makes matchmakers, each with a lease of its own; closes them afterwards."""
     with contextlib.ExitStack() as stack:
         yield lambda extra="": stack.enter_context(Matchmaker.from_url(url + extra))
-
-
-def until(claim: Callable[[], object], timeout_seconds: float, what: str) -> float:
-    """Wait until *claim* is true; return how long that took.  Fails after the timeout."""
-    began = time.monotonic()
-    while not claim():
-        if time.monotonic() - began > timeout_seconds:
-            pytest.fail(f"not within {timeout_seconds:g} s: {what}")
-        time.sleep(POLL)
-    return time.monotonic() - began
 
 
 def keys(agent: Node, prefix: str) -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 from integration.cluster import Cluster
 from integration.oslo.conftest import QUICK, Redis
 from integration.oslo.rpc_process import RpcProcess
-from integration.oslo.test_rpc import CRASH_SECONDS, LOOK_SECONDS, answers, until
+from integration.oslo.test_rpc import CRASH_SECONDS, LOOK_SECONDS, answers
+from integration.waiting import until
 
 Start = Callable[..., RpcProcess]
 

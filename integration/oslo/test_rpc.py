@@ -12,19 +12,11 @@ from consul_matchmaker.demo.consul_probe import Node, request
 from integration.cluster import Cluster, free_ports
 from integration.oslo.conftest import QUICK
 from integration.oslo.rpc_process import RpcProcess
+from integration.waiting import until
 
 Start = Callable[..., RpcProcess]
 CRASH_SECONDS = 2 * 10 + 1  # the lease's bound, fact B1
 LOOK_SECONDS = QUICK["zmq_target_update"]
-
-
-def until(claim: Callable[[], object], timeout_seconds: float, what: str) -> float:
-    began = time.monotonic()
-    while not claim():
-        if time.monotonic() - began > timeout_seconds:
-            pytest.fail(f"not within {timeout_seconds:g} s: {what}")
-        time.sleep(0.02)
-    return time.monotonic() - began
 
 
 def answers(calls: list[Any]) -> list[str]:
