@@ -138,7 +138,8 @@ class Holder:
         probes = 0
         while not self._over.is_set():
             try:
-                address = (self._host.address, self._host.port)
+                # The command line takes HOST:PORT and nothing opaque.
+                address = (self._host.address, self._host.port or 0)
                 socket.create_connection(address, PROBE_TIMEOUT_SECONDS).close()
             except OSError as error:
                 probes += 1
