@@ -84,10 +84,11 @@ class State(enum.Enum):
 class _Flight:
     """One question on its way; others who have the same question wait for its answer."""
 
-    __slots__ = ("_answer", "_done", "_error", "offers")
+    __slots__ = ("_answer", "_done", "_error", "complete", "offers")
 
-    def __init__(self, offers: int) -> None:
+    def __init__(self, offers: int, complete: bool) -> None:
         self.offers = offers
+        self.complete = complete  # whether all hosts were asked for, or some
         self._done = threading.Event()
         self._answer: Snapshot | None = None
         self._error: BaseException | None = None
@@ -535,12 +536,12 @@ class Cache:
             with self._changed:
                 flight, is_ours = entry.flight, False
                 if flight is None:
-                    flight, is_ours = _Flight(entry.offers), True
+                    flight, is_ours = _Flight(entry.offers, complete), True
                     entry.flight = flight
             if is_ours:
                 break
             answer = flight.wait(entry.name, self._patience_seconds)
-            if answer is not entry.part or not complete:
+            if flight.complete or answer.is_complete or not complete:
                 return answer
         began = self._clock()
         try:
