@@ -43,6 +43,8 @@ def decode_segment(segment: str) -> str:
     """The text that `encode_segment` made *segment* of; raises ValueError when there is none."""
     if not _SEGMENT.match(segment):
         raise ValueError(f"not an encoded segment: {segment!r}")
+    if "_" not in segment:
+        return segment
     raw = _ESCAPE.sub(lambda match: bytes([int(match[1], 16)]), segment.encode("ascii"))
     text = raw.decode("utf-8")
     if encode_segment(text) != segment:  # one text, one key: `_41` is not another `A`

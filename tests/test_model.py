@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import pickle
+import threading
+from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 
 from consul_matchmaker.errors import ConfigurationError, InvalidTopic
 from consul_matchmaker.model import Host, Instance, Registration, Snapshot, checked_topic
+
+from .doubles import DEADLINE_SECONDS, in_thread
 
 GOOD_HOSTS = [
     ("10.0.0.5:9501", "10.0.0.5", 9501),
@@ -197,6 +201,28 @@ def test_a_snapshot_is_a_sorted_sequence_without_duplicates() -> None:
 def test_two_ports_of_one_address_are_two_hosts() -> None:
     """Identity is address and port (trap D9)."""
     assert len(Snapshot("scheduler", instances("a:1", "a:2"), "dns")) == 2
+
+
+class Hanging(tuple[Instance, ...]):
+    """Instances whose thread stops while it goes through them."""
+
+    reached, go_on = threading.Event(), threading.Event()
+
+    def __iter__(self) -> Iterator[Instance]:
+        self.reached.set()
+        assert self.go_on.wait(DEADLINE_SECONDS)
+        return super().__iter__()
+
+
+def test_no_snapshot_waits_for_another() -> None:
+    """A child forked while another thread sorts some hosts can sort its own: no lock is shared."""
+    hanging = Hanging(instances("a:1"))
+    first = in_thread(lambda: Snapshot("scheduler", hanging, "dns").hosts)
+    assert hanging.reached.wait(DEADLINE_SECONDS)
+    other = in_thread(lambda: Snapshot("scheduler", instances("b:1"), "dns").hosts)
+    assert other.result(DEADLINE_SECONDS / 2) == (Host("b", 1),)
+    hanging.go_on.set()
+    assert first.result(DEADLINE_SECONDS) == (Host("a", 1),)
 
 
 def test_a_snapshot_narrows_to_a_server() -> None:
