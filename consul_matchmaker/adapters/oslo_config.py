@@ -86,7 +86,8 @@ def _values_of_url(url: Any) -> Mapping[str, Any]:
     """Addresses, token and prefix of a TransportURL, and what of its query is ours."""
     if url is None:
         return {}
-    values: dict[str, Any] = {name: text for name, text in url.query.items() if is_ours(name)}
+    query = getattr(url, "query", {})  # oslo.messaging 4.6 and before refuse one
+    values: dict[str, Any] = {name: text for name, text in query.items() if is_ours(name)}
     hosts = [host for host in url.hosts if host.hostname]
     if hosts:
         values["addresses"] = [_agent(host) for host in hosts]

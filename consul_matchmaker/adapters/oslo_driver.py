@@ -18,11 +18,12 @@ class ConsulDriver(impl_zmq.ZmqDriver):
         super().__init__(conf, url, *args, **kwargs)
 
     @staticmethod
-    def get_matchmaker_backend(conf: Any, url: Any) -> str:
+    def get_matchmaker_backend(*conf_and_url: Any) -> str:
         """The name of our entry point, whatever the rest of the URL's scheme."""
         return NAME
 
     send = sending(impl_zmq.ZmqDriver.send)
+    send_notification = sending(impl_zmq.ZmqDriver.send_notification)
 
 
 def run_proxy() -> None:

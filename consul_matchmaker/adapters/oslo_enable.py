@@ -10,7 +10,8 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .oslo_config import is_ours, options
+from .oslo_config import options
+from .oslo_names import DIRECT
 
 NAME = "consul"
 ZMQ_GROUP = "oslo_messaging_zmq"
@@ -29,10 +30,16 @@ def enable() -> None:
         return
     with upstream_imports():
         from oslo_messaging._drivers import impl_zmq
-        from oslo_messaging._drivers.zmq_driver import zmq_options
+
+        try:
+            from oslo_messaging._drivers.zmq_driver import zmq_options
+        except ImportError:  # 4.6 and before keep them in the driver, and take no query
+            zmq_options = impl_zmq
+        else:
+            _replace(zmq_options, "register_opts", _taking_our_query(zmq_options.register_opts))
     _add_name(zmq_options)
-    _replace(zmq_options, "register_opts", _taking_our_query(zmq_options.register_opts))
-    _replace(impl_zmq.ZmqDriver, "send", sending(impl_zmq.ZmqDriver.send))
+    for name in ("send", "send_notification"):
+        _replace(impl_zmq.ZmqDriver, name, sending(getattr(impl_zmq.ZmqDriver, name)))
 
 
 def disable() -> None:
@@ -60,12 +67,13 @@ def upstream_imports() -> Iterator[None]:
 
 def register_our_query(conf: Any, url: Any) -> None:
     """Make known to upstream those of our options that stand in *url*: it refuses others."""
-    used = [option for option in options() if option.name in url.query and is_ours(option.name)]
+    query = getattr(url, "query", {})  # 4.6 and before have none
+    used = [option for option in options() if option.name in query]
     conf.register_opts(used, group=ZMQ_GROUP)
 
 
 def sending(upstream_send: Callable[..., Any]) -> Callable[..., Any]:
-    """``ZmqDriver.send`` with what 8.1.4's lacks, and with the wait for a first host before it."""
+    """``ZmqDriver.send`` (or its other one) with what 8.1.4's lacks, and asking before it."""
     upstream_send = inspect.unwrap(upstream_send)  # not twice, after both `enable` and our driver
     takes = inspect.signature(upstream_send).parameters
 
@@ -73,31 +81,41 @@ def sending(upstream_send: Callable[..., Any]) -> Callable[..., Any]:
     def send(self: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
         if "call_monitor_timeout" not in takes:
             kwargs.pop("call_monitor_timeout", None)  # 8.1.4's own transport passes it
-        wait = getattr(self.matchmaker, "wait_before_send", None)
-        if wait is not None and not target.fanout:
-            wait(target, _listener_type(self.conf), kwargs.get("timeout"))
+        ask = getattr(self.matchmaker, "ask_before_send", None)
+        if ask is not None:
+            ask(
+                target,
+                _listener_type(self.conf),
+                timeout_seconds=kwargs.get("timeout"),
+                # A fanout reaches whoever is there, and so does every notification.
+                wait="wait_for_reply" in takes and not target.fanout,
+            )
         return upstream_send(self, target, *args, **kwargs)
 
     return send
 
 
 def _listener_type(conf: Any) -> str:
-    return "DEALER" if conf.oslo_messaging_zmq.use_router_proxy else "ROUTER"
+    group = getattr(conf, ZMQ_GROUP, None)  # 4.6 and before have neither it nor proxies
+    return "DEALER" if getattr(group, "use_router_proxy", False) else DIRECT
 
 
 def _taking_our_query(register_opts: Callable[..., Any]) -> Callable[..., Any]:
-    def register(conf: Any, url: Any) -> Any:
-        register_our_query(conf, url)
-        return register_opts(conf, url)
+    def register(conf: Any, *url: Any) -> Any:
+        for each in url:  # 5.17 and before give none
+            register_our_query(conf, each)
+        return register_opts(conf, *url)
 
     return register
 
 
 def _add_name(zmq_options: Any) -> None:
-    _replace(zmq_options, "MATCHMAKER_BACKENDS", (*zmq_options.MATCHMAKER_BACKENDS, NAME))
+    for name in ("MATCHMAKER_BACKENDS", "_MATCHMAKER_BACKENDS"):  # 2.6 has no list
+        if hasattr(zmq_options, name):
+            _replace(zmq_options, name, (*getattr(zmq_options, name), NAME))
     (option,) = (each for each in zmq_options.zmq_opts if each.name == "rpc_zmq_matchmaker")
     choices = option.type.choices  # what was read off the tuple when the option was made
-    if NAME not in choices:
+    if choices and NAME not in choices:
         _replace(option.type, "choices", type(choices)([*_pairs(choices), _pair(choices)]))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +19,11 @@ from oslo_config import cfg
 
 from .. import Host, Matchmaker, Registration, Settings
 from ..errors import Closed, MatchmakerError, NoLiveHosts
-from ..worker import forget_in_child
+from ..worker import call_within, forget_in_child
 from .oslo_config import read_settings
 from .oslo_enable import disable, enable
 from .oslo_names import (
+    DIRECT,
     PUBLISHERS,
     ROUTERS,
     addresses_of,
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 LATE_SECONDS = 5.0
 """How long after `unregister` a register may still come from a thread that has not seen the stop:
 upstream's updater tests its flag, and then registers, with nothing slow in between."""
+SECONDS_OF_GRACE = 0.1
+"""What Consul has to answer with a ``wait_timeout`` of 0."""
 WITHDRAWAL_SECONDS = 1.0
 """How long a server that stops waits for Consul's word; the withdrawal goes on without it."""
 
@@ -74,7 +78,6 @@ class MatchmakerConsul:
             seconds = max(1, round(settings.ttl_seconds))
             conf.set_default("zmq_target_update", seconds, group="oslo_messaging_zmq")
         self._crash_seconds = 2 * settings.session_ttl_seconds  # fact B1
-        self._is_waiting_elsewhere = False
         self._make_clean()
         forget_in_child(self)
 
@@ -82,8 +85,9 @@ class MatchmakerConsul:
         self._lock = threading.Lock()
         self._held: dict[Registration, _Held] = {}
         self._ended: dict[Registration, _Ended] = {}
-        self._known: dict[Where, tuple[Host, ...]] = {}
+        self._known: dict[Where, _Answer] = {}
         self._keys: dict[str, Where] = {}
+        self._asked_before: set[Where] = set()  # by `ask_before_send`
         self._told_expire = False
 
     def forget(self) -> None:
@@ -93,7 +97,11 @@ class MatchmakerConsul:
     # -- servers
 
     def register(
-        self, target: Any, hostname: str | bytes, listener_type: str, expire: float = -1
+        self,
+        target: Any,
+        hostname: str | bytes,
+        listener_type: str = DIRECT,  # 2.6 has one type of listener
+        expire: float = -1,
     ) -> None:
         """Register a listener; upstream calls again every ``zmq_target_update`` seconds.
 
@@ -106,16 +114,35 @@ class MatchmakerConsul:
             wanted = Registration(topic, host_of(hostname), server_of(target))
             self._register(wanted, expire)
 
-    def unregister(self, target: Any, hostname: str | bytes, listener_type: str) -> None:
+    def unregister(self, target: Any, hostname: str | bytes, listener_type: str = DIRECT) -> None:
         """Take back exactly that; raises nothing, as it would escape from ``server.stop()``."""
         topic = topic_of(target.topic, listener_type)
         self._unregister(Registration(topic, host_of(hostname), server_of(target)))
 
     # -- clients
 
-    def get_hosts(self, target: Any, listener_type: str) -> list[str | bytes]:
+    def get_hosts(self, target: Any, listener_type: str = DIRECT) -> list[str | bytes]:
         """The live hosts of *target*, perhaps none."""
-        return _names(self._lookup(self._where(target, listener_type)))
+        return self._lookup(self._where(target, listener_type)).names.copy()
+
+    def get_single_host(
+        self, target: Any, timeout: float | None = None, retry: int | None = 0
+    ) -> str | bytes:
+        """One of *target*'s hosts at random, as 2.6 asks for; waited for up to *timeout* seconds.
+
+        Raises upstream's MessagingTimeout when there is none by then, and InvalidTarget when there
+        was no time to wait.
+        """
+        where = self._where(target, DIRECT)
+        found = self._lookup(where)
+        if not found.hosts and timeout:
+            found = self._wait(where, min(timeout, self._wait_timeout))
+        if not found.hosts:
+            from oslo_messaging import InvalidTarget, MessagingTimeout
+
+            why = f"no host serves {_shown(where)}"
+            raise MessagingTimeout(why) if timeout else InvalidTarget(why, target)
+        return random.choice(found.names)
 
     def get_hosts_retry(self, target: Any, listener_type: str) -> list[str | bytes]:
         """The live hosts of *target*, waited for up to ``wait_timeout``; never an empty list.
@@ -123,16 +150,20 @@ class MatchmakerConsul:
         One empty list and upstream's client never again finds that target (oslo-facts 1).
         """
         where = self._where(target, listener_type)
-        hosts = self._lookup(where)
-        if not hosts and not self._is_waiting_elsewhere:
-            hosts = self._wait(where, self._wait_timeout)
-        if not hosts:
+        found = self._at_hand(where) or _NOBODY
+        if not found.hosts and where not in self._asked_before:
+            found = self._wait(where, self._wait_timeout)
+        if not found.hosts:
             _raise_unavailable(f"no host serves {_shown(where)}")
-        return _names(hosts)
+        return found.names.copy()
 
     def get_hosts_fanout(self, target: Any, listener_type: str) -> list[str | bytes]:
         """The same as `get_hosts`, where a fanout target's server plays no part."""
-        return self.get_hosts(target, listener_type)
+        where = self._where(target, listener_type)
+        found = self._at_hand(where) if where in self._asked_before else self._lookup(where)
+        if found is None:
+            _raise_unavailable(f"{_shown(where)}: Consul could not be asked before this was sent")
+        return found.names.copy()
 
     def get_hosts_fanout_retry(self, target: Any, listener_type: str) -> list[str | bytes]:
         """The same as `get_hosts_retry`."""
@@ -146,28 +177,30 @@ class MatchmakerConsul:
         """
         where = self._keys.get(key) or read_key(key)
         try:
-            hosts = self._lookup(where)
+            found = self._lookup(where)
         except _unavailable():
             if where not in self._known:
                 raise
-            hosts = ()
-        return _names(hosts or self._known.get(where, ()))
+            found = _NOBODY
+        return (found if found.hosts else self._known.get(where, _NOBODY)).names.copy()
 
-    def wait_before_send(
-        self, target: Any, listener_type: str, timeout_seconds: float | None
+    def ask_before_send(
+        self, target: Any, listener_type: str, *, timeout_seconds: float | None, wait: bool
     ) -> None:
-        """Wait for a first host of *target*, as long as `get_hosts_retry` would.
+        """Have the hosts of *target* in memory; with *wait*, as soon as there is one.
 
-        Called by our own driver's send.  Upstream holds one lock for all its targets around
-        `get_hosts_retry`, so that waiting there would delay messages to other topics.
+        Called by our own driver's send.  Upstream holds one lock for all its targets while it asks
+        for one, so that asking and waiting there would delay messages to other topics.
         """
-        self._is_waiting_elsewhere = True
         where = self._where(target, listener_type)
-        if where not in self._known:
-            limit = self._wait_timeout
-            if timeout_seconds is not None:
-                limit = min(limit, timeout_seconds)
-            with contextlib.suppress(_unavailable()):  # the send itself will meet it again
+        self._asked_before.add(where)
+        with contextlib.suppress(_unavailable()):  # the send itself will meet it again
+            if not wait or where in self._known:
+                self._lookup(where)
+            else:
+                limit = self._wait_timeout
+                if timeout_seconds is not None:
+                    limit = min(limit, timeout_seconds)
                 self._wait(where, limit)
 
     # -- proxies: upstream expects no error out of any of these
@@ -183,7 +216,7 @@ class MatchmakerConsul:
 
     def get_publishers(self) -> list[tuple[str, ...]]:
         """The pairs of publisher and router; those last known while Consul cannot be asked."""
-        return [addresses_of(host) for host in self._lookup_or_last((PUBLISHERS, None))]
+        return [addresses_of(host) for host in self._lookup_or_last((PUBLISHERS, None)).hosts]
 
     def register_router(self, hostname: str, expire: float = -1) -> None:
         """Register a proxy's router."""
@@ -196,7 +229,7 @@ class MatchmakerConsul:
 
     def get_routers(self) -> list[str | bytes]:
         """The routers; those last known while Consul cannot be asked."""
-        return _names(self._lookup_or_last((ROUTERS, None)))
+        return self._lookup_or_last((ROUTERS, None)).names.copy()
 
     # -- inside
 
@@ -205,29 +238,52 @@ class MatchmakerConsul:
         self._keys[key_of(target, listener_type)] = where
         return where
 
-    def _lookup(self, where: Where) -> tuple[Host, ...]:
-        with _translated():
-            hosts = self._matchmaker.hosts(*where).hosts
-        if hosts:
-            self._known[where] = hosts
-        return hosts
+    def _at_hand(self, where: Where) -> _Answer | None:
+        """What takes no question to Consul."""
+        try:  # not _translated(), which would be a quarter of what this costs
+            snapshot = self._matchmaker.hosts_at_hand(*where)
+        except Exception as error:
+            _raise_translated(error)
+        return None if snapshot is None else self._translate(where, snapshot.hosts)
 
-    def _lookup_or_last(self, where: Where) -> tuple[Host, ...]:
+    def _lookup(self, where: Where) -> _Answer:
+        """What is in memory, else what Consul says within ``wait_timeout``."""
+        found = self._at_hand(where)
+        if found is None:
+            with _translated():
+                hosts = call_within(
+                    self._wait_timeout + SECONDS_OF_GRACE,
+                    lambda: self._matchmaker.hosts(*where).hosts,
+                    "consul-matchmaker-asking",
+                )
+            found = self._translate(where, hosts)
+        return found
+
+    def _lookup_or_last(self, where: Where) -> _Answer:
         try:
             return self._lookup(where)
         except _unavailable():
-            return self._known.get(where, ())
+            return self._known.get(where, _NOBODY)
 
-    def _wait(self, where: Where, timeout_seconds: float) -> tuple[Host, ...]:
+    def _wait(self, where: Where, timeout_seconds: float) -> _Answer:
         topic, server = where
         with _translated():
             try:
-                self._known[where] = hosts = self._matchmaker.wait_for_hosts(
+                hosts = self._matchmaker.wait_for_hosts(
                     topic, server=server, timeout_seconds=timeout_seconds
                 ).hosts
             except NoLiveHosts:
-                return ()
-        return hosts
+                return _NOBODY
+        return self._translate(where, hosts)
+
+    def _translate(self, where: Where, hosts: tuple[Host, ...]) -> _Answer:
+        known = self._known.get(where)
+        if known is not None and known.hosts is hosts:  # the same answer from memory
+            return known
+        found = _Answer(hosts, [name_of(host) for host in hosts])
+        if hosts:
+            self._known[where] = found
+        return found
 
     def _register(self, wanted: Registration, expire: float) -> None:
         with self._lock:
@@ -290,6 +346,15 @@ def _shared(settings: Settings) -> Matchmaker:
 
 
 @dataclass(frozen=True)
+class _Answer:
+    hosts: tuple[Host, ...]
+    names: list[str | bytes]  # the same for upstream, which gets copies
+
+
+_NOBODY = _Answer((), [])
+
+
+@dataclass(frozen=True)
 class _Held:
     registration: Registration
     starter: int
@@ -301,19 +366,21 @@ class _Ended:
     threads: frozenset[int]
 
 
-def _names(hosts: tuple[Host, ...]) -> list[str | bytes]:
-    return [name_of(host) for host in hosts]
-
-
 def _shown(where: Where) -> str:
     topic, server = where
     return topic if server is None else f"{topic} as {server}"
 
 
 def _unavailable() -> type[Exception]:
-    from oslo_messaging._drivers.zmq_driver.matchmaker import zmq_matchmaker_base
+    error: type[Exception]
+    try:
+        from oslo_messaging._drivers.zmq_driver.matchmaker import zmq_matchmaker_base
 
-    error: type[Exception] = zmq_matchmaker_base.MatchmakerUnavailable
+        error = zmq_matchmaker_base.MatchmakerUnavailable
+    except ImportError:  # 4.6 and before have none, only the class that it is of
+        from oslo_messaging._drivers.common import RPCException
+
+        error = RPCException
     return error
 
 
@@ -326,9 +393,13 @@ def _raise_unavailable(why: str) -> NoReturn:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except MatchmakerError as error:
-        logger.warning("%s", error)
-        raise _unavailable()() from error
     except Exception as error:  # nothing else may get out: upstream's threads would end by it
+        _raise_translated(error)
+
+
+def _raise_translated(error: Exception) -> NoReturn:
+    if isinstance(error, (MatchmakerError, TimeoutError)):
+        logger.warning("%s", error)
+    else:
         logger.exception("unexpected error")
-        raise _unavailable()() from error
+    raise _unavailable()() from error

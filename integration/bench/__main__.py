@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("cache", "dns", "kv")
+BENCHMARKS = ("cache", "dns", "kv", "oslo")
 
 
 def main() -> int:

@@ -6,7 +6,6 @@ that finds no test fails.
 
 import contextlib
 import importlib.util
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 
 from consul_matchmaker.demo.consul_probe import Node
 from integration.cluster import free_ports
+from integration.oslo.redis_server import Redis
 from integration.oslo.rpc_process import RpcProcess
 
 if importlib.util.find_spec("oslo_messaging") is None:
@@ -27,37 +27,10 @@ if importlib.util.find_spec("oslo_messaging") is None:
 QUICK = {"zmq_target_update": 1, "zmq_target_expire": 20}
 
 
-class Redis:
-    """A Redis server of the machine's own program, on a free port."""
-
-    def __init__(self, folder: Path) -> None:
-        program = shutil.which("redis-server")
-        if program is None:
-            pytest.fail("these tests need redis-server: install it (apt-get install redis-server)")
-        self.program, self.folder = program, folder
-        (self.port,) = free_ports(1)
-        self.start()
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        self._process = subprocess.Popen(
-            [*command, "--dir", str(self.folder)], stdout=subprocess.DEVNULL
-        )
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[Redis]:
-    server = Redis(tmp_path)
-    yield server
-    server.kill()
+    with Redis(tmp_path, *free_ports(1)) as server:
+        yield server
 
 
 @pytest.fixture
@@ -77,8 +50,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RpcProcess]]:
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((tmp_path / "log").open("w"))
 
-        def start_one(url: str, executor: str, **options: Any) -> RpcProcess:
-            return stack.enter_context(RpcProcess(url, executor, {**QUICK, **options}, log))
+        def start_one(
+            url: str, executor: str, environment: dict[str, str] | None = None, **options: Any
+        ) -> RpcProcess:
+            process = RpcProcess(url, executor, {**QUICK, **options}, log, environment)
+            return stack.enter_context(process)
 
         yield start_one
 

@@ -24,7 +24,12 @@ class RpcProcess:
     """Starts one; a context manager that kills what is still running."""
 
     def __init__(
-        self, url: str, executor: str, options: dict[str, Any] | None = None, log: Any = None
+        self,
+        url: str,
+        executor: str,
+        options: dict[str, Any] | None = None,
+        log: Any = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         self.url, self.executor, self.options = url, executor, options or {}
         self._process = subprocess.Popen(
@@ -37,6 +42,7 @@ class RpcProcess:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
+            env={**os.environ, **(environment or {})},
         )
 
     def tell(self, do: str, **words: Any) -> None:
@@ -114,12 +120,17 @@ class Program:
         self.oslo, self.url, self.executor = oslo_messaging, url, executor
         self.conf = cfg.ConfigOpts()
         with tempfile.NamedTemporaryFile("w", suffix=".conf") as file:
-            lines = [f"{name} = {value}" for name, value in options.items()]
-            file.write("\n".join(["[oslo_messaging_zmq]", "rpc_zmq_host = 127.0.0.1", *lines, ""]))
+            lines = ["rpc_zmq_host = 127.0.0.1"]
+            lines += [f"{name} = {value}" for name, value in options.items()]
+            for group in ("DEFAULT", "oslo_messaging_zmq"):  # the former until 4.6
+                file.write("\n".join([f"[{group}]", *lines, ""]))
             file.flush()
             self.conf(["--config-file", file.name])
-        self.transport = oslo_messaging.get_rpc_transport(self.conf, url=url)
-        self.notifying = oslo_messaging.get_notification_transport(self.conf, url=url)
+        if hasattr(oslo_messaging, "get_rpc_transport"):
+            self.transport = oslo_messaging.get_rpc_transport(self.conf, url=url)
+            self.notifying = oslo_messaging.get_notification_transport(self.conf, url=url)
+        else:  # until 5.17
+            self.transport = self.notifying = oslo_messaging.get_transport(self.conf, url=url)
         self.servers: dict[str, Any] = {}
         self.received: list[str] = []
         self.clients: dict[str, Any] = {}
@@ -201,7 +212,8 @@ class Program:
         notifier.info({}, "event", text)
 
     def beside(self, unknown: str, topics: list[str]) -> dict[str, Any]:
-        """How long a call to *unknown* takes, and first calls to *topics* made meanwhile."""
+        """How long a call to *unknown* takes, and first calls to *topics* made meanwhile, and
+        whether it goes on after those."""
         took: list[float] = []
 
         def call_unknown() -> None:
@@ -211,11 +223,16 @@ class Program:
         thread.start()
         time.sleep(0.5)
         known = [self.calls(topic)[0][1] for topic in topics]
+        goes_on = thread.is_alive()
         thread.join()
-        return {"unknown": took[0], "known": known}
+        return {"unknown": took[0], "known": known, "goes_on": goes_on}
 
     def got(self) -> list[str]:
         return list(self.received)
+
+    def release(self) -> str:
+        """Where the oslo.messaging in use is from."""
+        return str(self.oslo.__file__)
 
     def matchmaker(self) -> Any:
         return self.transport._driver.matchmaker

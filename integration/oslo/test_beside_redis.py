@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from integration.cluster import Cluster
-from integration.oslo.conftest import QUICK, Redis
+from integration.oslo.conftest import QUICK
+from integration.oslo.redis_server import Redis
 from integration.oslo.rpc_process import RpcProcess
-from integration.oslo.test_rpc import CRASH_SECONDS, LOOK_SECONDS, answers
+from integration.oslo.test_rpc import CRASH_SECONDS, LOOK_SECONDS, SOON_SECONDS, answers
 from integration.waiting import until
 
 Start = Callable[..., RpcProcess]
@@ -28,7 +29,10 @@ def test_side_by_side(
     urls: dict[str, str], topic: str, start: Start, record_property: Callable[[str, Any], None]
 ) -> None:
     """Lookups, calls, a server that joins, a server that crashes: with eventlet, and with threads,
-    where upstream itself is slow and loses calls whichever matchmaker it has."""
+    where upstream itself is slow and loses calls whichever matchmaker it has.
+
+    How fast they are is printed here, and judged by ``python -m integration.bench oslo``.
+    """
     table: dict[str, dict[str, float]] = {name: {} for name in urls}
     for name, url in urls.items():
         row = table[name]
@@ -41,9 +45,9 @@ def test_side_by_side(
         row["calls/s"] = 4000 / min(each["seconds"] for each in made)  # the rest is other load
         row["lost"] = sum(each["lost"] for each in made)
 
-        client.tell("calls", topic=topic, pause=0.02, timeout=2, seconds=LOOK_SECONDS + 4)
-        time.sleep(1)
         joining = start(url, "eventlet")
+        joining.ask("hosts", topic=topic)  # it has started
+        client.tell("calls", topic=topic, pause=0.02, timeout=2, seconds=LOOK_SECONDS + 8)
         joining.ask("serve", topic=topic, server="joining")
         joined_at = time.monotonic()
         began = [began for began, _, who in client.answer() if who == "joining"]
@@ -62,12 +66,11 @@ def test_side_by_side(
         print(f"{figure:30}", *(f"{name} {row[figure]:9.2f}  " for name, row in table.items()))
         record_property(figure, [row[figure] for row in table.values()])
     ours, theirs = table["consul"], table["redis"]
-    assert ours["lookup, us"] * 20 <= theirs["lookup, us"]
     assert ours["crash seen, s"] <= CRASH_SECONDS
     assert table["consul, check"]["crash seen, s"] <= 3
-    assert ours["first call of a new server, s"] <= LOOK_SECONDS + 1
-    assert ours["calls/s"] >= 0.5 * theirs["calls/s"]  # the same ZeroMQ; two busy cores
-    assert ours["lost"] <= theirs["lost"] + 1  # upstream answers before it listens, at times
+    assert ours["first call of a new server, s"] <= LOOK_SECONDS + 2
+    # Upstream answers before it listens, at times: 2 of 12,000 were lost with either.
+    assert ours["lost"] <= theirs["lost"] + 0.001 * 3 * 4000
 
 
 @pytest.mark.parametrize("name", ["consul", "redis"])
@@ -81,7 +84,7 @@ def test_all_servers_of_a_topic_are_gone_for_a_while(
     old.ask("serve", topic=topic, server="old")
     assert set(answers(client.ask("calls", topic=topic, count=4))) == {"old"}
     old.ask("stop", server="old")
-    until(lambda: client.ask("hosts", topic=topic) == [], 3, "it is gone")
+    until(lambda: client.ask("hosts", topic=topic) == [], SOON_SECONDS, "it is gone")
     client.ask("calls", topic=topic, timeout=1, seconds=3 * LOOK_SECONDS)  # upstream looks, too
     new = start(urls[name], "eventlet", **options)
     new.ask("serve", topic=topic, server="new")

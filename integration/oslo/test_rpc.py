@@ -1,9 +1,12 @@
 """Calls, casts, fanouts and notifications of a real oslo.messaging, its hosts found in Consul."""
 
 import collections
+import configparser
 import json
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from integration.waiting import until
 Start = Callable[..., RpcProcess]
 CRASH_SECONDS = 2 * 10 + 1  # the lease's bound, fact B1
 LOOK_SECONDS = QUICK["zmq_target_update"]
+SOON_SECONDS = 15  # what takes a moment, on a machine that is busy with something else
 
 
 def answers(calls: list[Any]) -> list[str]:
@@ -25,7 +29,8 @@ def answers(calls: list[Any]) -> list[str]:
 
 def answered(calls: list[Any], executor: str) -> set[str]:
     """Who answered.  With real threads upstream loses a call at times, when the reply comes before
-    its sender waits for it: as often with Redis, which test_beside_redis.py shows."""
+    its sender waits for it: as often with Redis, which test_beside_redis.py shows.
+    """
     return set(answers(calls)) - ({"!MessagingTimeout"} if executor == "threading" else set())
 
 
@@ -52,9 +57,10 @@ def test_call_cast_fanout_direct_notify(
         server.ask("serve", topic=topic, server=f"server{number}")
         server.ask("listen", topic=f"{topic}-events", name=f"listener{number}")
     client = start(url, executor)
-    calls = client.ask("calls", topic=topic, count=10, timeout=2)
+    timeout = 2 if executor == "threading" else SOON_SECONDS  # there it is how long a loss takes
+    calls = client.ask("calls", topic=topic, count=10, timeout=timeout)
     assert answered(calls, executor) == {"server0", "server1"}
-    direct = client.ask("calls", topic=topic, server="server1", count=5, timeout=2)
+    direct = client.ask("calls", topic=topic, server="server1", count=5, timeout=timeout)
     assert answered(direct, executor) == {"server1"}
     client.ask("cast", topic=topic, text="one")
     client.ask("cast", topic=topic, text="direct", server="server0")
@@ -66,11 +72,12 @@ def test_call_cast_fanout_direct_notify(
             item for server in servers for item in server.ask("got") if item.endswith(f":{text}")
         )
 
-    until(lambda: len(got("one")) == 1, 5, "a cast arrives once")
-    until(lambda: got("direct") == ["server0:direct"], 5, "a direct cast at its server")
-    until(lambda: got("all") == ["server0:all", "server1:all"], 5, "a fanout everywhere")
+    until(lambda: len(got("one")) == 1, SOON_SECONDS, "a cast arrives once")
+    until(lambda: got("direct") == ["server0:direct"], SOON_SECONDS, "a direct cast at its server")
+    everywhere = ["server0:all", "server1:all"]
+    until(lambda: got("all") == everywhere, SOON_SECONDS, "a fanout everywhere")
     told = [f"listener{n}:told" for n in range(2)]
-    until(lambda: got("told") == told, 5, "a notification at every listener")
+    until(lambda: got("told") == told, SOON_SECONDS, "a notification at every listener")
 
 
 SETUPS: dict[str, dict[str, bool]] = {
@@ -92,13 +99,20 @@ def test_other_set_ups(
     for number, server in enumerate(servers):
         server.ask("serve", topic=topic, server=f"server{number}")
     client = start(url, "eventlet", **options)
-    client.ask("calls", topic=topic, timeout=10)
-    time.sleep(2 * LOOK_SECONDS)  # upstream's subscribers connect in the background
-    calls = client.ask("calls", topic=topic, count=20)
-    assert set(answers(calls)) == {"server0", "server1"}
-    client.ask("cast", topic=topic, text="all", fanout=True)
-    for number, server in enumerate(servers):
-        until(lambda s=server, n=number: s.ask("got") == [f"server{n}:all"], 5, "fanout")  # type: ignore[misc]
+    both = {"server0", "server1"}
+    until(
+        lambda: set(answers(client.ask("calls", topic=topic, count=4))) == both,
+        2 * SOON_SECONDS,
+        "upstream has connected, which it does in the background",
+    )
+    calls = client.ask("calls", topic=topic, count=20, timeout=SOON_SECONDS)
+    assert set(answers(calls)) == both
+
+    def everybody_got_one() -> bool:
+        client.ask("cast", topic=topic, text="all", fanout=True)  # lost where nobody subscribes yet
+        return all(f"server{n}:all" in server.ask("got") for n, server in enumerate(servers))
+
+    until(everybody_got_one, SOON_SECONDS, "a fanout everywhere")
 
 
 def test_a_thousand_calls_while_one_dies_and_one_joins(url: str, topic: str, start: Start) -> None:
@@ -125,7 +139,8 @@ def test_a_thousand_calls_while_one_dies_and_one_joins(url: str, topic: str, sta
     assert len(calls) >= 1000
     assert set(shares) == {"server1", "server2", "server3"}
     assert min(shares.values()) > len(after) / 6
-    assert first <= LOOK_SECONDS + 2 + 0.5, "and one call may be lost meanwhile, which takes 2 s"
+    stops = 2  # of this machine; and one call may be lost meanwhile, which takes 2 s
+    assert first <= LOOK_SECONDS + 2 + stops
 
 
 def test_a_server_that_stops_is_gone_and_others_of_its_process_stay(
@@ -143,11 +158,12 @@ def test_a_server_that_stops_is_gone_and_others_of_its_process_stay(
     assert len(client.ask("hosts", topic=topic)) == 2
     assert len(client.ask("hosts", topic=topic, server="a")) == 1
     server.ask("stop", server="a")
-    until(lambda: len(client.ask("hosts", topic=topic)) == 1, 2, "one is left")
+    until(lambda: len(client.ask("hosts", topic=topic)) == 1, SOON_SECONDS, "one is left")
     assert client.ask("hosts", topic=topic, server="a") == []
     assert len(client.ask("hosts", topic=f"{topic}-events.info")) == 1
     assert server.end() == 0
-    until(lambda: client.ask("hosts", topic=topic) == [], 2, "the process has ended")
+    for gone in (topic, f"{topic}-events.info"):
+        until(lambda t=gone: client.ask("hosts", topic=t) == [], SOON_SECONDS, "it has ended")  # type: ignore[misc]
 
 
 def test_prefork(url: str, agent: Node, prefix: str, topic: str, start: Start) -> None:
@@ -155,7 +171,7 @@ def test_prefork(url: str, agent: Node, prefix: str, topic: str, start: Start) -
     each under a lease of its own, and clean exits that withdraw them."""
     parent, client = start(url, "threading"), start(url, "threading")
     pids = parent.ask("prefork", topic=topic, workers=4)
-    until(lambda: len(client.ask("hosts", topic=topic)) == 4, 10, "four are registered")
+    until(lambda: len(client.ask("hosts", topic=topic)) == 4, SOON_SECONDS, "four are registered")
     names = {f"worker{n}" for n in range(4)}
     assert answered(client.ask("calls", topic=topic, count=40, timeout=2), "threading") == names
     leases = {key.split("/")[-1][:36] for key in keys(agent, prefix)}
@@ -163,7 +179,7 @@ def test_prefork(url: str, agent: Node, prefix: str, topic: str, start: Start) -
     assert parent.ask("status")["registrations"] == []
     assert not [name for name in parent.ask("threads") if name.startswith("consul-matchmaker")]
     assert parent.ask("reap", pids=pids) == [0, 0, 0, 0]
-    until(lambda: client.ask("hosts", topic=topic) == [], 2, "all have left")
+    until(lambda: client.ask("hosts", topic=topic) == [], SOON_SECONDS, "all have left")
 
 
 def test_an_unknown_topic_delays_no_other(url: str, topic: str, start: Start) -> None:
@@ -171,10 +187,24 @@ def test_an_unknown_topic_delays_no_other(url: str, topic: str, start: Start) ->
     server, client = start(url, "eventlet"), start(url, "eventlet")
     for number in range(5):
         server.ask("serve", topic=f"{topic}{number}", server="a")
-    took = client.ask("beside", unknown=f"{topic}-nobody", topics=[f"{topic}{n}" for n in range(5)])
+    topics = [f"{topic}{number}" for number in range(5)]
+    took = client.ask("beside", unknown=f"{topic}-nobody", topics=topics)
     print(f"first calls beside one to an unknown topic: {[round(t, 3) for t in took['known']]} s")
-    assert took["unknown"] >= 2
-    assert max(took["known"]) < 1
+    assert took["goes_on"], took
+
+
+def test_an_agent_that_hangs_delays_no_known_topic(
+    url: str, topic: str, start: Start, cluster: Cluster
+) -> None:
+    """A call to an unknown topic ends in its own time, and does not hold up one to another."""
+    server, client = start(url, "eventlet"), start(f"{url}&request_timeout_seconds=60", "eventlet")
+    server.ask("serve", topic=topic, server="a")
+    assert len(client.ask("hosts", topic=topic)) == 1  # known to us, and not to upstream
+    cluster.pause("agent1")
+    (_, took, who), *_ = client.ask("calls", topic=f"{topic}-nobody", timeout=1)
+    assert who.startswith("!")
+    assert took < 30, "half of what Consul has to answer; upstream's lock is held no longer"
+    assert answers(client.ask("calls", topic=topic)) == ["a"]
 
 
 @pytest.mark.parametrize("what", ["agent1", "leader"])
@@ -202,7 +232,7 @@ def test_all_servers_of_a_topic_are_restarted_at_once(url: str, topic: str, star
     assert set(answers(client.ask("calls", topic=topic, count=4))) == {"old"}
     for server in old:
         assert server.end() == 0
-    until(lambda: client.ask("hosts", topic=topic) == [], 3, "all are gone")
+    until(lambda: client.ask("hosts", topic=topic) == [], SOON_SECONDS, "all are gone")
     client.ask("calls", topic=topic, timeout=1, seconds=3 * LOOK_SECONDS)  # upstream looks, too
     new = [start(url, "eventlet") for _ in range(2)]
     for number, server in enumerate(new):
@@ -213,36 +243,46 @@ def test_all_servers_of_a_topic_are_restarted_at_once(url: str, topic: str, star
         seen[:] = answers(client.ask("calls", topic=topic, count=20, timeout=2))
         return set(seen) == {"new0", "new1"}
 
-    took = until(both_answer, LOOK_SECONDS + 3, f"both new servers answer, not {seen}")
+    took = until(both_answer, LOOK_SECONDS + SOON_SECONDS, "both new servers answer, and no other")
     print(f"both new servers answer after {took:.2f} s")
 
 
-def test_catalog_mode(agent: Node, topic: str, start: Start) -> None:
-    """Servers on fixed ports, which the agent's own service definitions tell of: calls, and calls
-    to one of them by its tag; nothing is written to Consul."""
-    ports = free_ports(2)
-    for number, port in enumerate(ports):
-        definition = {
-            "Name": topic,
-            "ID": f"{topic}-{number}",
-            "Address": "127.0.0.1",
-            "Port": port,
-            "Tags": [f"server{number}"],
-            "Check": {"TCP": f"127.0.0.1:{port}", "Interval": "1s", "Status": "passing"},
-        }
-        words = (agent, "PUT", "/v1/agent/service/register", json.dumps(definition))
-        assert request(*words)[0] == 200
-    url = f"consul+zmq://{agent.dns}/?mode=catalog"
-    for number, port in enumerate(ports):
-        options = {"rpc_zmq_min_port": port, "rpc_zmq_max_port": port + 1}
-        start(url, "eventlet", **options).ask("serve", topic=topic, server=f"server{number}")
-    client = start(url, "eventlet")
-    try:
-        until(lambda: len(client.ask("hosts", topic=topic)) == 2, 10, "both are in DNS")
-        calls = client.ask("calls", topic=topic, count=20)
-        assert set(answers(calls)) == {"server0", "server1"}
-        direct = client.ask("calls", topic=topic, server="server1", count=5)
-        assert set(answers(direct)) == {"server1"}
-    finally:
-        for number in range(2):
-            request(agent, "PUT", f"/v1/agent/service/deregister/{topic}-{number}")
+def documented(language: str, what: str) -> str:
+    """The example in the documentation that has *what* in it."""
+    page = (Path(__file__).parents[2] / "docs" / "oslo-messaging.md").read_text()
+    (found,) = (
+        text for text in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL) if what in text
+    )
+    return str(found)
+
+
+def test_catalog_mode_as_documented(cluster: Cluster, topic: str, start: Start) -> None:
+    """The documentation's service definition on two machines, and servers on its fixed ports:
+    calls, and calls to one of them by its tag; nothing is written to Consul."""
+    definition = json.loads(documented("json", "scheduler"))
+    own = configparser.ConfigParser()
+    own.read_string(documented("ini", "rpc_zmq_min_port"))
+    assert own["oslo_messaging_zmq"]["rpc_zmq_min_port"] == str(definition["service"]["port"])
+    names = {"scheduler": topic, "10.0.0.5": "127.0.0.1"}
+    servers = []
+    for number, port in enumerate(free_ports(2)):
+        words = {**names, "node7": f"server{number}", "9501": str(port), "9502": str(port + 1)}
+        machine = cluster.add_agent(f"machine{number}-{topic}", _with(words, definition))
+        options = dict(_with(words, dict(own["oslo_messaging_zmq"])))
+        url = f"consul+zmq://{machine.dns}/?mode=catalog"
+        servers.append(start(url, "eventlet", **options))
+        servers[-1].ask("serve", topic=topic, server=f"server{number}")
+    client = start(f"consul+zmq://{cluster.nodes['agent1'].dns}/?mode=catalog", "eventlet")
+    until(lambda: len(client.ask("hosts", topic=topic)) == 2, SOON_SECONDS, "both are in DNS")
+    calls = client.ask("calls", topic=topic, count=20, timeout=SOON_SECONDS)
+    assert set(answers(calls)) == {"server0", "server1"}
+    direct = client.ask("calls", topic=topic, server="server1", count=5, timeout=SOON_SECONDS)
+    assert set(answers(direct)) == {"server1"}
+    servers[0].kill()
+    until(lambda: len(client.ask("hosts", topic=topic)) == 1, 2 * SOON_SECONDS, "its check fails")
+
+
+def _with(words: dict[str, str], example: Any) -> Any:
+    """*example* with other words; a port stays a number."""
+    pattern = "|".join(map(re.escape, words))
+    return json.loads(re.sub(pattern, lambda found: words[found[0]], json.dumps(example)))

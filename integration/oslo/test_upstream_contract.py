@@ -54,6 +54,18 @@ def memory() -> Memory:
     return Memory()
 
 
+class Hanging(Memory):
+    """Takes every question and answers none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = threading.Event()
+
+    def lookup(self, *args: Any, **words: Any) -> Any:
+        self.end.wait()
+        return super().lookup(*args, **words)
+
+
 @pytest.fixture
 def make(conf: cfg.ConfigOpts, memory: Memory) -> Iterator[Callable[..., Any]]:
     """Makes matchmakers of processes of their own, as it were."""
@@ -155,6 +167,71 @@ def test_every_error_is_upstreams(make: Callable[..., Any], memory: Memory, outa
     until(lambda: matchmaker.get_hosts(target(), "ROUTER") == [ONE])
 
 
+def test_consul_that_hangs_is_not_waited_for(conf: cfg.ConfigOpts) -> None:
+    """Every lookup ends with upstream's error while the question is still open; and what was asked
+    before a message, outside of upstream's lock, is not asked again inside of it."""
+    hanging = Hanging()
+    settings = Settings(mode="kv", request_timeout_seconds=300)
+    with Matchmaker(settings, backend=hanging) as own:
+        matchmaker = oslo_zmq.MatchmakerConsul(conf, matchmaker=own)
+        for number, lookup in enumerate(
+            (
+                matchmaker.get_hosts,
+                matchmaker.get_hosts_fanout,
+                matchmaker.get_hosts_retry,
+                matchmaker.get_hosts_fanout_retry,
+            )
+        ):
+            with pytest.raises(MatchmakerUnavailable):
+                lookup(target(f"sched{number}"), "ROUTER")
+        with pytest.raises(MatchmakerUnavailable):
+            matchmaker.get_hosts_by_key("ROUTER/sched")
+        assert matchmaker.get_publishers() == matchmaker.get_routers() == []
+        for wait in (True, False):
+            matchmaker.ask_before_send(target(), "ROUTER", timeout_seconds=60, wait=wait)
+        conf.set_override("wait_timeout", 60, "matchmaker_consul")
+        patient = oslo_zmq.MatchmakerConsul(conf, matchmaker=own)
+        patient.ask_before_send(target(), "ROUTER", timeout_seconds=WAIT, wait=True)
+        for lookup in (patient.get_hosts_retry, patient.get_hosts_fanout):
+            began = time.monotonic()
+            with pytest.raises(MatchmakerUnavailable):
+                lookup(target(), "ROUTER")
+            assert time.monotonic() - began < 30
+        hanging.end.set()
+
+
+def test_the_answer_belongs_to_the_caller(make: Callable[..., Any]) -> None:
+    """What it does to the list is not seen by the next one."""
+    server, client = make(), make()
+    server.register(target(), ONE, "ROUTER")
+    server.register_router(TWO)
+    lookups: list[Callable[[], list[str]]] = [
+        lambda: client.get_hosts(target(), "ROUTER"),
+        lambda: client.get_hosts_retry(target(), "ROUTER"),
+        lambda: client.get_hosts_fanout(target(), "ROUTER"),
+        lambda: client.get_hosts_by_key("ROUTER/sched"),
+    ]
+    for lookup in lookups:
+        lookup().clear()
+        assert lookup() == [ONE]
+    client.get_routers().clear()
+    assert client.get_routers() == [TWO]
+
+
+def test_what_release_2_6_asks_for(make: Callable[..., Any]) -> None:
+    """No type of listener, and one host at a time; its own errors when there is none."""
+    server, client = make(), make()
+    with pytest.raises(oslo_messaging.InvalidTarget):
+        client.get_single_host(target())
+    with pytest.raises(oslo_messaging.MessagingTimeout):
+        client.get_single_host(target(), 1)
+    server.register(target=target(), hostname=ONE)
+    until(lambda: client.get_hosts(target()) == [ONE])
+    assert client.get_single_host(target(), 1) == ONE
+    server.unregister(target(), ONE)
+    until(lambda: client.get_hosts(target()) == [])
+
+
 def test_types_and_bytes_come_back(make: Callable[..., Any]) -> None:
     """Addresses as texts, socket identities as bytes, pairs as tuples."""
     server, client = make(), make()
@@ -242,6 +319,7 @@ def test_enable_and_disable(conf: cfg.ConfigOpts) -> None:
             dict(option.type.choices),
             zmq_options.register_opts,
             driver.send,
+            driver.send_notification,
         ]
 
     before = state()
@@ -288,6 +366,7 @@ def test_urls_and_options(conf: cfg.ConfigOpts, monkeypatch: pytest.MonkeyPatch)
     assert (settings.token, settings.prefix, settings.mode) == ("b1gs3cr3t", "group", "kv")
     assert (settings.session_ttl_seconds, settings.ttl_seconds) == (12, 8)
     assert "b1gs3cr3t" not in repr(settings)
+    assert [option.name for option in options() if option.secret] == ["token"]
     conf.clear_override("ttl_seconds", "matchmaker_consul")
     assert read("zmq+consul://a/own").prefix == "own"
     assert read("zmq+consul://a/").ttl_seconds == 7

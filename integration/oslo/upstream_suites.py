@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,6 +21,8 @@ import uuid
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from integration.oslo.redis_server import NoRedis, Redis
 
 SUITES = ("functional-8.1.4", "matchmaker-6.0.0", "matchmaker-1.8.3")
 SUITE_SECONDS = 400.0
@@ -147,31 +148,21 @@ def run_all(folder: Path, only: str | None) -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     fetch(folder)
-    program = shutil.which("redis-server")
-    if program is None:
-        print("redis-server is needed: install it (apt-get install redis-server)")
-        return 2
-    words = ["--port", str(REDIS_PORT), "--bind", "127.0.0.1", "--save", ""]
-    redis = subprocess.Popen([program, *words], stdout=subprocess.DEVNULL)
     worse = 0
-    try:
-        with LocalCluster() as cluster:
-            agent = cluster.nodes["agent1"].http
-            for name in SUITES if only is None else (only,):
-                found = {
-                    "consul": _counts(folder, name, "consul", agent),
-                    "redis": _counts(folder, name, "redis", agent),
-                }
-                for matchmaker, counts in found.items():
-                    passed = counts["ran"] - counts["skipped"] - len(counts["bad"])
-                    print(
-                        f"{name:18} {matchmaker:7} {passed} passed, "
-                        f"{counts['skipped']} skipped, failed: {counts['bad'] or 'none'}"
-                    )
-                worse += len(set(found["consul"]["bad"]) - set(found["redis"]["bad"]))
-    finally:
-        redis.terminate()
-        redis.wait()
+    with Redis(folder, REDIS_PORT), LocalCluster() as cluster:
+        agent = cluster.nodes["agent1"].http
+        for name in SUITES if only is None else (only,):
+            found = {
+                "consul": _counts(folder, name, "consul", agent),
+                "redis": _counts(folder, name, "redis", agent),
+            }
+            for matchmaker, counts in found.items():
+                passed = counts["ran"] - counts["skipped"] - len(counts["bad"])
+                print(
+                    f"{name:18} {matchmaker:7} {passed} passed, "
+                    f"{counts['skipped']} skipped, failed: {counts['bad'] or 'none'}"
+                )
+            worse += len(set(found["consul"]["bad"]) - set(found["redis"]["bad"]))
     return 1 if worse else 0
 
 
@@ -209,7 +200,10 @@ def main() -> None:
     folder = Path(sys.argv[1]).absolute()
     if sys.argv[2:3] == ["--run"]:
         run_one(folder, *sys.argv[3:5])
-    raise SystemExit(run_all(folder, sys.argv[3] if sys.argv[2:3] == ["--only"] else None))
+    try:
+        raise SystemExit(run_all(folder, sys.argv[3] if sys.argv[2:3] == ["--only"] else None))
+    except NoRedis as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":
