@@ -7,11 +7,13 @@ import contextlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+from . import doctor
 from .errors import (
     ConfigurationError,
     Denied,
@@ -88,6 +90,19 @@ def _hosts(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> in
         return OK if snapshot else NO_HOSTS
 
 
+def _explain(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
+    with make_matchmaker(_settings(arguments)) as matchmaker:
+        told = matchmaker.explain(arguments.topic, server=arguments.server)
+        if arguments.output == "json":
+            _print(json.dumps(told, default=str))
+        else:
+            _print(*_lines(told))
+        answer = matchmaker.hosts_at_hand(arguments.topic, server=arguments.server)
+        if answer is None:
+            return NO_ANSWER
+        return OK if answer else NO_HOSTS
+
+
 def _watch(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
     with make_matchmaker(_settings(arguments)) as matchmaker:
         for snapshot in matchmaker.watch(arguments.topic):
@@ -115,6 +130,7 @@ def _register(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) ->
             host,
             command=arguments.command_to_run,
             when_listening=not arguments.at_once,
+            drain_seconds=arguments.drain,
             say=_say,
         )
         if is_catalog:
@@ -188,6 +204,17 @@ def _sweep(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> in
         return OK
 
 
+def _doctor(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
+    found = []
+    for finding in doctor.findings(_settings(arguments)):
+        found.append(finding)
+        if arguments.output == "text":
+            _print(f"{finding.level:<4}  {finding.what}: {finding.text}")
+    if arguments.output == "json":
+        _print(json.dumps({"findings": [finding._asdict() for finding in found]}))
+    return NO_ANSWER if any(finding.level == "fail" for finding in found) else OK
+
+
 def _demo(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
     from .demo import story  # only this command needs a Consul of its own
 
@@ -237,6 +264,11 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
         if isinstance(inner, Mapping) and inner:
             yield f"{indent}{name}:"
             yield from _lines(inner, indent + "  ")
+        elif isinstance(inner, (list, tuple)) and any(isinstance(one, Mapping) for one in inner):
+            yield f"{indent}{name}:"
+            for one in inner:
+                words = ", ".join(f"{key} {_word(part)}" for key, part in one.items())
+                yield f"{indent}  {words}"
         elif isinstance(inner, (list, tuple)):
             yield f"{indent}{name}: {', '.join(map(str, inner)) or '-'}"
         else:
@@ -244,8 +276,11 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def _word(value: Any) -> str:
-    words = {None: "-", True: "yes", False: "no"}
-    return words[value] if value is None or isinstance(value, bool) else str(value or "-")
+    if value is None or value in ("", {}):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(round(value, 3) if isinstance(value, float) else value)
 
 
 # --- what they read ------------------------------------------------------------------------------
@@ -337,6 +372,13 @@ def _parser() -> argparse.ArgumentParser:
 
     hosts = command("hosts", _hosts, "print the live hosts of a topic, one a line", ["TOPIC"])
     hosts.add_argument("--server", metavar="S", help="only the host that goes by this name")
+    explain = command(
+        "explain",
+        _explain,
+        "print why `hosts` answers what it does: what was asked, answered, left out and rejected",
+        ["TOPIC"],
+    )
+    explain.add_argument("--server", metavar="S", help="only the host that goes by this name")
     register = command(
         "register",
         _register,
@@ -350,6 +392,13 @@ def _parser() -> argparse.ArgumentParser:
         "--at-once",
         action="store_true",
         help="register when COMMAND starts, not only when HOST:PORT accepts TCP connections",
+    )
+    register.add_argument(
+        "--drain",
+        metavar="SECONDS",
+        type=_seconds,
+        default=0.0,
+        help="on SIGTERM and SIGINT withdraw, and let COMMAND go on for so long; default 0",
     )
     command(
         "watch",
@@ -376,8 +425,16 @@ def _parser() -> argparse.ArgumentParser:
         "--remove", action="store_true", help="remove them, except those that a session holds"
     )
     command("status", _status, "print which Consul is asked, and whether it answers")
+    command("doctor", _doctor, "examine what this needs of Consul, and say what to do")
     command("demo", _demo, "start a Consul cluster of its own and show what this does")
     return parser
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (seconds := float(text)) < math.inf:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
 
 
 def _common_options(url: Any, output: Any, verbose: Any) -> _Parser:

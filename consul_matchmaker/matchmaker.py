@@ -300,9 +300,14 @@ class Matchmaker:
         return {**self._cache.explain(topic, server), "rejected": dict.fromkeys(rejected, what)}
 
     def status(self) -> dict[str, object]:
-        """Where everything stands, fit for json, without secrets."""
+        """Where everything stands, fit for json, without secrets.
+
+        ``wire`` has by transport (``udp`` and ``tcp``, or ``http``) what was exchanged with agents:
+        see `backends.traffic.Traffic`; it is empty where a backend speaks to nobody.
+        """
         keeper, watcher = self._keeper, self._watcher
         tell = getattr(self._resolver, "status", None)
+        count = getattr(self._resolver, "wire", None)
         return {
             "mode": self.settings.mode,
             "is_closed": self._closing.is_set(),
@@ -313,6 +318,7 @@ class Matchmaker:
             "keeper": None if keeper is None else keeper.status(),
             "watcher": None if watcher is None else watcher.status(),
             "backend": None if tell is None else tell(),
+            "wire": {} if count is None else count(),
         }
 
     def close(self, timeout_seconds: float = 5.0) -> None:

@@ -12,13 +12,19 @@ import json
 import logging
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .model import Host, Instance
 from .settings import Settings
+
+try:
+    import fcntl
+except ImportError:  # Windows: there two that write in the same moment may lose the older write
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +33,12 @@ MAX_BYTES = 64 * 1024 * 1024
 """A bigger file is not ours: 10,000 topics of 20 hosts take about 10 MB."""
 CLOCK_SLACK_SECONDS = 5.0
 """So far in the future an answer may be from: wall clocks are set back a little now and then."""
+A_DAY_SECONDS = 86_400.0
+"""So long what others wrote stays in the file, though it may be too old for this process; who
+believes in answers of up to four days writes them anew within one."""
+LOCK_SECONDS = 1.0
+"""How long a writer waits for another one, which needs some milliseconds unless it is suspended."""
+SECONDS_BETWEEN_TRIES = 0.01
 # What makes the hosts of a topic other ones: files of settings that differ in it never mix.
 _IDENTITY = (
     "mode",
@@ -43,6 +55,9 @@ _IDENTITY = (
 Name = tuple[str, str | None]
 """A topic, and the server it was narrowed to."""
 
+_Taken = tuple[float, bool, tuple[Instance, ...]]
+"""When an answer was taken (wall clock), whether it is complete, and who is in it."""
+
 
 class Kept(NamedTuple):
     """An answer as it is kept."""
@@ -56,11 +71,18 @@ class StateFile:
     """Reads and writes the answers of one configuration.  No lock: its owner calls one at a time.
 
     Several processes may share the folder: each keeps what the others wrote, the newest answer of a
-    topic wins.  Two that write in the same moment may lose the older write, never mix the two.
+    topic wins, and a lock on the file beside it lets one write after the other.  Only who waits
+    longer than *lock_seconds* for it writes all the same: then the older write may be lost.  A
+    reader needs no lock: the file is replaced as a whole.
     """
 
     def __init__(
-        self, folder: str, settings: Settings, *, wall_clock: Callable[[], float] = time.time
+        self,
+        folder: str,
+        settings: Settings,
+        *,
+        wall_clock: Callable[[], float] = time.time,
+        lock_seconds: float = LOCK_SECONDS,
     ) -> None:
         identity = {name: _plain(getattr(settings, name)) for name in _IDENTITY}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -68,6 +90,7 @@ class StateFile:
         self._max_age_seconds = settings.max_stale_seconds
         self._max_answers = settings.max_topics
         self._wall_clock = wall_clock
+        self._lock_seconds = lock_seconds
         self._has_warned = False
 
     def load(self) -> dict[Name, Kept]:
@@ -76,6 +99,7 @@ class StateFile:
         return {
             name: Kept(max(0.0, now - taken_at), is_complete, instances)
             for name, (taken_at, is_complete, instances) in self._read(now).items()
+            if now - taken_at < self._max_age_seconds
         }
 
     def save(self, answers: Mapping[Name, Kept]) -> None:
@@ -83,26 +107,37 @@ class StateFile:
 
         A failure is logged, the first one as a warning, and leaves the file as it was.
         """
-        now = self._wall_clock()
-        kept = self._read(now)
+        now = self._wall_clock()  # the ages are as of now, and not of when it is our turn
+        taken = {
+            name: (now - answer.age_seconds, answer.is_complete, answer.instances)
+            for name, answer in answers.items()
+        }
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._locked():
+                self._replace(self._merged(taken))
+        except OSError as error:
+            self._warn("cannot be written", error)
+
+    def _merged(self, answers: Mapping[Name, _Taken]) -> bytes:
+        """The content that has the newest of *answers* and what the file has."""
+        kept = self._read(self._wall_clock())
+        # Other processes may keep more of them, and for longer, than this one would.
+        max_answers = max(self._max_answers, len(kept))
         for name, answer in answers.items():
-            taken_at = now - answer.age_seconds
-            if name not in kept or kept[name][0] <= taken_at:
-                kept[name] = (taken_at, answer.is_complete, answer.instances)
+            if name not in kept or kept[name][0] <= answer[0]:
+                kept[name] = answer
         newest = sorted(
             (item for item in kept.items() if item[1][2]), key=lambda item: item[1][0], reverse=True
         )
         rows = [
             [topic, server, taken_at, is_complete, [_row(one) for one in instances]]
-            for (topic, server), (taken_at, is_complete, instances) in newest[: self._max_answers]
+            for (topic, server), (taken_at, is_complete, instances) in newest[:max_answers]
         ]
         body = json.dumps(rows, separators=(",", ":")).encode("ascii")
-        try:
-            self._replace(_header(body) + body)
-        except OSError as error:
-            self._warn("cannot be written", error)
+        return _header(body) + body
 
-    def _read(self, now: float) -> dict[Name, tuple[float, bool, tuple[Instance, ...]]]:
+    def _read(self, now: float) -> dict[Name, _Taken]:
         try:
             if self.path.stat().st_size > MAX_BYTES:
                 raise ValueError("it is too big")
@@ -123,11 +158,40 @@ class StateFile:
         return {
             name: answer
             for name, answer in found.items()
-            if -CLOCK_SLACK_SECONDS <= now - answer[0] < self._max_age_seconds
+            if -CLOCK_SLACK_SECONDS <= now - answer[0] < max(self._max_age_seconds, A_DAY_SECONDS)
         }
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other processes from writing, if that can be had within the time for it."""
+        lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            self._wait_for(lock)
+            yield
+        finally:
+            if fcntl is not None:  # closing would not do: a child forked meanwhile has it open too
+                with contextlib.suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
+
+    def _wait_for(self, lock: int) -> None:
+        if fcntl is None:
+            return
+        until, pause = time.monotonic() + self._lock_seconds, threading.Event()
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    logger.debug("state file %s: written without the lock", self.path)
+                    return
+            except OSError as error:  # a file system without locks
+                logger.debug("state file %s cannot be locked: %s", self.path, error)
+                return
+            pause.wait(SECONDS_BETWEEN_TRIES)
+
     def _replace(self, content: bytes) -> None:
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=self.path.name, dir=self.path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:

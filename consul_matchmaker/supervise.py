@@ -29,7 +29,9 @@ class Holder:
 
     *register* makes the registration; None makes none (catalog mode), and *command* just runs.
     With a command and *when_listening*, it is called once *host* accepts TCP connections, so that
-    nobody is sent to a server that does not listen yet.  *say* tells the operator, a line a call.
+    nobody is sent to a server that does not listen yet.  Whoever is told to stop withdraws first,
+    and stops *drain_seconds* later, when peers have noticed, or with the next signal.  *say* tells
+    the operator, a line a call.
     """
 
     def __init__(
@@ -39,12 +41,14 @@ class Holder:
         *,
         command: Sequence[str] = (),
         when_listening: bool = True,
+        drain_seconds: float = 0.0,
         say: Say,
     ) -> None:
         self._register = register
         self._host = host
         self._command = command
         self._when_listening = when_listening
+        self._drain_seconds = drain_seconds
         self._say = say
         # SimpleQueue is the one queue a signal handler may put into, whoever holds its lock.
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -54,6 +58,7 @@ class Holder:
         self._exit_code: int | None = None
         self._error: MatchmakerError | None = None
         self._is_leaving = False
+        self._is_draining = False
         self._is_denied = False
 
     def run(self) -> int:
@@ -99,15 +104,39 @@ class Holder:
         self._beside("consul-matchmaker-notice", self._wait_until_published)
 
     def _on_signal(self, number: int) -> None:
+        if self._process is not None and number not in (signal.SIGTERM, signal.SIGINT):
+            self._pass_on(number)
+            return
+        was_leaving = self._is_leaving
+        self._leave()  # before the command hears of it: peers shall go first
+        if self._registration is None or self._drain_seconds <= 0 or was_leaving:
+            self._stop(number)
+            return
+        self._is_draining = True
+        self._say(f"draining for {self._drain_seconds:g} s; the next signal stops at once")
+        self._beside(
+            "consul-matchmaker-drain",
+            functools.partial(self._wait_until_drained, self._registration, number),
+        )
+
+    def _on_drained(self, number: int) -> None:
+        if self._is_draining:  # else it was told to stop already
+            self._stop(number)
+
+    def _stop(self, number: int) -> None:
+        self._is_draining = False
         if self._process is None:
             self._exit_code = 0
-            return
-        if number in (signal.SIGTERM, signal.SIGINT):
-            self._leave()  # before the command hears of it: peers shall go first
-        if number != signal.SIGINT or not _is_in_foreground():
+        else:
+            self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
+        assert self._process is not None
+        if number == signal.SIGINT and _is_in_foreground():
             # Ctrl-C reaches everything in the terminal's foreground: twice would be once too often.
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
 
     def _on_command_ended(self) -> None:
         assert self._process is not None
@@ -171,6 +200,13 @@ class Holder:
             else:
                 self._say(f"registered {self._registration}")
                 return
+
+    def _wait_until_drained(self, registration: Registration, number: int) -> None:
+        try:
+            registration.drain(self._drain_seconds)
+        except MatchmakerError as error:
+            self._say(f"stopping all the same: {error}")
+        self._events.put(functools.partial(self._on_drained, number))
 
     def _beside(self, name: str, wait: Callable[[], None]) -> None:
         threading.Thread(target=wait, name=name, daemon=True).start()

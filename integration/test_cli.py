@@ -128,6 +128,29 @@ def test_a_command_is_registered_while_it_listens(
         assert keys(agent, prefix) == []
 
 
+def test_a_drained_command_serves_on_after_it_was_withdrawn(
+    kv: str, topic: str, free_port: int, agent: Node, prefix: str
+) -> None:
+    """Nobody is sent to it any more, who comes is still served; it is told to stop when the time
+    is over, or by the next signal."""
+    command = [sys.executable, "-c", LISTEN, str(free_port)]
+    argv = ["register", topic, f"127.0.0.1:{free_port}", "--url", kv, "--drain"]
+    with running(*argv, "3600", "--", *command) as process:
+        said(process, "registered")
+        process.send_signal(signal.SIGTERM)
+        until(lambda: keys(agent, prefix) == [], SOON_SECONDS)
+        socket.create_connection(("127.0.0.1", free_port), WAIT_SECONDS).close()
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_SECONDS) == 128 + signal.SIGTERM
+    with running(*argv, "1", "--", *command) as process:
+        said(process, "registered")
+        asked_at = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_SECONDS) == 128 + signal.SIGTERM
+        assert time.monotonic() - asked_at >= 1.0
+
+
 @pytest.fixture
 def free_port() -> int:
     with socket.socket() as listener:
@@ -173,6 +196,31 @@ def test_catalog_mode_needs_no_http(agent: Node, dns_only_agent: Node, service: 
         assert cli("status", "--url", url)[0] == 0
 
 
+def test_explain_says_who_was_asked_over_http(kv: str, topic: str, agent: Node) -> None:
+    """The agent, its answer and the hosts in it; nobody's topic too."""
+    with running("register", topic, "10.0.0.5:9501", "--server", "node7", "--url", kv) as process:
+        said(process, "registered")
+        code, out, err = cli("explain", topic, "--url", kv)
+        assert (code, err) == (0, "")
+        assert "host 10.0.0.5:9501, server node7" in out
+        assert f"agent: {agent.http}" in out
+        code, out, _ = cli("explain", topic, "--server", "node7", "--url", kv, "-o", "json")
+        assert (code, json.loads(out)["answer"]["details"]["transport"]) == (0, "http")
+    assert cli("explain", f"not-{topic}", "--url", kv)[0] == 3
+
+
+def test_explain_says_who_was_asked_over_dns(agent: Node, service: str) -> None:
+    """The name that was asked for, whom, and the code of the answer."""
+    url = f"consul+catalog://{agent.dns}"
+    until(lambda: cli("explain", service, "--url", url)[0] == 0, WAIT_SECONDS)
+    code, out, _ = cli("explain", service, "--url", url)
+    assert code == 0
+    assert "host 10.0.0.9:9509" in out
+    assert f"name _{service}._tcp.service.consul., agent {agent.dns}" in out
+    code, out, _ = cli("explain", f"not-{service}"[:63], "--url", url)
+    assert (code, "NXDOMAIN" in out) == (3, True)
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -210,6 +258,8 @@ def test_an_agent_that_is_not_there(mode: str, free_port: int) -> None:
     code, out, err = cli("hosts", "scheduler", "--url", url)
     assert (code, out, err.count("\n")) == (4, "", 1)
     assert where in err
+    code, out, _ = cli("explain", "scheduler", "--url", url)
+    assert (code, where in out) == (4, True)
 
 
 def test_an_agent_that_went_away(cluster: Cluster, agent: Node, kv: str, topic: str) -> None:

@@ -115,6 +115,42 @@ def test_hosts_as_json_is_stable(run: Run, memory: Memory) -> None:
     assert (code, json.loads(out)["hosts"]) == (3, [])
 
 
+def test_explain_prints_why(run: Run, memory: Memory) -> None:
+    """A line a fact, hosts and what was asked one a line; the same as JSON; exits as hosts does."""
+    memory.declare("scheduler", [Instance(Host("a", 1), "node1", priority=1, weight=5)])
+    code, out, err = run("explain", "scheduler", "--url", KV)
+    lines = out.splitlines()
+    assert (code, err, lines[:2]) == (0, "", ["topic: scheduler", "state: fresh"])
+    assert "    host a:1, server node1, priority 1, weight 5" in lines
+    assert "failures: 0" in lines
+    assert "last_error: -" in lines
+    code, out, _ = run("explain", "scheduler", "--url", KV, "-o", "json")
+    told = json.loads(out)
+    assert (code, out.count("\n")) == (0, 1)
+    assert told["answer"]["hosts"] == [
+        {"host": "a:1", "server": "node1", "priority": 1, "weight": 5}
+    ]
+
+
+def test_explain_exits_as_hosts_does(run: Run, memory: Memory) -> None:
+    """Nobody there, or nobody of that name: 3; Consul cannot be asked: 4, with the reason on
+    stdout, as that is the answer; a bad topic: 2."""
+    memory.declare("scheduler", [Instance(Host("a", 1), "node1")])
+    assert run("explain", "nobody", "--url", KV)[0] == 3
+    assert run("explain", "scheduler", "--server", "node1", "--url", KV)[0] == 0
+    assert run("explain", "scheduler", "--server", "node2", "--url", KV)[0] == 3
+    memory.is_available = False
+    code, out, _ = run("explain", "scheduler", "--url", KV)
+    assert code == 4
+    assert "last_error: the memory backend was told not to answer" in out
+    memory.is_available, memory.is_denied = True, True
+    code, out, _ = run("explain", "scheduler", "--url", KV, "-o", "json")
+    assert code == 4
+    assert "refuse" in json.loads(out)["last_error"]
+    code, out, err = run("explain", "", "--url", KV)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+
+
 def test_topics_prints_one_a_line(run: Run, memory: Memory) -> None:
     """Sorted; none is an answer too."""
     assert run("topics", "--url", KV) == (0, "", "")
@@ -201,6 +237,7 @@ BAD_INPUT = [
     (["hosts", "a", "-o", "xml"], "json"),
     (["register", "scheduler"], "HOST"),
     (["register", "scheduler", "a:1", "--"], "command"),
+    *((["register", "scheduler", "a:1", "--drain", text], "seconds") for text in ("-1", "x")),
     (["frobnicate"], "hosts"),
     ([], "COMMAND"),
 ]
@@ -363,12 +400,14 @@ LEFT = "left: ['declared']\n"
 
 
 @contextmanager
-def process(*argv: str, state: str = "up") -> Iterator[subprocess.Popen[str]]:
+def process(
+    *argv: str, state: str = "up", stdout: int = subprocess.PIPE
+) -> Iterator[subprocess.Popen[str]]:
     """`consul-matchmaker ARGV` as a process of its own; killed at the end of the block."""
     started = subprocess.Popen(
         [sys.executable, "-c", CLI_OVER_MEMORY, state, "--url", KV, *argv],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # no terminal: signals are forwarded
@@ -406,6 +445,20 @@ def test_register_holds_until_a_signal_and_withdraws(number: int) -> None:
         started.send_signal(number)
         out, err = started.communicate()
         assert (started.returncode, out, err) == (0, LEFT, "")
+
+
+def test_register_drains_until_the_next_signal() -> None:
+    """Withdrawn at once, and still there; the second signal is the end, exit 0."""
+    with process("register", "scheduler", "10.0.0.1:9501", "--drain", "3600") as started:
+        said(started, "registered")
+        started.terminate()
+        said(started, "draining for 3600 s")
+        assert started.stdout is not None
+        assert started.stdout.readline() == LEFT
+        assert started.poll() is None
+        started.terminate()
+        out, err = started.communicate()
+        assert (started.returncode, out, err) == (0, "", "")
 
 
 def test_register_does_not_need_consul_to_be_up() -> None:
@@ -535,9 +588,10 @@ def test_watch_as_json_is_one_object_a_line() -> None:
 
 def test_a_closed_pipe_is_no_error() -> None:
     """`hosts | head -0` ends quietly, as every tool does."""
-    with process("hosts", "declared") as started:
-        assert started.stdout is not None
-        started.stdout.close()
+    reading, writing = os.pipe()
+    os.close(reading)
+    with process("hosts", "declared", stdout=writing) as started:
+        os.close(writing)
         assert started.stderr is not None
         assert started.stderr.read() == ""
         assert started.wait() == 141

@@ -38,7 +38,7 @@ LAYERS = {
     ),
     "running": ("keeper", "cache", "watcher", "selection", "matchmaker", "aio"),
     "public": ("",),  # the package itself: its list of public names
-    "edges": ("adapters", "adapters.*", "cli", "__main__", "demo", "demo.*"),
+    "edges": ("adapters", "adapters.*", "cli", "doctor", "__main__", "demo", "demo.*"),
 }
 OWNERS = {
     "cachetools": {"cache"},

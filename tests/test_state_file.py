@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,11 +150,13 @@ def test_another_configuration_has_another_file(
 
 
 def test_the_file_is_bounded_and_private(tmp_path: Path, clock: ManualClock) -> None:
-    """The newest max_topics answers, readable by nobody else, and no other file beside it."""
+    """The newest max_topics answers, readable by nobody else, and only an empty lock beside it."""
     file = made(tmp_path, clock, kv(max_topics=3))
     file.save({(f"t{age}", None): kept(ONE, age_seconds=age) for age in range(9)})
     assert sorted(name for name, _ in file.load()) == ["t0", "t1", "t2"]
-    assert list(tmp_path.iterdir()) == [file.path]
+    lock = file.path.with_suffix(".lock")
+    assert set(tmp_path.iterdir()) == {file.path, lock}
+    assert lock.read_bytes() == b""
     assert stat.S_IMODE(file.path.stat().st_mode) == 0o600
 
 
@@ -173,5 +179,95 @@ def test_a_write_that_fails_leaves_the_old_file(
     file = made(tmp_path, clock)
     file.path.mkdir()
     file.save({("scheduler", None): kept(ONE)})
-    assert list(tmp_path.iterdir()) == [file.path]
+    assert set(tmp_path.iterdir()) == {file.path, file.path.with_suffix(".lock")}
     assert "state file" in caplog.text
+
+
+def test_what_others_keep_longer_and_more_of_stays(tmp_path: Path, clock: ManualClock) -> None:
+    """A process with small limits gives nothing older or more itself, and removes nothing of
+    theirs; what is a day old leaves with the next write."""
+    other = made(tmp_path, clock)
+    other.save({(f"t{number}", None): kept(ONE) for number in range(5)})
+    clock.advance(600)
+    small = made(tmp_path, clock, kv(max_topics=1, max_stale_seconds=60))
+    small.save({("own", None): kept(SIX)})
+    assert list(small.load()) == [("own", None)]
+    assert {name for name, _ in other.load()} == {"own", "t0", "t1", "t2", "t3"}
+    clock.advance(86_400)
+    small.save({})
+    forever = made(tmp_path, clock, kv(max_stale_seconds=864_000))
+    assert forever.load() == {}
+
+
+WRITER = """
+import sys
+from consul_matchmaker.model import Host, Instance
+from consul_matchmaker.settings import Settings
+from consul_matchmaker.state_file import Kept, StateFile
+
+folder, name = sys.argv[1:]
+file = StateFile(folder, Settings(mode="kv"), lock_seconds=60)
+host = Instance(Host("10.0.0.1", 5001))
+for number in range(150):
+    file.save({(f"{name}-{number}", None): Kept(0.0, True, (host,))})
+"""
+
+
+def test_processes_that_write_in_the_same_moment_lose_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two write 150 answers each, every one only once: all are there, and whoever reads meanwhile
+    never meets a damaged file, nor less than before."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    writers = [subprocess.Popen([*command, name]) for name in ("one", "other")]
+    file = StateFile(str(tmp_path), kv())
+    found: set[str] = set()
+    try:
+        while any(writer.poll() is None for writer in writers):
+            now = {name for name, _ in file.load()}
+            assert found <= now
+            found = now
+        assert [writer.wait() for writer in writers] == [0, 0]
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.wait()
+    everything = {f"{name}-{number}" for name in ("one", "other") for number in range(150)}
+    assert {name for name, _ in file.load()} == everything
+    assert caplog.records == []
+
+
+def test_a_writer_that_hangs_keeps_nobody_from_writing(tmp_path: Path, clock: ManualClock) -> None:
+    """Who cannot get the lock in time writes without it: the file is whole either way."""
+    lock = os.open(
+        made(tmp_path, clock).path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, mode=0o600
+    )
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        file = StateFile(str(tmp_path), kv(), wall_clock=clock, lock_seconds=0.05)
+        file.save({("scheduler", None): kept(ONE)})
+        assert file.load() == {("scheduler", None): kept(ONE)}
+    finally:
+        os.close(lock)
+
+
+def test_a_child_forked_during_a_write_does_not_keep_the_lock(
+    tmp_path: Path, clock: ManualClock
+) -> None:
+    """It inherits the open lock file, and not the lock once its parent has written."""
+    file = StateFile(str(tmp_path), kv(), wall_clock=clock, lock_seconds=60)
+    told, tell = os.pipe()
+    with file._locked():
+        pid = os.fork()
+        if pid == 0:
+            os.read(told, 1)  # lives until its parent has written again
+            os._exit(0)
+    try:
+        other = os.open(file.path.with_suffix(".lock"), os.O_RDWR)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+    finally:
+        os.write(tell, b"x")
+        os.waitpid(pid, 0)
+        os.close(told)
+        os.close(tell)

@@ -6,7 +6,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +31,10 @@ class Owner:
         self.answers = list(answers)
         self.then = then
         self.unregistered = 0
+        self.drain_is_over = threading.Event()
+        self.drained_seconds: list[float] = []
+        self.on_drain: Callable[[], None] = self.drain_is_over.set
+        self.drain_error: Exception | None = None
 
     def wait_until_published(self, registration: Registration, timeout_seconds: float) -> None:
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -40,6 +46,13 @@ class Owner:
     def unregister(self, registration: Registration) -> None:
         self.unregistered += 1
 
+    def drain(self, registration: Registration, seconds: float) -> None:
+        self.drained_seconds.append(seconds)
+        self.on_drain()
+        self.drain_is_over.wait(WAIT_SECONDS)
+        if self.drain_error is not None:
+            raise self.drain_error
+
 
 def terminate_ourselves() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
@@ -50,7 +63,11 @@ def nothing(_text: str) -> None:
 
 
 def holder(
-    owner: Owner, say: Callable[[str], None], *command: str, when_listening: bool = True
+    owner: Owner,
+    say: Callable[[str], None],
+    *command: str,
+    when_listening: bool = True,
+    drain_seconds: float = 0.0,
 ) -> Holder:
     registration = Registration("scheduler", Host("10.0.0.1", 9501), "node1", owner)
     return Holder(
@@ -58,6 +75,7 @@ def holder(
         registration.host,
         command=command,
         when_listening=when_listening,
+        drain_seconds=drain_seconds,
         say=say,
     )
 
@@ -122,6 +140,67 @@ def test_an_outage_is_said_once_and_its_end_too() -> None:
         "not registered yet, trying on: away",
         "registered scheduler at 10.0.0.1:9501 as node1",
     ]
+
+
+PAUSE = (sys.executable, "-c", "import signal; signal.pause()")
+
+
+@pytest.mark.parametrize("command", [(), PAUSE], ids=["alone", "with a command"])
+def test_draining_withdraws_first_and_stops_when_it_is_over(command: tuple[str, ...]) -> None:
+    """The signal withdraws; only the end of the drain ends what runs, with the usual code."""
+    owner = Owner(None, then=terminate_ourselves)
+    withdrawn: list[int] = []
+
+    def on_drain() -> None:
+        withdrawn.append(owner.unregistered)
+        owner.drain_is_over.set()
+
+    owner.on_drain = on_drain
+    said: list[str] = []
+    held = holder(owner, said.append, *command, when_listening=False, drain_seconds=7.0)
+    assert held.run() == (128 + signal.SIGTERM if command else 0)
+    assert owner.drained_seconds == [7.0]
+    assert withdrawn[0] >= 1
+    assert "draining for 7 s; the next signal stops at once" in said
+
+
+@pytest.mark.parametrize("command", [(), PAUSE], ids=["alone", "with a command"])
+def test_the_next_signal_ends_draining_at_once(command: tuple[str, ...]) -> None:
+    """However long it would go on."""
+    owner = Owner(None, then=terminate_ourselves)
+    owner.on_drain = terminate_ourselves
+    held = holder(owner, nothing, *command, when_listening=False, drain_seconds=3600.0)
+    try:
+        assert held.run() == (128 + signal.SIGTERM if command else 0)
+        assert not owner.drain_is_over.is_set()
+    finally:
+        owner.drain_is_over.set()
+
+
+def test_a_command_that_ends_while_draining_is_not_waited_for(tmp_path: Path) -> None:
+    """There is nothing left that peers could reach."""
+    owner = Owner(None, then=terminate_ourselves)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    owner.on_drain = lambda: fifo.write_text("go")
+    script = f"open({str(fifo)!r}).read(); exit(9)"
+    held = holder(
+        owner, nothing, sys.executable, "-c", script, when_listening=False, drain_seconds=3600.0
+    )
+    try:
+        assert held.run() == 9
+        assert not owner.drain_is_over.is_set()
+    finally:
+        owner.drain_is_over.set()
+
+
+def test_a_withdrawal_that_consul_does_not_confirm_is_said() -> None:
+    """It stops all the same: nobody could wait for longer than he said."""
+    owner = Owner(None, then=terminate_ourselves)
+    owner.drain_error = TimedOut("away")
+    said: list[str] = []
+    assert holder(owner, said.append, drain_seconds=1.0).run() == 0
+    assert "stopping all the same: away" in said
 
 
 def test_the_callers_signal_handlers_are_put_back() -> None:

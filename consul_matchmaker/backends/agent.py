@@ -37,6 +37,7 @@ from ..backoff import Backoff
 from ..errors import ConfigurationError, Denied, TimedOut, Unavailable
 from ..model import Host
 from ..settings import Settings
+from .traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ class Agent:
         self._shunned_until = [float("-inf")] * len(self._settings.addresses)
         self._polls = _Polls()
         self._waits = threading.local()  # .meanwhile: what this thread does while it waits
+        self._traffic = Traffic()
         self._token: str | None = None
         self.token_changes = 0
         """How often another token was met than the one before."""
@@ -197,6 +199,10 @@ class Agent:
             "agent": str(addresses[current]),
             "agents_away": [str(addresses[i]) for i in shunned],
         }
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        """What was said to agents and heard from them, by transport; see `Traffic`."""
+        return {"http": self._traffic.counts()}
 
     def __repr__(self) -> str:
         return f"<Agent {self._settings.addresses[self._current]}>"
@@ -287,6 +293,7 @@ class Agent:
                 # A kept connection that the agent has closed meanwhile shows only when used.
                 if not _is_closed_connection(error) or self._polls.is_ended:
                     raise
+                self._traffic.add(retries=1)
                 return self._send_once(client, request, where, token, deadline)
         except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError):
             raise TimedOut(
@@ -347,6 +354,7 @@ class Agent:
         )
         with response:
             body = _read(response, where)
+        self._traffic.add(replies=1, error_replies=_is_error(response.status_code))
         index = response.headers.get("X-Consul-Index", "")
         filtered = response.headers.get("X-Consul-Results-Filtered-By-ACLs", "")
         return Answer(
@@ -381,7 +389,8 @@ class Agent:
         session.headers.clear()
         # Identity: what comes is then bounded by what is read.
         session.headers.update({"User-Agent": "consul-matchmaker", "Accept-Encoding": "identity"})
-        session.mount(f"{scheme}://", _Adapter(self._polls if is_poll else None, self._waits))
+        polls = self._polls if is_poll else None
+        session.mount(f"{scheme}://", _Adapter(polls, self._waits, self._traffic))
         return client
 
     def _remedy(self) -> str:
@@ -479,6 +488,11 @@ def _read(response: requests.Response, where: str) -> bytes:
     return b"".join(parts)
 
 
+def _is_error(status: int) -> bool:
+    """Whether the agent refuses, or says that it cannot help."""
+    return status in (401, 403, 429) or status >= 500
+
+
 def _is_closed_connection(error: requests.ConnectionError) -> bool:
     """Whether the agent closed an established connection: not a refused one, not a timeout."""
     return bool(error.args) and isinstance(error.args[0], urllib3.exceptions.ProtocolError)
@@ -504,15 +518,20 @@ def _reason(error: BaseException) -> str:
 
 
 class _Deadline(io.RawIOBase):
-    """A socket's reader whose every piece has to arrive before one common deadline.
+    """A socket's reader, counted, whose every piece has to arrive before one common deadline.
 
     A plain timeout counts from piece to piece: a server that drips would hold us for ever.
     """
 
     def __init__(
-        self, sock: socket.socket, reader: io.RawIOBase, meanwhile: Meanwhile | None
+        self,
+        sock: socket.socket,
+        reader: io.RawIOBase,
+        meanwhile: Meanwhile | None,
+        traffic: Traffic,
     ) -> None:
         self._sock, self._reader, self._meanwhile = sock, reader, meanwhile
+        self._traffic = traffic
         timeout = sock.gettimeout()
         self._deadline = None if timeout is None else time.monotonic() + timeout
 
@@ -520,6 +539,11 @@ class _Deadline(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
+        count = self._readinto(buffer)
+        self._traffic.add(received_bytes=count or 0)
+        return count
+
+    def _readinto(self, buffer: Any) -> int | None:
         if self._deadline is None:
             return cast("int | None", self._reader.readinto(buffer))
         if self._meanwhile is None:
@@ -548,10 +572,15 @@ class _Answering(HTTPResponse):
     """An answer that is given the socket's timeout as a whole."""
 
     def __init__(
-        self, sock: socket.socket, *args: Any, meanwhile: Meanwhile | None = None, **kwargs: Any
+        self,
+        sock: socket.socket,
+        *args: Any,
+        meanwhile: Meanwhile | None,
+        traffic: Traffic,
+        **kwargs: Any,
     ) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Deadline(sock, self.fp.detach(), meanwhile))
+        self.fp = io.BufferedReader(_Deadline(sock, self.fp.detach(), meanwhile, traffic))
 
 
 class _Polls:
@@ -581,15 +610,22 @@ class _Polls:
 
 
 class _Connection:
-    """Mixed into urllib3's connections: gives an `_Answering`, is known to *polls* if it is one."""
+    """Mixed into urllib3's connections: gives an `_Answering`, counts what is sent, is known to
+    *polls* if it is one."""
 
     response_class: Any = _Answering
     polls: _Polls | None = None
     waits: threading.local
+    traffic: Traffic
+
+    def send(self, data: Any) -> None:
+        super().send(data)  # type: ignore[misc]
+        self.traffic.add(sent_bytes=len(data))
 
     def getresponse(self) -> Any:
+        self.traffic.add(queries=1)  # here it is sent, once and as a whole
         meanwhile = getattr(self.waits, "meanwhile", None)
-        self.response_class = partial(_Answering, meanwhile=meanwhile)
+        self.response_class = partial(_Answering, meanwhile=meanwhile, traffic=self.traffic)
         ask = super().getresponse  # type: ignore[misc]
         if self.polls is None:
             return ask()
@@ -599,18 +635,22 @@ class _Connection:
 
 class _Adapter(requests.adapters.HTTPAdapter):
     """An adapter to one agent, with connections of ours; those of polls are known to *waiting*,
-    and *thread_waits* knows what a thread does while it waits for an answer."""
+    *thread_waits* knows what a thread does while it waits for an answer, *counted* counts."""
 
-    def __init__(self, waiting: _Polls | None, thread_waits: threading.local) -> None:
+    def __init__(
+        self, waiting: _Polls | None, thread_waits: threading.local, counted: Traffic
+    ) -> None:
         super().__init__(pool_connections=1, pool_maxsize=IDLE_CONNECTIONS, max_retries=0)
 
         class Plain(_Connection, HTTPConnection):
             polls = waiting
             waits = thread_waits
+            traffic = counted
 
         class Secure(_Connection, HTTPSConnection):
             polls = waiting
             waits = thread_waits
+            traffic = counted
 
         class PlainPool(HTTPConnectionPool):
             ConnectionCls = Plain

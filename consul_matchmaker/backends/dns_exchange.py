@@ -14,7 +14,9 @@ import time
 
 from ..model import Host
 from ..srv_coverage import UDP_LIMIT_LOCAL, UDP_LIMIT_REMOTE
-from ..srv_wire import BadReply, NotOurs, Reply, read
+from ..srv_wire import NOERROR, NXDOMAIN, BadReply, NotOurs, Reply, read
+from ..worker import call_within
+from .traffic import Traffic
 
 IDLE_SECONDS = 6.0
 """A kept connection rests no longer than this: Consul ends it after 8 s (fact A10)."""
@@ -27,9 +29,18 @@ TCP_FIRST_SECONDS = 60.0
 
 CONNECT_SHARE = 0.35
 """Of the time there is, this much may go by until a TCP connection stands."""
-
+LENGTH_BYTES = 2
+"""Before each message on a TCP connection (RFC 1035, section 4.2.2)."""
 
 _Place = tuple[socket.AddressFamily, tuple[object, ...]]
+
+
+def _is_ip(address: str) -> bool:
+    try:
+        ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    return True
 
 
 def resolve_by_system(name: str) -> list[str]:
@@ -49,15 +60,30 @@ def resolve_by_system(name: str) -> list[str]:
     return sorted({str(info[4][0]) for info in infos if info[0] == family})
 
 
+def _read(wire: bytes, query: bytes, traffic: Traffic, extra_bytes: int = 0) -> Reply:
+    """*wire* as the reply to *query*, counted; raises BadReply."""
+    size = len(wire) + extra_bytes
+    try:
+        reply = read(wire, query)
+    except BadReply:
+        traffic.add(received_bytes=size)
+        raise
+    is_error = reply.rcode not in (NOERROR, NXDOMAIN)
+    traffic.add(received_bytes=size, replies=1, error_replies=is_error)
+    return reply
+
+
 class NotConnected(ConnectionError):
     """No TCP connection to the agent came about: refused, or too slow.  UDP is what is left."""
 
 
 class Channel:
-    """One agent's DNS, over both transports.  Thread-safe; opens nothing when made."""
+    """One agent's DNS, over both transports, counted in *udp* and *tcp*.  Thread-safe; opens
+    nothing when made."""
 
-    def __init__(self, agent: Host) -> None:
+    def __init__(self, agent: Host, udp: Traffic, tcp: Traffic) -> None:
         self.agent = agent
+        self.udp, self.tcp = udp, tcp
         self.forget()
 
     def forget(self) -> None:
@@ -74,12 +100,11 @@ class Channel:
 
     close = forget
 
-    @property
-    def udp_limit(self) -> int:
-        """The EDNS size to ask for; reading it resolves the agent's name if it has one."""
+    def udp_limit(self, until: float) -> int:
+        """The EDNS size to ask for; resolves the agent's name if it has one."""
         is_local = self._is_local
         if is_local is None:
-            is_local = self._is_local = self._find_whether_local()
+            is_local = self._is_local = self._find_whether_local(until)
         return UDP_LIMIT_LOCAL if is_local else UDP_LIMIT_REMOTE
 
     @property
@@ -96,17 +121,20 @@ class Channel:
         A socket of its own each time, connected, so that the kernel picks a random port and keeps
         out whatever does not come from the agent; what still does not fit is not listened to."""
         query = os.urandom(2) + query[2:]
-        family, place = self._resolved()
+        family, place = self._resolved(until)
         with socket.socket(family, socket.SOCK_DGRAM) as udp:
             udp.connect(place)
             now = time.monotonic()
+            is_retry = False
             while now < until:
                 udp.send(query)
+                self.udp.add(queries=1, retries=is_retry, sent_bytes=len(query))
+                is_retry = True
                 resend_at = min(now + resend_seconds, until)
                 while now < resend_at:
                     udp.settimeout(resend_at - now)
                     try:
-                        return read(udp.recv(65_535), query)
+                        return _read(udp.recv(65_535), query, self.udp)
                     except (TimeoutError, NotOurs):
                         now = time.monotonic()
         raise TimeoutError("no answer by UDP")
@@ -117,26 +145,32 @@ class Channel:
             stream.send(query)
             return stream.receive()
 
-    def _resolved(self) -> _Place:
+    def _resolved(self, until: float) -> _Place:
         place = self._place  # another thread may forget it meanwhile
         if place is None:
-            # An IP address is taken as it is; a name is resolved by the system, until it fails.
-            found = socket.getaddrinfo(
-                self.agent.address, self.agent.port, type=socket.SOCK_DGRAM, proto=0
-            )
-            # IPv4 first, where Consul listens by default, though `localhost` is IPv6 as well.
-            found.sort(key=lambda each: each[0] != socket.AF_INET)
-            each = found[self._useless_places % len(found)]
-            place = self._place = each[0], each[4]
+            if _is_ip(self.agent.address):
+                found = self._places()
+            else:  # it is resolved by the system, which may hang, until nothing comes from there
+                seconds = max(0.0, until - time.monotonic())
+                found = call_within(seconds, self._places, "consul-matchmaker-names")
+            place = self._place = found[self._useless_places % len(found)]
         return place
+
+    def _places(self) -> list[_Place]:
+        """Every address of the agent; IPv4 first, where Consul listens by default, though
+        `localhost` is IPv6 as well."""
+        agent = self.agent
+        found = socket.getaddrinfo(agent.address, agent.port, type=socket.SOCK_DGRAM)
+        found.sort(key=lambda each: each[0] != socket.AF_INET)
+        return [(each[0], each[4]) for each in found]
 
     def unreachable(self) -> None:
         """Nothing came from the agent: resolve its name anew, and take its next address."""
         self._useless_places += 1
         self._place = self._is_local = None
 
-    def _find_whether_local(self) -> bool:
-        family, place = self._resolved()
+    def _find_whether_local(self, until: float) -> bool:
+        family, place = self._resolved(until)
         address = ipaddress.ip_address(str(place[0]).partition("%")[0])
         if address.is_loopback:
             return True
@@ -157,7 +191,7 @@ class Channel:
         return None
 
     def _connect(self, until: float) -> _Connection:
-        place, now = self._resolved(), time.monotonic()
+        place, now = self._resolved(until), time.monotonic()
         try:
             return _Connection(place, now + CONNECT_SHARE * (until - now))
         except OSError as error:
@@ -208,7 +242,7 @@ class Stream:
         try:
             if self._connection is None:
                 self._connection = self._channel._connect(self._until)
-            self._connection.send(query, self._until)
+            self._send(query)
         except TimeoutError:
             raise
         except OSError:
@@ -225,7 +259,12 @@ class Stream:
             self._reopen()
             wire = self._connection.receive(self._until)
         self._may_reopen = True
-        return read(wire, self._outstanding.pop(0))
+        return _read(wire, self._outstanding.pop(0), self._channel.tcp, LENGTH_BYTES)
+
+    def _send(self, query: bytes, *, is_retry: bool = False) -> None:
+        assert self._connection is not None
+        self._connection.send(query, self._until)
+        self._channel.tcp.add(queries=1, retries=is_retry, sent_bytes=LENGTH_BYTES + len(query))
 
     def _reopen(self) -> None:
         """Send everything outstanding on a new connection; raises what it came from otherwise."""
@@ -236,7 +275,7 @@ class Stream:
             self._connection.close()
         self._connection = self._channel._connect(self._until)
         for query in self._outstanding:
-            self._connection.send(query, self._until)
+            self._send(query, is_retry=True)
 
 
 class _Connection:
@@ -261,10 +300,10 @@ class _Connection:
     def send(self, query: bytes, until: float) -> None:
         self._wait_no_longer_than(until)
         self._queries += 1
-        self._socket.sendall(len(query).to_bytes(2, "big") + query)
+        self._socket.sendall(len(query).to_bytes(LENGTH_BYTES, "big") + query)
 
     def receive(self, until: float) -> bytes:
-        length = int.from_bytes(self._receive(2, until), "big")
+        length = int.from_bytes(self._receive(LENGTH_BYTES, until), "big")
         if not length:
             raise BadReply("a message of no length")
         return self._receive(length, until)

@@ -29,6 +29,7 @@ from ..srv_coverage import MAX_ANSWERS, TCP_LIMIT, is_covered, may_be_cut
 from ..srv_wire import NOERROR, NXDOMAIN, REFUSED, SERVFAIL, BadReply, Reply, Srv
 from ..worker import call_within
 from .dns_exchange import Channel, Stream, resolve_by_system
+from .traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,8 @@ class DnsSrv:
                     )
         if settings.tag is not None and settings.tag.lower() == "tcp":
             raise ConfigurationError("tag: DNS takes 'tcp' for no tag at all: give it another name")
-        self._agents = _Agents(settings.addresses, clock, jitter)
+        self._udp, self._tcp = Traffic(), Traffic()
+        self._agents = _Agents(settings.addresses, self._udp, self._tcp, clock, jitter)
         self._queries: dict[tuple[str, str, int], bytes] = {}
         self._forget_names()
 
@@ -141,11 +143,30 @@ class DnsSrv:
         Ends within three times ``request_timeout_seconds``.  Raises Unavailable (TimedOut) when
         Consul cannot be asked, InvalidTopic when DNS cannot carry the topic's service.
         """
-        service = self._service(topic)
         until = time.monotonic() + EXCHANGES_PER_LOOKUP * self._timeout_seconds
+        return self._lookup(topic, server, until, complete=complete)
+
+    def lookup_within(self, seconds: float, topic: str, server: str | None = None) -> Snapshot:
+        """As `lookup`, but TimedOut after *seconds*, which then is no failure of any agent."""
+        until = time.monotonic() + seconds
+        answer = self._lookup(topic, server, until, is_hurried=True)
+        if not answer.is_complete and time.monotonic() >= until:
+            raise TimedOut(f"{topic}: no complete answer within {seconds:g} s")
+        return answer
+
+    def _lookup(
+        self,
+        topic: str,
+        server: str | None,
+        until: float,
+        *,
+        complete: bool = True,
+        is_hurried: bool = False,
+    ) -> Snapshot:
+        service = self._service(topic)
         found, failure = _Found(), None
         for datacenter in self._settings.datacenters or ("",):
-            lookup = _Lookup(self, service, datacenter, until, complete)
+            lookup = _Lookup(self, service, datacenter, until, complete, is_hurried)
             try:
                 found = lookup.topic() if server is None else lookup.server(server)
             except Unavailable as error:
@@ -168,8 +189,23 @@ class DnsSrv:
             details={"asked": found.asked, "left_out": found.left_out},
         )
 
+    def probe(self, agent: Host, labels: str, kind: str, *, by_tcp: bool) -> Reply:
+        """What *agent* says of *labels* in the domain by one transport, whatever it is worth: for
+        who looks for a fault.  Raises OSError (TimeoutError) and BadReply."""
+        channel = Channel(agent, self._udp, self._tcp)
+        until = time.monotonic() + self._timeout_seconds
+        try:
+            query = self._query(f"{labels}.{self._domain}", kind, channel.udp_limit(until))
+            if by_tcp:
+                return channel.ask_tcp(query, until)
+            return channel.ask_udp(query, self._timeout_seconds / RESENDS_PER_TIMEOUT, until)
+        finally:
+            channel.close()
+
     def forget(self) -> None:
         """Drop every connection without touching the network: this is a forked child now."""
+        self._udp.forget()
+        self._tcp.forget()
         self._agents.forget()
         self._forget_names()
 
@@ -180,6 +216,10 @@ class DnsSrv:
     def status(self) -> dict[str, object]:
         """Which agent is asked first, and which are left alone for now."""
         return self._agents.status()
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        """What was said to agents and heard from them, by transport; see `Traffic`."""
+        return {"udp": self._udp.counts(), "tcp": self._tcp.counts()}
 
     def __repr__(self) -> str:
         return f"<DnsSrv {self._agents}>"
@@ -228,13 +268,20 @@ class _Lookup:
     """One lookup in one datacenter, until its deadline."""
 
     def __init__(
-        self, resolver: DnsSrv, service: str, datacenter: str, until: float, complete: bool
+        self,
+        resolver: DnsSrv,
+        service: str,
+        datacenter: str,
+        until: float,
+        complete: bool,
+        is_hurried: bool,
     ) -> None:
         self._resolver = resolver
         self._settings = resolver._settings
         self._timeout_seconds = resolver._timeout_seconds
         self._until = until
         self._complete = complete
+        self._is_hurried = is_hurried
         self._is_query = service.endswith(".query")
         self._service = service
         self._suffix = f".{datacenter}.{resolver._domain}" if datacenter else f".{resolver._domain}"
@@ -283,14 +330,15 @@ class _Lookup:
         reasons: list[str] = []
         timed_out = True
         for agent in self._resolver._agents.in_order():
-            if time.monotonic() >= self._until:
+            began = time.monotonic()
+            if began >= self._until:
                 break
             try:
                 found = self._ask_agent(agent, name)
             except (OSError, BadReply, _Failed) as error:
                 if isinstance(error, _Failed) and error.rcode == SERVFAIL:
                     agent.worked()  # it is the cluster that fails; asking costs no time
-                else:
+                elif not (isinstance(error, TimeoutError) and self._excuses(agent, began)):
                     agent.failed(_reason(error), self._timeout_seconds)
                 timed_out = timed_out and isinstance(error, TimeoutError)
                 reasons.append(f"{agent.channel.agent} {_reason(error)}")
@@ -305,12 +353,19 @@ class _Lookup:
             )
         raise Unavailable(f"no usable answer for {name}: {'; '.join(reasons)}")
 
+    def _excuses(self, agent: _Agent, began: float) -> bool:
+        """Whether *agent* may be well although it did not answer what was asked at *began*."""
+        if agent.failures:
+            return False
+        # It answered others meanwhile: what it had to ask, another datacenter, is what hangs.
+        return self._is_hurried or agent.worked_at > began
+
     # -- how to ask
 
     def _ask_agent(self, agent: _Agent, name: str) -> _Found:
         """What *agent* says of *name*, completed if it could have been cut."""
         channel = agent.channel
-        limit = channel.udp_limit
+        limit = channel.udp_limit(min(time.monotonic() + self._timeout_seconds, self._until))
         query = self._resolver._query(name, "SRV", limit)
         large = self._resolver._large
         reply, is_tcp = self._exchange(channel, query, tcp_first=name in large)
@@ -359,9 +414,11 @@ class _Lookup:
         resend = self._timeout_seconds / RESENDS_PER_TIMEOUT
         if not tcp_first:
             try:
-                return channel.ask_udp(query, resend, now + (until - now) * UDP_SHARE), False
-            except OSError:
-                pass  # lost, or kept out by a firewall
+                udp_until = min(now + self._timeout_seconds * UDP_SHARE, until)
+                return channel.ask_udp(query, resend, udp_until), False
+            except OSError:  # lost, or kept out by a firewall
+                if time.monotonic() >= until:
+                    raise
         try:
             reply = channel.ask_tcp(query, until)
         except TimeoutError:
@@ -459,7 +516,7 @@ class _Lookup:
             addresses: list[str] = []
             for kind in ("A", "AAAA"):
                 try:
-                    query = self._resolver._query(target, kind, channel.udp_limit)
+                    query = self._resolver._query(target, kind, channel.udp_limit(self._until))
                     reply, _ = self._exchange(channel, query)
                 except InvalidTopic as error:
                     raise BadReply(str(error)) from None
@@ -535,12 +592,14 @@ class _Agent:
     """An agent, and whether it could be asked the last time."""
 
     def __init__(self, agent: Host, agents: _Agents) -> None:
-        self.channel = Channel(agent)
+        self.channel = Channel(agent, agents.udp, agents.tcp)
         self._agents = agents
         self.failures = 0
         self.rest_until = 0.0
+        self.worked_at = 0.0  # an instant of time.monotonic
 
     def worked(self) -> None:
+        self.worked_at = time.monotonic()
         if self.failures:
             self.failures = 0
             logger.info("Consul DNS at %s answers again", self.channel.agent)
@@ -558,8 +617,14 @@ class _Agents:
     """The agents in the order of the settings, those that did not answer last.  Thread-safe."""
 
     def __init__(
-        self, hosts: Iterable[Host], clock: Callable[[], float], jitter: Callable[[], float]
+        self,
+        hosts: Iterable[Host],
+        udp: Traffic,
+        tcp: Traffic,
+        clock: Callable[[], float],
+        jitter: Callable[[], float],
     ) -> None:
+        self.udp, self.tcp = udp, tcp
         self.clock = clock
         self.backoff = Backoff(FIRST_REST_SECONDS, LONGEST_REST_SECONDS, jitter)
         self._hosts = tuple(hosts)

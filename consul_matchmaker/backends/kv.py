@@ -39,6 +39,8 @@ CONSUL_SESSION_TTL_MIN_SECONDS = 10
 LATE_SECONDS = 60.0
 """How long after its withdrawal a registration whose publishing was not answered is looked for:
 Consul itself holds a request for 7 s while there is no leader (fact C8)."""
+NO_INDEX = 2**62
+"""A ModifyIndex that no key has: they count what was ever written."""
 NODE_CHECK = "serfHealth"
 """Consul's name for "the node of this agent answers gossip"."""
 
@@ -189,6 +191,11 @@ class Kv:
                 removed.append(key)
         return removed
 
+    def prove_writable(self) -> None:
+        """Raise Denied when the token may not write under the prefix.  Writes nothing: the index
+        that is asked for is no key's."""
+        self._agent.call("PUT", _kv(f"{self._prefix}/{SENTINEL}"), {"cas": str(NO_INDEX)})
+
     # -- Registrar ---------------------------------------------------------------------------
 
     def open(self) -> Lease:
@@ -297,6 +304,10 @@ class Kv:
         """Which agent is in use, and how many keys were not understood when last met."""
         return {**self._agent.status(), "unknown_keys": self._unknown_keys}
 
+    def wire(self) -> dict[str, dict[str, int]]:
+        """What was said to agents and heard from them, by transport; see `Traffic`."""
+        return self._agent.wire()
+
     def __repr__(self) -> str:
         return f"<Kv {self._prefix}/ at {self._agent!r}>"
 
@@ -379,7 +390,7 @@ class Kv:
         found = {Instance(key.host, key.server) for key in keys}
         return Snapshot(
             topic,
-            tuple(sorted(found, key=lambda instance: (instance.host, instance.server or ""))),
+            tuple(sorted(found, key=_order)),
             "kv",
             taken_at=self._clock(),
             clock=self._clock,
@@ -474,6 +485,11 @@ def _details(answer: Answer, keys: Sequence[str]) -> dict[str, object]:
         "index": answer.index,
         "keys": len(keys),
     }
+
+
+def _order(instance: Instance) -> tuple[str, int, str]:
+    """By host, then server; not by Host itself, whose ``<`` costs thousands of calls."""
+    return instance.host.address, instance.host.port or 0, instance.server or ""
 
 
 def _kv(key: str) -> str:

@@ -1,0 +1,203 @@
+"""Examine what a matchmaker needs of Consul: one finding after the other, each with what to do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from .errors import Denied, Unavailable
+from .model import Host
+from .settings import Settings
+from .srv_wire import NXDOMAIN, REFUSED, SERVFAIL, BadReply, Reply
+
+if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
+    from .backends.agent import Agent
+    from .backends.dns_srv import DnsSrv
+    from .backends.kv import Kv
+
+SERVERS = "_consul._tcp.service"
+"""The service that every Consul cluster has: its servers."""
+LOOPBACK_NAME, LOOPBACK = "7f000001.addr", b"\x7f\x00\x00\x01"
+"""A name that an agent answers by itself, without the servers and whatever its ACLs hide (A4)."""
+
+
+class Finding(NamedTuple):
+    """What was found of one thing."""
+
+    level: Literal["ok", "warn", "fail"]
+    what: str
+    text: str
+
+
+def findings(settings: Settings) -> Iterator[Finding]:
+    """Every finding as soon as it is known; those that failed come with what to do.
+
+    Each is a question or a few, each of which ends within ``request_timeout_seconds`` an agent.
+    Writes nothing but, in kv mode, one session (with ``liveness=check`` a service too), which is
+    destroyed at once.  Raises ConfigurationError.
+    """
+    return _of_catalog(settings) if settings.mode == "catalog" else _of_kv(settings)
+
+
+# --- catalog -------------------------------------------------------------------------------------
+
+
+def _of_catalog(settings: Settings) -> Iterator[Finding]:
+    from .backends.dns_srv import DnsSrv
+
+    with contextlib.closing(DnsSrv(settings)) as dns_srv:
+        for address in settings.addresses:
+            yield from _of_dns(dns_srv, address, settings)
+
+
+def _of_dns(dns_srv: DnsSrv, address: Host, settings: Settings) -> Iterator[Finding]:
+    udp = _heard(dns_srv, address, by_tcp=False)
+    tcp = _heard(dns_srv, address, by_tcp=True)
+    if isinstance(udp, str) and isinstance(tcp, str):
+        yield Finding(
+            "fail",
+            f"{address} DNS",
+            f"no answer by UDP ({udp}) nor by TCP ({tcp}): start a Consul agent there, give its "
+            "DNS port in addresses, open the firewall",
+        )
+        return
+    for name, heard, loss in (
+        ("UDP", udp, "about once a minute a lookup waits for it in vain, and then uses TCP"),
+        ("TCP", tcp, "topics with more hosts than UDP carries stay incomplete"),
+    ):
+        if isinstance(heard, str):
+            text = f"no answer ({heard}): {loss}; open the firewall"
+            yield Finding("warn", f"{address} {name}", text)
+        else:
+            yield Finding("ok", f"{address} {name}", "answers")
+    by_tcp = isinstance(udp, str)
+    for datacenter in settings.datacenters or ("",):
+        yield _of_domain(dns_srv, address, settings, datacenter, by_tcp)
+
+
+def _of_domain(
+    dns_srv: DnsSrv, address: Host, settings: Settings, datacenter: str, by_tcp: bool
+) -> Finding:
+    what = f"{address} domain {settings.domain}"
+    if datacenter:
+        what += f" datacenter {datacenter}"
+    reply = _heard(dns_srv, address, datacenter, by_tcp=by_tcp)
+    if isinstance(reply, str):
+        return Finding("fail", what, f"no answer any more ({reply}): try again")
+    if reply.records:
+        return Finding("ok", what, f"lists {len(reply.records)} Consul servers")
+    if reply.rcode == SERVFAIL:
+        text = "SERVFAIL: Consul has no leader, or cannot reach it: see `consul members`"
+        return Finding("fail", what, text)
+    if reply.rcode not in (REFUSED, NXDOMAIN, 0) or not _is_consul(dns_srv, address, by_tcp):
+        return Finding(
+            "fail",
+            what,
+            f"whoever answers there is not Consul for this domain (rcode {reply.rcode}): set "
+            "domain to the agent's, and addresses to its DNS port",
+        )
+    text = "answers, but hides its own servers: give the agent's default token service read"
+    if datacenter:
+        text += ", or correct datacenters"
+    return Finding("warn", what, f"{text}; over DNS what is hidden looks as if nobody served it")
+
+
+def _is_consul(dns_srv: DnsSrv, address: Host, by_tcp: bool) -> bool:
+    try:
+        reply = dns_srv.probe(address, LOOPBACK_NAME, "A", by_tcp=by_tcp)
+    except (OSError, BadReply):
+        return False
+    return any(LOOPBACK in found for found in reply.addresses.values())
+
+
+def _heard(dns_srv: DnsSrv, address: Host, datacenter: str = "", *, by_tcp: bool) -> Reply | str:
+    """What the agent says of Consul's own servers, or why it says nothing."""
+    labels = f"{SERVERS}.{datacenter}" if datacenter else SERVERS
+    try:
+        return dns_srv.probe(address, labels, "SRV", by_tcp=by_tcp)
+    except (OSError, BadReply) as error:
+        return str(getattr(error, "strerror", None) or error)
+
+
+# --- kv ------------------------------------------------------------------------------------------
+
+
+def _of_kv(settings: Settings) -> Iterator[Finding]:
+    from .backends.agent import Agent
+    from .backends.kv import Kv
+
+    agent = Agent(settings)
+    with contextlib.closing(Kv(agent, settings)) as kv:
+        usable = 0
+        for address in settings.addresses:
+            usable += yield from _of_http(agent, address)
+        if usable:
+            yield from _of_keys(kv, settings)
+            yield _tried("a session", lambda: _with_a_session(kv))
+            yield _tried(f"writing {settings.prefix}/", lambda: _with_a_write(kv))
+
+
+def _of_http(agent: Agent, address: Host) -> Generator[Finding, None, bool]:
+    what = f"{address} HTTP"
+    try:
+        answer = agent.call("GET", "/v1/status/leader", at=address)
+        leader = answer.json()
+        if not isinstance(leader, str):
+            raise answer.unexpected()
+    except (Unavailable, Denied) as error:
+        yield Finding("fail", what, str(error))
+        return False
+    version = _version(agent, address)
+    if not leader:
+        text = f"{version} answers, but knows no leader: see `consul operator raft list-peers`"
+        yield Finding("fail", what, text)
+        return False
+    yield Finding("ok", what, f"{version} answers, the leader is {leader}")
+    return True
+
+
+def _version(agent: Agent, address: Host) -> str:
+    try:
+        told = agent.call("GET", "/v1/agent/self", at=address).json()
+        return f"Consul {told['Config']['Version']}"
+    except (Unavailable, Denied, TypeError, KeyError):
+        return "Consul (which version, this token may not know)"
+
+
+def _of_keys(kv: Kv, settings: Settings) -> Iterator[Finding]:
+    what = f"reading {settings.prefix}/"
+    try:
+        orphans = kv.orphans()
+    except (Unavailable, Denied) as error:
+        yield Finding("fail", what, str(error))
+        return
+    yield Finding("ok", what, "allowed")
+    if orphans:
+        key, reason = next(iter(orphans.items()))
+        yield Finding(
+            "warn",
+            f"keys under {settings.prefix}/",
+            f"{len(orphans)} that nobody will remove, such as {key!r} ({reason}): look at them "
+            "with `consul-matchmaker sweep`",
+        )
+    else:
+        yield Finding("ok", f"keys under {settings.prefix}/", "every one is understood and held")
+
+
+def _with_a_session(kv: Kv) -> str:
+    lease = kv.open()
+    kv.release(lease)
+    return f"with a TTL of {lease.ttl_seconds:g} s was created and destroyed"
+
+
+def _with_a_write(kv: Kv) -> str:
+    kv.prove_writable()
+    return "allowed"
+
+
+def _tried(what: str, attempt: Callable[[], str]) -> Finding:
+    try:
+        return Finding("ok", what, attempt())
+    except (Unavailable, Denied) as error:
+        return Finding("fail", what, f"{error} (who only looks up does not need this)")

@@ -1,0 +1,137 @@
+"""`consul-matchmaker doctor` against a real Consul: well, without a leader, away, and guarded."""
+
+import json
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from consul_matchmaker.demo.consul_binary import consul_version, find_consul
+from consul_matchmaker.demo.consul_probe import Node, request
+from consul_matchmaker.demo.local_consul import LocalCluster
+from integration.cluster import Cluster
+from integration.test_cli import cli
+from integration.waiting import until
+
+MANAGEMENT = str(uuid.uuid4())
+NOBODY = "127.0.0.1:1"  # nothing listens there
+
+
+def examined(url: str, **environment: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    """The exit code, and level and text of each finding."""
+    code, out, err = cli("doctor", "--url", url, "-o", "json", **environment)
+    assert "Traceback" not in err
+    found = json.loads(out)["findings"]
+    return code, {each["what"]: (each["level"], each["text"]) for each in found}
+
+
+def test_a_good_cluster(agent: Node, prefix: str) -> None:
+    """Nothing to complain of in either mode, and nothing of it stays in Consul."""
+    code, found = examined(f"consul+kv://{agent.http}/{prefix}?liveness=check")
+    assert (code, {level for level, _ in found.values()}) == (0, {"ok"})
+    assert len(found) == 5
+    assert request(agent, "GET", f"/v1/kv/{prefix}/?keys")[0] == 404
+    services = json.loads(request(agent, "GET", "/v1/agent/services")[1])
+    assert not any(each["Service"] == "consul-matchmaker" for each in services.values())
+    code, found = examined(f"consul+catalog://{agent.dns}")
+    assert (code, {level for level, _ in found.values()}) == (0, {"ok"})
+    assert found[f"{agent.dns} domain consul"][1] == "lists 3 Consul servers"
+    code, out, _ = cli("doctor", "--url", f"consul+catalog://{agent.dns}")
+    assert (code, out.count("\nok  ")) == (0, 2)
+
+
+def test_keys_that_are_not_ours(agent: Node, prefix: str) -> None:
+    """A warning is no failure."""
+    assert request(agent, "PUT", f"/v1/kv/{prefix}/strange", "x")[0] == 200
+    code, found = examined(f"consul+kv://{agent.http}/{prefix}")
+    level, text = found[f"keys under {prefix}/"]
+    assert (code, level) == (0, "warn")
+    assert f"{prefix}/strange" in text
+
+
+def test_a_wrong_domain_and_a_wrong_datacenter(agent: Node) -> None:
+    """The domain is refused; an unknown datacenter looks like hidden services, and is named."""
+    code, found = examined(f"consul+catalog://{agent.dns}?domain=nosuch")
+    assert (code, found[f"{agent.dns} domain nosuch"][0]) == (4, "fail")
+    code, found = examined(f"consul+catalog://{agent.dns}?datacenters=dc1,dc9")
+    assert found[f"{agent.dns} domain consul datacenter dc1"][0] == "ok"
+    assert (code, found[f"{agent.dns} domain consul datacenter dc9"][0]) == (0, "warn")
+
+
+def test_an_agent_whose_http_is_closed(dns_only_agent: Node) -> None:
+    """Enough for catalog mode, and not for kv mode."""
+    assert examined(f"consul+catalog://{dns_only_agent.dns}")[0] == 0
+    address = dns_only_agent.dns.rpartition(":")[0]
+    code, found = examined(f"consul+kv://{address}:1")
+    assert (code, [level for level, _ in found.values()]) == (4, ["fail"])
+
+
+def test_agents_that_are_not_there(agent: Node, prefix: str) -> None:
+    """Each is named; the one that answers is examined all the same."""
+    code, found = examined(f"consul+kv://{NOBODY},{agent.http}/{prefix}")
+    assert (code, found[f"{NOBODY} HTTP"][0], found[f"{agent.http} HTTP"][0]) == (4, "fail", "ok")
+    assert found["a session"][0] == "ok"
+    code, found = examined(f"consul+catalog://{NOBODY}")
+    assert (code, len(found)) == (4, 1)
+
+
+def test_no_leader(cluster: Cluster, agent: Node, prefix: str) -> None:
+    """Two of three servers killed: kv mode can do nothing, and doctor says what is missing."""
+    for name in ("server1", "server2"):
+        cluster.kill(name)
+    left = cluster.nodes["server3"]
+    # For some seconds it still names the leader it knew.
+    until(lambda: request(left, "GET", "/v1/status/leader") == (200, '""'), 60, "no leader")
+    code, found = examined(f"consul+kv://{agent.http}/{prefix}?request_timeout_seconds=10")
+    level, text = found[f"{agent.http} HTTP"]
+    assert (code, level) == (4, "fail")
+    assert "leader" in text or "500" in text
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Node]:
+    """One server that denies whatever no token allows."""
+    name = "initial_management" if consul_version(find_consul()) >= (1, 11) else "master"
+    tokens = {name: MANAGEMENT, "agent": MANAGEMENT}
+    acl = {"enabled": True, "default_policy": "deny", "tokens": tokens}
+    with LocalCluster(1, 0, config={"acl": acl}, token=MANAGEMENT) as cluster:
+        yield cluster.nodes["server1"]
+
+
+def test_access_rules(guarded: Node) -> None:
+    """No token, a wrong one, one that may only read, and one that may all; none is shown."""
+    url = f"consul+kv://{guarded.http}/guarded"
+    wrong = str(uuid.uuid4())
+    for token in ("", wrong):
+        code, found = examined(url, CONSUL_HTTP_TOKEN=token)
+        assert code == 4
+        assert found["reading guarded/"][0] == found["a session"][0] == "fail"
+        assert found["writing guarded/"][0] == "fail"
+        assert wrong not in repr(found)
+    reading = token_of(guarded, 'key_prefix "guarded/" { policy = "read" }')
+    code, found = examined(url, CONSUL_HTTP_TOKEN=reading)
+    assert (code, found["reading guarded/"][0]) == (4, "ok")
+    assert 'session_prefix "" write' in found["a session"][1]
+    assert 'key_prefix "guarded/" write' in found["writing guarded/"][1]
+    assert reading not in repr(found)
+    rules = 'key_prefix "guarded/" { policy = "write" } session_prefix "" { policy = "write" }'
+    assert examined(url, CONSUL_HTTP_TOKEN=token_of(guarded, rules))[0] == 0
+
+
+def test_access_rules_over_dns(guarded: Node) -> None:
+    """What ACLs hide looks as if it were not there: doctor tells it from a wrong domain."""
+    code, found = examined(f"consul+catalog://{guarded.dns}")
+    level, text = found[f"{guarded.dns} domain consul"]
+    assert (code, level) == (0, "warn")
+    assert "service read" in text
+
+
+def token_of(node: Node, rules: str) -> str:
+    """A new token with these rights."""
+    policy = {"Name": f"p{uuid.uuid4().hex}", "Rules": rules}
+    put = request(node, "PUT", "/v1/acl/policy", json.dumps(policy), token=MANAGEMENT)
+    assert put[0] == 200, put
+    token = {"Policies": [{"Name": policy["Name"]}]}
+    put = request(node, "PUT", "/v1/acl/token", json.dumps(token), token=MANAGEMENT)
+    assert put[0] == 200, put
+    return str(json.loads(put[1])["SecretID"])
