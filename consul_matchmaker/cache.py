@@ -1,7 +1,7 @@
 """Answers kept in memory: how fresh each is, when it is asked for again, when it is given up.
 
 An answer is in one of four states (`State`).  A topic with an answer never waits for Consul: its
-answer is returned at once, and one background thread asks again, shortly before the answer runs out
+answer is returned at once, and a background thread asks again, shortly before the answer runs out
 where callers go on asking for it.  A topic without an answer is asked for by the first caller, on
 its own thread, while others who want the same topic wait for that one answer.
 
@@ -30,7 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import cachetools
 
@@ -56,6 +56,15 @@ SECONDS_BETWEEN_KNOCKS = 1.0
 SECONDS_A_FAILURE_IS_REMEMBERED = 1.0
 """The most that callers of a topic without an answer are told of the last failure, unasked."""
 FIRST_RETRY_SECONDS = 0.5
+LONGEST_PAUSE = 0.7
+"""Of a TTL, between two attempts for one topic.  So answers are fresh within one TTL when Consul is
+back, if what is lost of an attempt under way then takes no more than the rest, 1.5 s of the default
+5 s.  Lost is, where packets were dropped, what comes after the last one was sent: by DNS a tenth of
+the timeout, and 1 s of an HTTP connection's 2 s.  Nothing is lost where an agent hung or was dead:
+it answers what waits, or refused at once."""
+HURRY_SECONDS = 0.1
+"""A topic whose question takes longer is slow.  Consul DNS answers in 0.2 to 2 ms, and in 0.3 s
+where it lists thousands."""
 UNSEEN_TTLS = 3
 """One cut answer of 2,000 hosts lacks each with probability 1/2 (fact A3): by three, 1/8 at most,
 and the backend has united several of them before it calls an answer incomplete."""
@@ -70,6 +79,12 @@ SAVES_PER_MAX_STALE = 4
 """Without a change it is written so often in ``max_stale_seconds``, so that it does not run out."""
 
 _NEVER = math.inf
+
+
+class _LookupWithin(Protocol):
+    """`lookup`, or TimedOut after *seconds*; as `backends.dns_srv.DnsSrv` has it."""
+
+    def __call__(self, seconds: float, topic: str, server: str | None = None) -> Snapshot: ...
 
 
 class State(enum.Enum):
@@ -97,7 +112,8 @@ class _Flight:
         self._answer, self._error = answer, error
         self._done.set()
 
-    def wait(self, topic: str, timeout_seconds: float) -> Snapshot:
+    def wait(self, topic: str, timeout_seconds: float) -> Snapshot | None:
+        """What it brought; None: it was broken off, ask yourself."""
         if not self._done.wait(timeout_seconds):
             raise TimedOut(
                 f"{topic}: another thread asked Consul {timeout_seconds:g} s ago "
@@ -105,8 +121,22 @@ class _Flight:
             )
         if self._error is not None:
             raise _again(self._error) from self._error
-        assert self._answer is not None
         return self._answer
+
+
+class _Count:
+    """A counter that costs no lock and loses nothing: *add* is one C call."""
+
+    __slots__ = ("_reads", "add")
+
+    def __init__(self) -> None:
+        self.add = itertools.count().__next__
+        self._reads = 0
+
+    def read(self) -> int:
+        """The count; one reader at a time.  Reading takes a number itself, which is taken off."""
+        self._reads += 1
+        return self.add() + 1 - self._reads
 
 
 class _Entry:
@@ -122,6 +152,7 @@ class _Entry:
         "failures",
         "flight",
         "gone_at",
+        "is_slow",
         "landed_at",
         "offers",
         "part",
@@ -132,15 +163,19 @@ class _Entry:
         "seen",
         "server",
         "snapshot",
+        "tally",
         "topic",
     )
 
-    def __init__(self, topic: str, server: str | None, now: float) -> None:
+    def __init__(
+        self, topic: str, server: str | None, now: float, tally: Callable[[], int]
+    ) -> None:
         self.topic = topic
         self.server = server
         self.snapshot: Snapshot | None = None  # the held answer
         self.part: Snapshot | None = None  # some of the hosts, while all of them are asked for
         self.quiet_until = -_NEVER  # until then the held answer is returned without a look
+        self.tally = tally  # counts a lookup that does so, by what it found
         self.gone_at = -_NEVER  # from then on it is not returned any more
         self.asked_at = now  # by a caller
         self.placed_at = now  # in the order of eviction
@@ -149,6 +184,7 @@ class _Entry:
         self.retry_at = -_NEVER  # not to be asked before
         self.offers = 0  # answers that came from the watcher
         self.flight: _Flight | None = None
+        self.is_slow = False  # the last question took longer than HURRY_SECONDS
         self.failures = 0  # in a row
         self.failing_since = 0.0
         self.error: MatchmakerError | None = None
@@ -215,8 +251,15 @@ class Cache:
     """A Resolver that answers from memory.  Thread-safe; a read of a fresh answer takes no lock.
 
     Opens nothing and starts no thread when made; the thread ``consul-matchmaker-refresher`` starts
-    when the first answer runs out.  With ``threaded=False`` there is no thread: the owner calls
-    `step`.
+    when the first answer runs out.  Over DNS each topic can be slow or away by itself, as when its
+    datacenter hangs (fact A13).  There this thread gives no question more than `HURRY_SECONDS`;
+    what takes longer is left to a second thread, ``consul-matchmaker-refresher-slow``, which starts
+    with the first such topic and keeps those that were slow the last time.  So a topic holds up the
+    refreshes of others once, by `HURRY_SECONDS`, when it turns slow; and slow ones hold up each
+    other, those that answer by one question of those that fail.  In KV all topics are one server's
+    matter: one thread asks, for those that answer before those that fail.
+
+    With ``threaded=False`` there is no thread: the owner calls `step`.
     """
 
     def __init__(
@@ -235,18 +278,23 @@ class Cache:
         self._clock = clock
         self._jitter = jitter
         self._is_threaded = threaded
-        # At most one TTL between two attempts: when Consul is back, answers are fresh within one.
-        self._backoff = Backoff(FIRST_RETRY_SECONDS, max(1.0, settings.ttl_seconds), jitter)
+        # Can be asked in a hurry: the mark of a resolver whose topics are slow one by one.
+        self._lookup_within: _LookupWithin | None = getattr(resolver, "lookup_within", None)
+        self._backoff = Backoff(FIRST_RETRY_SECONDS, LONGEST_PAUSE * settings.ttl_seconds, jitter)
         # A lookup ends within three timeouts (DNS), or one an agent (HTTP): then something is lost.
         self._patience_seconds = settings.request_timeout_seconds * (3 + len(settings.addresses))
         self._unseen_seconds = max(
             settings.confirm_empty_seconds, UNSEEN_TTLS * settings.ttl_seconds
         )
-        self._refresher = Worker("consul-matchmaker-refresher", self.step)
+        self._refresher = Worker("consul-matchmaker-refresher", self._quick_step)
+        self._slow_refresher = Worker("consul-matchmaker-refresher-slow", self._slow_step)
+        self._has_slow = False  # a topic is slow, or was
         self._is_away = False  # a topic with an answer failed, and none has recovered since
         self._is_closed = False
-        self._counts = {"answered": 0, "failed": 0, "doubted": 0, "offered": 0}
-        self._closer = {"stale": 0, "away": 0, "asked": 0, "refused": 0, "disk": 0}
+        self._counts = {"answered": 0, "failed": 0, "broken_off": 0, "doubted": 0, "offered": 0}
+        self._fresh, self._stale, self._away = _Count(), _Count(), _Count()
+        self._disk, self._part = _Count(), _Count()
+        self._asked, self._refused = _Count(), _Count()
         self._seconds_asking = self._longest_question = 0.0
         self._state_file: StateFile | None = None
         if settings.state_path is not None:
@@ -255,17 +303,11 @@ class Cache:
         self._kept_since = 0.0
         self._is_unsaved = False  # hosts changed since it was written
         self._saved_at = clock()
-        self._begin_counting()
         self._entries = _Entries(settings.max_topics)
         self._at_hand = self._entries.at_hand
         self._changed = threading.Condition()
         self._version = 0  # answers that came, of any topic
         self._watched_until = -_NEVER  # until then the watcher tells of every change
-
-    def _begin_counting(self) -> None:
-        # The one counter that costs no lock and loses nothing: `next` of it is one C call.
-        self._count_lookup = itertools.count().__next__
-        self._counter_reads = 0
 
     # -- what callers ask
 
@@ -280,13 +322,18 @@ class Cache:
             entry = self._at_hand[topic]
         except (KeyError, TypeError):  # TypeError: not a text at all
             entry = self._entry(topic)
-        self._count_lookup()
         entry.asked_at = now = self._clock()
         snapshot = entry.snapshot
-        if snapshot is None or now >= entry.quiet_until:
-            # One server may be missing in a part of the answer: only all of it will do.
-            snapshot = self._look_closer(entry, now, complete or server is not None)
-        return snapshot if server is None else self._of_server(snapshot, server)
+        if server is None and snapshot is not None and now < entry.quiet_until:
+            tally = entry.tally  # in two steps it is faster: it is no method
+            tally()
+            return snapshot
+        # One server may be missing in a part of the answer: only all of it will do.
+        snapshot, tally = self._look_closer(entry, now, complete or server is not None)
+        if server is not None:
+            snapshot, tally = self._of_server(snapshot, tally, server)
+        tally()
+        return snapshot
 
     def at_hand(self, topic: str, server: str | None = None) -> Snapshot | None:
         """What `lookup` returns, where that takes no question and no wait; else None."""
@@ -319,7 +366,7 @@ class Cache:
                 return narrowed
             return self._ask(self._entry(topic, server))
         finally:
-            self._refresher.wake()  # it may have something to do earlier than it thought
+            self._wake_refreshers()
 
     def wait_for_change(
         self,
@@ -369,6 +416,7 @@ class Cache:
                 "given_up_in_seconds": None if held is None else max(0.0, entry.gone_at - now),
                 "asked_again_in_seconds": max(0.0, next_at - now) if next_at < _NEVER else None,
                 "is_being_asked": entry.flight is not None,
+                "is_slow": entry.is_slow,
                 "is_watched": now < self._watched_until,
                 "doubted": None
                 if doubt is None
@@ -402,7 +450,7 @@ class Cache:
             is_doubting = any(entry.doubt is not None for entry in self._at_hand.values())
             self._tell()
         if is_doubting or self._is_unsaved:
-            self._start_refresher()
+            self._start_refreshers()
 
     def watch_lost(self) -> None:
         """The watcher lost Consul: from now on every answer is fresh for one TTL at most."""
@@ -414,7 +462,7 @@ class Cache:
                 if held is not None and held.fresh_until > now + self._ttl_seconds(held):
                     seconds = self._ttl_seconds(held)
                     self._hold(entry, held, held.taken_at, now, seconds, held.confirmed)
-        self._refresher.wake()
+        self._wake_refreshers()
 
     # -- its own life
 
@@ -424,18 +472,27 @@ class Cache:
             now = self._clock()
             entries = list(self._at_hand.values())
             states = [entry.state(now) for entry in entries]
-            # Reading takes a number itself: those are not lookups.
-            lookups = self._count_lookup() - self._counter_reads
-            self._counter_reads += 1
+            lookups = {
+                "fresh": self._fresh.read(),
+                "stale": self._stale.read(),
+                "away": self._away.read(),
+                "disk": self._disk.read(),
+                "part": self._part.read(),
+                "asked": self._asked.read(),
+                "refused": self._refused.read(),
+            }
             return {
                 "topics": len(entries),
                 "max_topics": self._settings.max_topics,
                 "evictions": self._entries.evictions,
                 "states": {state.name.lower(): states.count(state) for state in State},
                 "doubted": sum(entry.doubt is not None for entry in entries),
-                "lookups": lookups,
-                # Of them, at most one a second a topic: the others are not worth a look.
-                "lookups_that_found": dict(self._closer),
+                "slow": sum(entry.is_slow for entry in entries),
+                "lookups": sum(lookups.values()),
+                # Each is one of them: a fresh answer; a stale one, or one that is stale because
+                # Consul is away; one from disk; some hosts while the others are asked for; none,
+                # so that Consul was asked, with whatever result; or its last failure, unasked.
+                "lookups_that_found": lookups,
                 "questions": dict(self._counts),
                 "seconds_asking": self._seconds_asking,
                 "longest_question_seconds": self._longest_question,
@@ -447,6 +504,7 @@ class Cache:
         self._changed = threading.Condition()
         self._watched_until = -_NEVER
         self._refresher.forget()
+        self._slow_refresher.forget()
         before, self._entries = self._at_hand, _Entries(self._settings.max_topics)
         self._at_hand = self._entries.at_hand
         for key, entry in before.items():
@@ -454,11 +512,14 @@ class Cache:
             self._entries[key] = entry
 
     def close(self, timeout_seconds: float) -> bool:
-        """Stop asking, wake whoever waits for a change; return whether the thread has ended."""
+        """Stop asking, wake whoever waits for a change; return whether the threads have ended."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        deadline = self._clock() + timeout_seconds
+        self._slow_refresher.stop(0)  # tell both first, then wait for one after the other
         has_ended = self._refresher.stop(timeout_seconds)
+        has_ended &= self._slow_refresher.stop(max(0.0, deadline - self._clock()))
         if has_ended and self._is_unsaved:
             self._save()
         return has_ended
@@ -474,59 +535,65 @@ class Cache:
         with self._changed:
             entry = self._at_hand.get(key)
             if entry is None:
-                entry = self._entries[key] = _Entry(topic, server, self._clock())
+                entry = _Entry(topic, server, self._clock(), self._asked.add)
+                self._entries[key] = entry
                 if self._state_file is not None:
                     self._take_from_disk(entry, self._state_file)
             return entry
 
-    def _of_server(self, snapshot: Snapshot, server: str) -> Snapshot:
+    def _of_server(
+        self, snapshot: Snapshot, tally: Callable[[], int], server: str
+    ) -> tuple[Snapshot, Callable[[], int]]:
         narrowed = snapshot.for_server(server)
         if narrowed.instances or not self.narrows:
-            return narrowed
+            return narrowed, tally
         entry = self._entry(snapshot.topic, server)
         entry.asked_at = now = self._clock()
-        held = entry.snapshot
-        return (
-            held if held is not None and now < entry.quiet_until else self._look_closer(entry, now)
-        )
+        return self._look_closer(entry, now)
 
-    def _look_closer(self, entry: _Entry, now: float, complete: bool = True) -> Snapshot:
-        """The answer of an entry that is not simply fresh: old but held, or none yet."""
+    def _look_closer(
+        self, entry: _Entry, now: float, complete: bool = True
+    ) -> tuple[Snapshot, Callable[[], int]]:
+        """What a lookup finds, and what counts it; where it raises, it was counted."""
+        held = entry.snapshot
+        if held is not None and now < entry.quiet_until:
+            return held, entry.tally
         with self._changed:
             held = entry.snapshot
             part = entry.part
             if not complete and held is None and part is not None and now < part.fresh_until:
-                return part
+                return part, self._part.add
             if held is not None and now < entry.quiet_until:
-                return held  # it came while we waited for the lock
+                return held, entry.tally  # it came while we waited for the lock
             if held is None or now >= entry.gone_at:
                 if entry.error is not None and now < entry.retry_at:
-                    self._closer["refused"] += 1
+                    self._refused.add()
                     raise _again(entry.error) from entry.error
                 held = None
-                self._closer["asked"] += 1
             else:
                 is_first_look = entry.quiet_until == -_NEVER
-                found = "disk" if held.source == "disk" else "away" if entry.failures else "stale"
-                self._closer[found] += 1
-                entry.quiet_until = min(now + SECONDS_BETWEEN_KNOCKS, entry.gone_at)
+                self._rest(entry, now, now + SECONDS_BETWEEN_KNOCKS)
                 entry.refresh_at = min(entry.refresh_at, max(now, entry.retry_at))
         if held is not None:
-            self._start_refresher()
+            self._start_refreshers()
             if held.source == "disk" and is_first_look and self._is_threaded:
                 with self._changed:
                     self._changed.wait_for(
                         lambda: entry.snapshot is not held or entry.failures > 0,
                         SECONDS_FOR_A_REAL_ANSWER,
                     )
-                    return entry.snapshot or held
-            return held
+                    if entry.snapshot is not None:
+                        held = entry.snapshot
+            return held, entry.tally
         try:
-            return self._ask(entry, complete)
+            return self._ask(entry, complete), self._asked.add
+        except BaseException:
+            self._asked.add()
+            raise
         finally:
             if entry.part is not None:  # what is missing is asked for there
-                self._start_refresher()
-            self._refresher.wake()  # it may have something to do earlier than it thought
+                self._start_refreshers()
+            self._wake_refreshers()
 
     # -- asking
 
@@ -534,27 +601,56 @@ class Cache:
         """Ask the resolver, or wait for whoever asks already; no lock is held meanwhile."""
         while True:
             with self._changed:
-                flight, is_ours = entry.flight, False
-                if flight is None:
-                    flight, is_ours = _Flight(entry.offers, complete), True
-                    entry.flight = flight
-            if is_ours:
-                break
-            answer = flight.wait(entry.name, self._patience_seconds)
-            if flight.complete or answer.is_complete or not complete:
+                other = entry.flight
+                if other is None:
+                    flight = self._take_off(entry, complete)
+                    break
+            answer = other.wait(entry.name, self._patience_seconds)
+            if answer is None:
+                continue
+            if other.complete or answer.is_complete or not complete:
                 return answer
+        return self._fly(entry, flight)
+
+    def _take_off(self, entry: _Entry, complete: bool = True) -> _Flight:
+        """The lock is held."""
+        entry.flight = flight = _Flight(entry.offers, complete)
+        entry.refresh_at = _NEVER  # its answer or failure sets the next time
+        return flight
+
+    def _fly(self, entry: _Entry, flight: _Flight, *, is_hurried: bool = False) -> Snapshot:
         began = self._clock()
         try:
-            if complete:
+            if is_hurried:
+                assert self._lookup_within is not None
+                answer = self._lookup_within(HURRY_SECONDS, entry.topic, entry.server)
+            elif flight.complete:
                 answer = self._resolver.lookup(entry.topic, entry.server)
             else:
                 answer = self._resolver.lookup(entry.topic, entry.server, complete=False)
         except BaseException as error:
-            self._land_failure(entry, flight, error)
+            if is_hurried and isinstance(error, TimedOut):
+                self._break_off(entry, flight)
+            else:
+                self._land_failure(entry, flight, error, self._clock() - began)
             raise
-        if not (complete or answer.is_complete) and answer and entry.snapshot is None:
+        if not (flight.complete or answer.is_complete) and answer and entry.snapshot is None:
             return self._land_part(entry, flight, answer)
         return self._land_answer(entry, flight, answer, self._clock() - began)
+
+    def _break_off(self, entry: _Entry, flight: _Flight) -> None:
+        """Leave an entry that took longer than a hurry to the thread that has time."""
+        with self._changed:
+            self._counts["broken_off"] += 1
+            entry.flight = None
+            entry.is_slow = self._has_slow = True
+            entry.refresh_at = self._clock()
+            flight.land(None)
+        self._start_refreshers()
+
+    def _note_speed(self, entry: _Entry, seconds: float) -> None:
+        entry.is_slow = self._lookup_within is not None and seconds >= HURRY_SECONDS
+        self._has_slow = self._has_slow or entry.is_slow
 
     def _land_part(self, entry: _Entry, flight: _Flight, answer: Snapshot) -> Snapshot:
         """Keep some of the hosts until the refresher has asked for all of them."""
@@ -571,6 +667,7 @@ class Cache:
         self, entry: _Entry, flight: _Flight, answer: Snapshot, seconds: float
     ) -> Snapshot:
         with self._changed:
+            self._note_speed(entry, seconds)
             self._seconds_asking += seconds
             self._longest_question = max(self._longest_question, seconds)
             # What the watcher brought while this question was on its way is newer than it.
@@ -582,20 +679,23 @@ class Cache:
             entry.flight = None
             flight.land(held)
             self._tell()
-        if self._is_unsaved and self._is_threaded:
-            self._refresher.start()
+        if self._is_unsaved or (entry.is_slow and self._refresher.is_running):
+            self._start_refreshers()
         return held
 
-    def _land_failure(self, entry: _Entry, flight: _Flight, error: BaseException) -> None:
+    def _land_failure(
+        self, entry: _Entry, flight: _Flight, error: BaseException, seconds: float
+    ) -> None:
         with self._changed:
             now = self._clock()
+            self._note_speed(entry, seconds)
             entry.flight = None
             flight.land(None, error)
             self._counts["failed"] += 1
             entry.landed_at = now
             if entry.snapshot is None and not isinstance(error, (Unavailable, Denied)):
                 self._entries.pop(_key(entry), None)  # a wrong topic is nothing to remember
-            else:
+            elif isinstance(error, Exception):  # an interrupt of the caller says nothing of Consul
                 self._note_failure(entry, error, now)
 
     # -- what answers and failures do to an entry; the lock is held
@@ -608,16 +708,18 @@ class Cache:
         self, entry: _Entry, answer: Snapshot, now: float, fresh_seconds: float | None = None
     ) -> None:
         self._note_success(entry, now)
+        if now >= entry.gone_at:  # given up: no answer is doubted for it, or united with it
+            entry.snapshot = entry.seen = None
         held = entry.snapshot
         if not answer.is_complete:
             answer = answer.with_instances(self._united(entry, answer, now))
         elif held is not None and not self._is_believed(entry, held, answer, now):
             entry.retry_at = entry.refresh_at = now + SECONDS_BETWEEN_DOUBTS
-            entry.quiet_until = entry.retry_at
             entry.landed_at = now
             self._counts["doubted"] += 1
             if held.confirmed:
                 entry.snapshot = replace(held, confirmed=False)
+            self._rest(entry, now, entry.retry_at)
             return
         else:
             entry.seen = None
@@ -663,7 +765,21 @@ class Cache:
         share = AHEAD_FROM + (AHEAD_TO - AHEAD_FROM) * self._jitter()
         entry.retry_at = now + SECONDS_BETWEEN_REFRESHES
         entry.refresh_at = max(entry.retry_at, now + fresh_seconds * share)
+        entry.tally = self._fresh.add
         entry.quiet_until = now + fresh_seconds
+
+    def _rest(self, entry: _Entry, now: float, until: float) -> None:
+        """Let lookups return the held answer without a look, as long as it is worth the same."""
+        held = entry.snapshot
+        assert held is not None
+        if now < held.fresh_until:
+            found, until = self._fresh, min(until, held.fresh_until)
+        elif held.source == "disk":
+            found = self._disk
+        else:
+            found = self._away if entry.failures else self._stale
+        entry.tally = found.add
+        entry.quiet_until = min(until, entry.gone_at)
 
     def _ttl_seconds(self, answer: Snapshot) -> float:
         settings = self._settings
@@ -731,6 +847,7 @@ class Cache:
                 for other in self._at_hand.values():
                     if other.failures:
                         other.retry_at = other.refresh_at = now
+                self._wake_refreshers()
         entry.failures, entry.error, entry.retry_at = 0, None, -_NEVER
 
     def _take_from_disk(self, entry: _Entry, state_file: StateFile) -> None:
@@ -776,39 +893,85 @@ class Cache:
             entry.quiet_until = -_NEVER
         else:
             entry.retry_at = now + pause
-            entry.quiet_until = min(entry.retry_at, entry.gone_at)
+            self._rest(entry, now, entry.retry_at)
         if entry.snapshot is not None:
             entry.refresh_at = entry.retry_at
 
-    # -- the background thread
+    # -- the background threads
 
-    def _start_refresher(self) -> None:
-        if self._is_threaded:
+    def _start_refreshers(self) -> None:
+        """The second one only where a topic is slow, or was."""
+        if not self._is_threaded:
+            return
+        try:
             self._refresher.start()
-            self._refresher.wake()
+            if self._has_slow:
+                self._slow_refresher.start()
+        except RuntimeError as error:  # the process has all the threads it may have, or is ending
+            logger.warning("answers grow old, no thread can be started to ask: %s", error)
+        self._wake_refreshers()
+
+    def _wake_refreshers(self) -> None:
+        """They may have something to do earlier than they thought."""
+        self._refresher.wake()
+        self._slow_refresher.wake()
 
     def step(self) -> float | None:
-        """Ask for every entry whose time has come, the healthy ones first; return in how many
-        seconds to come again, None: when woken.
+        """Do once what the threads do; return in how many seconds to come again, None: if woken."""
+        pauses = [self._quick_step(), self._slow_step()]
+        return min((pause for pause in pauses if pause is not None), default=None)
 
-        A question ends within its timeout, and a topic that fails is asked more and more seldom: so
-        one slow topic holds up the refreshes of the others by no more than its timeout.
-        """
-        for entry in self._due():
+    def _quick_step(self) -> float | None:
+        """Ask for every entry that is due and not slow, those that failed last."""
+        for entry in self._due(is_slow=False):
             if self._refresher.is_stopping:
                 return None
-            try:
-                self._ask(entry)
-            except MatchmakerError as error:
-                logger.debug("topic %s: refresh failed: %s", entry.name, error)
-            except Exception:
-                logger.exception("topic %s: unexpected error while asking", entry.name)
+            self._refresh(entry, is_hurried=self._lookup_within is not None)
         if self._clock() >= self._save_at():
             self._save()
+        return self._pause(min(self._next_at(is_slow=False), self._save_at()))
+
+    def _slow_step(self) -> float | None:
+        """Ask for one entry that is due and slow: of several, one that failed least."""
+        for entry in self._due(is_slow=True)[:1]:
+            self._refresh(entry)
+            self._start_refreshers()  # the other one has it now, if it was quick
+        return self._pause(self._next_at(is_slow=True))
+
+    def _due(self, *, is_slow: bool) -> list[_Entry]:
         with self._changed:
-            next_at = min((entry.refresh_at for entry in self._at_hand.values()), default=_NEVER)
-            next_at = min(next_at, self._save_at())
-            return None if next_at == _NEVER else max(0.0, next_at - self._clock())
+            now = self._clock()
+            due = []
+            for entry in self._at_hand.values():
+                if entry.refresh_at > now or entry.is_slow is not is_slow:
+                    continue
+                is_wanted = entry.asked_at > entry.landed_at or entry.doubt is not None
+                if is_wanted and entry.flight is None:
+                    due.append(entry)
+                else:
+                    entry.refresh_at = _NEVER  # whoever wants it, or is asking, sets the next time
+            return sorted(due, key=lambda entry: entry.failures)
+
+    def _refresh(self, entry: _Entry, *, is_hurried: bool = False) -> None:
+        """Ask for *entry*, unless somebody does; that it failed is noted where it is kept."""
+        with self._changed:
+            if entry.flight is not None:
+                return
+            flight = self._take_off(entry)
+        try:
+            self._fly(entry, flight, is_hurried=is_hurried)
+        except MatchmakerError as error:
+            logger.debug("topic %s: refresh failed: %s", entry.name, error)
+        except Exception:
+            logger.exception("topic %s: unexpected error while asking", entry.name)
+
+    def _next_at(self, *, is_slow: bool) -> float:
+        with self._changed:
+            times = [e.refresh_at for e in self._at_hand.values() if e.is_slow is is_slow]
+            return min(times, default=_NEVER)
+
+    def _pause(self, next_at: float) -> float | None:
+        return None if next_at == _NEVER else max(0.0, next_at - self._clock())
 
     def _save_at(self) -> float:
         if self._state_file is None:
@@ -833,19 +996,6 @@ class Cache:
                 and (held.instances or held.confirmed)
             }
         self._state_file.save(answers)
-
-    def _due(self) -> list[_Entry]:
-        with self._changed:
-            now = self._clock()
-            due = []
-            for entry in self._at_hand.values():
-                if entry.refresh_at > now:
-                    continue
-                entry.refresh_at = _NEVER  # its answer or failure sets the next time
-                is_wanted = entry.asked_at > entry.landed_at or entry.doubt is not None
-                if is_wanted and entry.flight is None:
-                    due.append(entry)
-            return sorted(due, key=lambda entry: entry.failures)
 
 
 def _explained(answer: Snapshot) -> dict[str, object]:

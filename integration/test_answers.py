@@ -22,6 +22,8 @@ from integration.waiting import until
 HOSTS = ("10.0.0.1:5001", "10.0.0.2:5002", "10.0.0.3:5003")
 TTL_SECONDS = 1.0
 TIMEOUT_SECONDS = 2.0
+SCHEDULER_SECONDS = 1.0
+"""So long a busy machine may stop any thread or process."""
 
 
 @pytest.fixture(params=["catalog", "kv", "kv without a watch"])
@@ -142,13 +144,13 @@ def test_an_agent_that_hangs_makes_answers_old(
     cluster: Cluster, reader: Matchmaker, topic: str
 ) -> None:
     """SIGSTOP under load: no failed lookup, every answer stale and ever older, none slower; fresh
-    again within a TTL (and the timeout of the question that hung) after it goes on."""
+    again within a TTL after it goes on."""
     with Load(reader, topic) as load:
         time.sleep(1)
         before = load.p99()
         cluster.pause("agent1")
         # With a watch: when its poll is overdue, 2 x 17/16 + 3 s after the last answer.
-        until(lambda: reader.hosts(topic).is_stale, 5.2 if reader.settings.watch else 1.5)
+        until(lambda: reader.hosts(topic).is_stale, 7 if reader.settings.watch else 3)
         first = reader.hosts(topic).age_seconds
         time.sleep(8)
         held = reader.hosts(topic)
@@ -156,7 +158,7 @@ def test_an_agent_that_hangs_makes_answers_old(
         assert held.is_stale
         during = load.p99()
         cluster.resume("agent1")
-        until(lambda: not reader.hosts(topic).is_stale, TTL_SECONDS + TIMEOUT_SECONDS + 1)
+        until(lambda: not reader.hosts(topic).is_stale, TTL_SECONDS + SCHEDULER_SECONDS)
     assert load.failures == []
     assert during < 10 * before + 0.005
 
@@ -240,6 +242,47 @@ def test_explain_names_whom_it_asked(reader: Matchmaker, agent: Node, topic: str
         assert details["keys"] >= 3
 
 
+def test_what_is_asked_is_counted_and_a_cached_lookup_is_not(
+    reader: Matchmaker, topic: str
+) -> None:
+    """Ten topics asked for move the counters by ten; asked for again, they move nothing."""
+    settings = replace(
+        reader.settings,
+        watch=False,
+        ttl_seconds=60,
+        empty_ttl_seconds=60,
+        request_timeout_seconds=60,  # nothing is sent again for a tenth of it
+    )
+    others = [f"nobody-{number}-{topic}"[:60] for number in range(9)]
+    with Matchmaker(settings) as mm:
+
+        def counted() -> dict[str, int]:
+            sums: Counter[str] = Counter()
+            for counts in mm.status()["wire"].values():  # type: ignore[attr-defined]
+                sums.update(counts)
+            return sums
+
+        def queries() -> int:
+            counts = counted()
+            return counts["queries"] - counts["retries"] - counts["error_replies"]
+
+        mm.hosts(topic)
+        one = counted()
+        assert one["replies"] >= 1
+        assert one["sent_bytes"] > 0
+        assert one["received_bytes"] > 0
+        each = queries()
+        for other in others:
+            mm.hosts(other)
+        # Over HTTP an answer without keys is made sure of: that it is not ACLs which hide them.
+        ten = each + len(others) * (1 if settings.mode == "catalog" else 2)
+        assert queries() == ten
+        before = counted()
+        for name in (topic, *others) * 100:
+            mm.hosts(name)
+        assert counted() == before
+
+
 def test_a_cold_start_while_consul_hangs(
     cluster: Cluster, reader: Matchmaker, topic: str, tmp_path: Path
 ) -> None:
@@ -251,18 +294,23 @@ def test_a_cold_start_while_consul_hangs(
     with Matchmaker(settings) as well:
         assert well.hosts(topic).source != "disk"
     cluster.pause("agent1")
+    seconds = []
+    for _ in range(5):  # the machine may stop during one of them
+        with Matchmaker(settings) as cold:
+            began = time.monotonic()
+            answer = cold.hosts(topic)
+            seconds.append(time.monotonic() - began)
+            assert tuple(map(str, answer)) == HOSTS
+            assert (answer.source, answer.is_stale, answer.confirmed) == ("disk", True, False)
+            cold.close(timeout_seconds=0)
+    print(f"{settings.mode}: {min(seconds) * 1000:.1f} ms")
+    assert min(seconds) < 0.05
     with Matchmaker(settings) as cold:
-        began = time.monotonic()
-        answer = cold.hosts(topic)
-        seconds = time.monotonic() - began
-        assert tuple(map(str, answer)) == HOSTS
-        assert (answer.source, answer.is_stale, answer.confirmed) == ("disk", True, False)
-        print(f"{settings.mode}: {seconds * 1000:.1f} ms")
-        assert seconds < 0.05
+        assert cold.hosts(topic).source == "disk"
         cluster.resume("agent1")
         until(lambda: cold.hosts(topic).source != "disk", 5)
     cluster.pause("agent1")
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.answers")
     file.write_bytes(file.read_bytes()[:-1])
     with Matchmaker(settings) as cold, pytest.raises(errors.Unavailable):
         cold.hosts(topic)
@@ -282,14 +330,14 @@ def test_a_host_that_refuses_connections_is_avoided_by_all(
         hosts = [f"127.0.0.1:{each.getsockname()[1]}" for each in listeners]
         published(stack, agent, prefix, topic, hosts)
         mm = stack.enter_context(
-            matchmaker("kv", agent.http, prefix=prefix, quarantine_seconds=2, ttl_seconds=5)
+            matchmaker("kv", agent.http, prefix=prefix, quarantine_seconds=4, ttl_seconds=5)
         )
         until(lambda: len(mm.hosts(topic)) == len(hosts), 5)
         bad = hosts[0]
         listeners[0].close()
         sent: Counter[str] = Counter()
         failed_at: list[float] = []
-        ends = time.monotonic() + 3.5
+        ends = time.monotonic() + 7
 
         def call() -> None:
             while time.monotonic() < ends:
@@ -310,11 +358,11 @@ def test_a_host_that_refuses_connections_is_avoided_by_all(
             thread.join(30)
         rest = [at - failed_at[0] for at in failed_at]
         # Callers that were on their way there when the first one failed.
-        at_once = [at for at in rest if at < 0.1]
+        at_once = [at for at in rest if at < 2]
         assert len(at_once) <= len(threads)
-        later = [at for at in rest if at >= 0.1]
+        later = [at for at in rest if at >= 2]
         assert len(later) == 1, rest
-        assert 2 * 0.8 <= later[0] < 2.5
+        assert later[0] >= 4 * 0.8
         assert all(sent[host] > 50 for host in hosts[1:])
         assert sent[bad] == len(rest)
         for host in hosts:

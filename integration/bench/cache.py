@@ -1,7 +1,8 @@
 """What an answer from memory costs, beside what else Python has for keeping one.
 
 All ways are measured in turn, round by round, in one run, so that a busy machine slows all of them
-alike.  What counts are the ratios to a bare `cachetools.TTLCache` read.
+alike.  What counts are the ratios to a bare `cachetools.TTLCache` read.  The second part is
+`cache_datacenters`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import cachetools
 
 from consul_matchmaker import Matchmaker, Settings, Snapshot
 from consul_matchmaker.backends.memory import Memory
+from integration.bench import cache_datacenters
 
 TOPIC = "scheduler"
 HOSTS = ("10.0.0.1:5001", "10.0.0.2:5002", "10.0.0.3:5003")
@@ -98,18 +100,31 @@ def growth_bytes(call: Callable[[], object], calls: int) -> int:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m integration.bench cache",
-        description="Needs no Consul: answers from memory ask nobody.",
+        description="The first part needs no Consul: answers from memory ask nobody.",
     )
+    parser.add_argument("--part", choices=("memory", "datacenters", "all"), default="all")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--calls", type=int, default=100_000, help="of each way in each round")
+    parser.add_argument("--phases", type=int, default=9, help="with and without bad topics")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each phase")
     options = parser.parse_args(arguments)
+    is_good = True
+    if options.part != "datacenters":
+        is_good &= from_memory(options.rounds, options.calls)
+    if options.part != "memory":
+        is_good &= cache_datacenters.run(options.phases, options.seconds)
+    return 0 if is_good else 1
+
+
+def from_memory(rounds: int, calls: int) -> bool:
+    """Print and judge what an answer costs; whether the bounds were kept."""
     memory = Memory()
     memory.declare(TOPIC, HOSTS)
     is_good = True
     with Matchmaker(Settings(mode="kv", ttl_seconds=TTL_SECONDS), backend=memory) as mm:
-        print(f"Python {sys.version.split()[0]}, medians of {options.rounds} rounds\n")
+        print(f"Python {sys.version.split()[0]}, medians of {rounds} rounds\n")
         for threads in (1, 8):
-            found = measure(mm, threads, options.rounds, options.calls)
+            found = measure(mm, threads, rounds, calls)
             print(f"{threads} thread{'s' if threads > 1 else ''}:")
             for way, seconds in found.items():
                 ratio = seconds / found[TTL_CACHE]
@@ -119,8 +134,8 @@ def main(arguments: Sequence[str]) -> int:
                 is_good &= is_reached
                 print(f"  {way} at most {most:g} x: {'reached' if is_reached else 'MISSED'}")
         for way in (OURS_HOSTS, OURS_PICK):
-            grown = growth_bytes(ways(mm)[way], options.calls)
+            grown = growth_bytes(ways(mm)[way], calls)
             is_good &= grown <= GROWTH_BYTES
             verdict = "reached" if grown <= GROWTH_BYTES else "MISSED"
-            print(f"{options.calls:,} {way} leave {grown} bytes behind: {verdict}")
-    return 0 if is_good else 1
+            print(f"{calls:,} {way} leave {grown} bytes behind: {verdict}")
+    return is_good
