@@ -1,14 +1,16 @@
 """Fixtures that give a test a real Consul cluster, whole again after each test, and own names."""
 
+import contextlib
 import random
 import re
 import shlex
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from consul_matchmaker import Matchmaker
 from consul_matchmaker.demo.consul_binary import ConsulNotFound
 from consul_matchmaker.demo.consul_probe import Node, request
 from integration.cluster import (
@@ -165,3 +167,19 @@ def prefix(cluster: Cluster, agent: Node, mended: None) -> Iterator[str]:
         cluster.mend()
     status, _ = request(agent, "DELETE", f"/v1/kv/{own_prefix}/?recurse")
     assert status == 200
+
+
+# --- matchmakers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def url(agent: Node, prefix: str) -> str:
+    """Of kv mode at the agent, with the shortest lease that Consul grants by default."""
+    return f"consul+kv://{agent.http}/{prefix}?session_ttl_seconds=10"
+
+
+@pytest.fixture
+def join(url: str) -> Iterator[Callable[..., Matchmaker]]:
+    """Makes matchmakers, each with a lease of its own; `join("&setting=value")` adds to the URL."""
+    with contextlib.ExitStack() as stack:
+        yield lambda extra="": stack.enter_context(Matchmaker.from_url(url + extra))

@@ -1,6 +1,5 @@
 """Causes of loss that no other test has: a token replaced, an agent wiped, a process suspended."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -23,7 +22,6 @@ from integration.test_registrations import (
     INTERVAL,
     SLACK,
     SOON,
-    TTL,
     answers,
     hosts,
     keys,
@@ -35,17 +33,6 @@ from integration.waiting import until
 MANAGEMENT = str(uuid.uuid4())
 RULES = 'key_prefix "matchmaker/" {policy="write"} session_prefix "" {policy="write"}'
 CHECK_RULES = RULES + ' service "consul-matchmaker" {policy="write"}'
-
-
-@pytest.fixture
-def url(agent: Node, prefix: str) -> str:
-    return f"consul+kv://{agent.http}/{prefix}?session_ttl_seconds={TTL:g}"
-
-
-@pytest.fixture
-def join(url: str) -> Iterator[Callable[..., Matchmaker]]:
-    with contextlib.ExitStack() as stack:
-        yield lambda extra="": stack.enter_context(Matchmaker.from_url(url + extra))
 
 
 # -- a cluster with access rules -------------------------------------------------------------------

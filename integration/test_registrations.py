@@ -5,7 +5,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -24,18 +24,6 @@ POLL = 0.02
 
 # A watching reader, and one that asks Consul again every quarter of a second.
 READERS = {"watching": "", "asking": "&watch=false&ttl_seconds=0.25&empty_ttl_seconds=0.25"}
-
-
-@pytest.fixture
-def url(agent: Node, prefix: str) -> str:
-    return f"consul+kv://{agent.http}/{prefix}?session_ttl_seconds={TTL:g}"
-
-
-@pytest.fixture
-def join(url: str) -> Iterator[Callable[..., Matchmaker]]:
-    """Makes matchmakers, each with a lease of its own; closes them afterwards."""
-    with contextlib.ExitStack() as stack:
-        yield lambda extra="": stack.enter_context(Matchmaker.from_url(url + extra))
 
 
 def keys(agent: Node, prefix: str) -> list[str]:
@@ -94,8 +82,8 @@ class Sampler:
     def _run(self) -> None:
         while not self._end.wait(POLL):
             for name, reader in self._readers.items():
-                found = frozenset(hosts(reader, self._topic))
-                self.seen[name].append((time.monotonic(), found))
+                at = time.monotonic()
+                self.seen[name].append((at, frozenset(hosts(reader, self._topic))))
 
     def __enter__(self) -> "Sampler":
         self._thread.start()
@@ -106,7 +94,7 @@ class Sampler:
         self._thread.join()
 
     def last_with(self, reader: str, host: str) -> float:
-        """When *reader* last saw *host*."""
+        """When *reader* began the last look that saw *host*."""
         return max(at for at, found in self.seen[reader] if host in found)
 
     def always(self, host: str) -> bool:
@@ -301,7 +289,7 @@ def test_agent_away_and_back(
     newcomer = join()
     began = time.monotonic()
     new = newcomer.register("scheduler", "10.0.0.2:9501")
-    assert time.monotonic() - began < 0.2, "register never waits for Consul"
+    assert time.monotonic() - began < 5, "register never waits for Consul"
     with pytest.raises(errors.TimedOut, match=r"within 1 s: .*refused|reset|closed|Consul"):
         new.wait_until_published(timeout_seconds=1)
     time.sleep(INTERVAL)  # long enough for a renewal to fail
@@ -337,7 +325,7 @@ def test_an_agent_that_hangs_delays_nobody_and_loses_nothing(
     paused_at = time.monotonic()
     added = owner.register("conductor", "10.0.0.1:9501")
     leaving.close(timeout_seconds=1)
-    assert time.monotonic() - paused_at < 2
+    assert time.monotonic() - paused_at < 5  # one call that waited would have taken 10
     with pytest.raises(errors.TimedOut):
         added.wait_until_published(timeout_seconds=TTL + 2)
     assert len(hosts(reader, "scheduler")) == 2
@@ -350,35 +338,59 @@ def test_an_agent_that_hangs_delays_nobody_and_loses_nothing(
     )
 
 
-def test_quorum_lost_for_longer_than_a_lease_lives(
+def test_quorum_lost_for_a_minute(
     cluster: Cluster,
     join: Callable[..., Matchmaker],
     agent: Node,
     prefix: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """2 x TTL without a leader: nothing is given up meanwhile, and everything is there afterwards,
-    together with what was registered and without what was unregistered in between."""
-    owner, reader = join(), join()
-    for port in (9501, 9502):
-        owner.register("scheduler", f"10.0.0.1:{port}").wait_until_published(timeout_seconds=5)
-    until(lambda: len(hosts(reader, "scheduler")) == 2, SOON, "both are there")
-    lease = lease_of(owner)
+    """Much longer than a lease lives, with every liveness: nothing is given up meanwhile, and
+    everything is there within a renewal interval of the quorum's return, once, together with what
+    was registered and without what was unregistered in between."""
+    owners = {
+        "10.0.0.1:9501": join("&liveness=session"),
+        "10.0.0.2:9501": join("&liveness=node"),
+        "10.0.0.3:9501": join("&liveness=check"),
+    }
+    reader = join()
+    for host, owner in owners.items():
+        for topic in ("scheduler", "conductor"):
+            owner.register(topic, host).wait_until_published(timeout_seconds=5)
+    until(lambda: hosts(reader, "scheduler") == list(owners), SOON, "all are there")
+    until(lambda: hosts(reader, "conductor") == list(owners), SOON, "of the other topic, too")
+    leases = [lease_of(owner) for owner in owners.values()]
     leader = cluster.leader()
     follower = next(n for n in cluster.nodes if n.startswith("server") and n != leader)
     cluster.kill(leader)
     cluster.kill(follower)
-    owner.unregister("scheduler", "10.0.0.1:9502")
-    added = owner.register("scheduler", "10.0.0.1:9503")
-    time.sleep(2 * TTL + 1)
-    assert len(hosts(reader, "scheduler")) == 2
-    assert lease_of(owner) == lease
+    added = []
+    for host, owner in owners.items():
+        owner.unregister("conductor", host)
+        added.append(owner.register("engine", host))
+    time.sleep(60)
+    assert hosts(reader, "scheduler") == hosts(reader, "conductor") == list(owners)
+    assert [lease_of(owner) for owner in owners.values()] == leases
     cluster.start(leader)
     cluster.start(follower)
     until(lambda: answers(agent), 30, "there is a leader again")
-    added.wait_until_published(timeout_seconds=INTERVAL + SLACK)
-    expected = ["10.0.0.1:9501", "10.0.0.1:9503"]
-    until(lambda: hosts(reader, "scheduler") == expected, INTERVAL + SLACK, "all are seen")
-    assert len(keys(agent, prefix)) == 2
-    print(repairs(caplog))
-    assert len(repairs(caplog)) <= 3  # unreachable, overdue, and one repair if the lease was lost
+
+    def is_true_again() -> bool:
+        shown = {topic: hosts(reader, topic) for topic in ("scheduler", "conductor", "engine")}
+        return shown == {"scheduler": list(owners), "conductor": [], "engine": list(owners)}
+
+    took = until(is_true_again, INTERVAL + SLACK, "what is wanted is what is seen")
+    for registration in added:
+        registration.wait_until_published(timeout_seconds=1)
+    print(f"back {took:.2f} s after the quorum; {repairs(caplog)}")
+    time.sleep(INTERVAL)
+    assert is_true_again()
+    assert len(keys(agent, prefix)) == 2 * len(owners), "one entry each, no duplicate"
+    assert reader.orphans() == {}
+    for owner in owners.values():
+        keeper = owner.status()["keeper"]
+        assert isinstance(keeper, dict)
+        kinds = [event["kind"] for event in keeper["events"]]
+        # A new leader gives every session a fresh TTL (fact B2): as a rule nothing was lost.
+        assert kinds.count("repaired") == kinds.count("lost") <= 1
+        assert kinds.count("overdue") == 1, "said once, however long it takes"

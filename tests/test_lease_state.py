@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -293,6 +294,35 @@ def test_renewals_of_processes_started_together_drift_apart() -> None:
     assert min(firsts) < 0.15 * INTERVAL and max(firsts) > 0.95 * INTERVAL
     assert min(seconds) >= 0.9 * INTERVAL and max(seconds) <= INTERVAL
     assert max(seconds) - min(seconds) > 0.09 * INTERVAL
+
+
+def seconds_until_it_asks_again(jitter: Callable[[], float]) -> float:
+    """After a minute without Consul that everybody noticed in the same moment."""
+    play = Play(jitter)
+    play.want(A)
+    play.run_for(20)
+    play.consul.answer = "silent"
+    play.reconciler.ask_renewal(play.now)
+    play.run_for(60)
+    play.consul.answer = "yes"
+    back_at = play.now
+    play.take_calls()
+    while True:
+        pause = play.run()
+        if play.calls:
+            return play.now - back_at
+        assert pause is not None
+        play.now += pause
+
+
+def test_processes_that_lost_consul_together_do_not_return_together() -> None:
+    """All are back within a renewal interval, and no tenth of it sees more than a quarter of them;
+    without jitter one would see all."""
+    dice = random.Random(7)
+    returns = [seconds_until_it_asks_again(dice.random) for _ in range(300)]
+    assert max(returns) <= INTERVAL
+    assert max(Counter(int(each / INTERVAL * 10) for each in returns).values()) < 75
+    assert len({seconds_until_it_asks_again(lambda: 1.0) for _ in range(10)}) == 1
 
 
 def test_at_rest_it_only_renews(held: Play) -> None:

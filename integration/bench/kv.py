@@ -7,7 +7,7 @@ machine's; what counts are the ratios, and the bounds that settings promise.
 from __future__ import annotations
 
 import argparse
-import heapq
+import bisect
 import http.client
 import json
 import logging
@@ -18,8 +18,8 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from consul_matchmaker import Matchmaker, Settings
@@ -27,11 +27,13 @@ from consul_matchmaker.backends.agent import Agent, Answer
 from consul_matchmaker.backends.kv import Kv
 from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json, request
 from consul_matchmaker.demo.local_consul import LocalCluster
-from consul_matchmaker.keeper import Keeper
 from consul_matchmaker.model import Host, Registration
+from integration.bench.kv_herd import Herd
 from integration.crowd import Crowd
 
 TTL = 10.0
+INTERVAL = TTL / 3  # of renewals
+SLACK = 1.0  # three answers in turn, where two cores play Consul and a thousand clients
 
 
 def new_prefix() -> str:
@@ -187,104 +189,71 @@ def rest(cluster: LocalCluster, n: int, seconds: float) -> bool:
 # -- the herd --------------------------------------------------------------------------------------
 
 
-class CountingAgent(Agent):
-    """Notes when each call was answered by Consul, whatever the answer was."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
-        self.answered_at: list[float] = []
-        self.polls = self.poll_bytes = 0
-
-    def _send(self, *args: Any) -> Answer:
-        answer = super()._send(*args)
-        self.answered_at.append(time.monotonic())
-        return answer
-
-    def poll(self, *args: Any, **how: Any) -> Answer:
-        answer = super().poll(*args, **how)
-        self.polls += 1
-        self.poll_bytes += len(answer.body)
-        return answer
-
-
-class Drive:
-    """Steps many keepers, each when it wants to, on a few threads."""
-
-    def __init__(self, keepers: Sequence[Keeper], threads: int = 16) -> None:
-        self._changed = threading.Condition()
-        now = time.monotonic()
-        self._due = [(now, number, keeper) for number, keeper in enumerate(keepers)]
-        self._ends = False
-        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._ends and (not self._due or self._due[0][0] > time.monotonic()):
-                    left = self._due[0][0] - time.monotonic() if self._due else 1.0
-                    self._changed.wait(max(0.0, min(left, 1.0)))
-                if self._ends:
-                    return
-                _, number, keeper = heapq.heappop(self._due)
-            pause = keeper.step()
-            at = time.monotonic() + (3600 if pause is None else pause)
-            with self._changed:
-                heapq.heappush(self._due, (at, number, keeper))
-                self._changed.notify()
-
-    def __enter__(self) -> Drive:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._ends = True
-        for thread in self._threads:
-            thread.join()
-
-
 def herd(cluster: LocalCluster, n: int, seconds: float) -> bool:
-    """n leases whose agent is away: what hits the servers when it is back, with jitter and not.
+    """n clients that notice in the same moment that their agent is gone, and return when it does.
 
-    One process drives all leases, and 1,000 of them keep it busy with renewals alone: a peak near
-    what this machine can ask in a second says nothing, look at the tenths, or take fewer leases.
+    How many requests a second are answered is bounded by this machine; what comes together beyond
+    that has to wait.  So the bound is on how many requests waited for their answers at once.
     """
-    print(f"\n{n} leases, agent away for {seconds:g} s; requests answered once it is back")
-    peaks = {}
-    for name, jitter in (("jitter", random.random), ("none", lambda: 1.0)):
-        node, prefix = cluster.nodes["agent1"], new_prefix()
-        values = {"mode": "kv", "prefix": prefix, "addresses": (node.http,)}
-        settings = Settings.from_mapping(values, {})
-        agent = CountingAgent(settings)
-        kv = Kv(agent, settings)
-        keepers = [Keeper(kv, settings, jitter=jitter, threaded=False) for _ in range(n)]
-        for number, keeper in enumerate(keepers):
-            keeper.register(Registration("scheduler", Host("10.0.0.1", number + 1)))
-        with Drive(keepers):
+    seconds = max(seconds, 2 * TTL + 1)  # else the leases outlive it
+    print(f"\n{n} clients, agent away for {seconds:g} s; requests once it can be asked again")
+    node, waiting, took = cluster.nodes["agent1"], {}, {}
+    for jitter in ("jitter", "none"):
+        prefix = new_prefix()
+        with Herd(node.http, prefix, TTL, n, jitter) as clients:
+            clients.start()
             until(lambda: is_whole(node, prefix, n), 120, "all are published")  # noqa: B023
-            time.sleep(TTL)
-            cluster.kill("agent1")
+            cluster.pause("agent1")
+            time.sleep(2 * INTERVAL)  # by now all of them are waiting for it
+            cluster.kill("agent1")  # ... and all hear at once that it is gone
             time.sleep(seconds)
-            agent.answered_at.clear()
             cluster.start("agent1")
+            until(lambda: can_be_asked(node), 30, "the agent answers")
+            began, cpu = time.monotonic(), clients.cpu_seconds()
             until(lambda: is_whole(node, prefix, n), 120, "all are back")  # noqa: B023
-            came = list(agent.answered_at)
-            back_seconds = time.monotonic() - came[0]
-            per_second = Counter(int(at - came[0]) for at in came)
-            per_tenth = Counter(int((at - came[0]) * 10) for at in came)
-        for keeper in keepers:
-            lease = keeper.status()["lease"]
-            if isinstance(lease, str):
-                request(node, "PUT", f"/v1/session/destroy/{lease}")
-        kv.close()
-        peaks[name] = max(per_second.values())
+            cores = (clients.cpu_seconds() - cpu) / (time.monotonic() - began)
+            time.sleep(INTERVAL)
+            log = [each for each in clients.log() if each.sent_at >= began]
+        sent = [each.sent_at for each in log]
+        changes = [(each.sent_at, 1) for each in log] + [(each.answered_at, -1) for each in log]
+        waiting[jitter] = max(accumulate(change for _, change in sorted(changes)))
+        published = (r for r in log if r.what == "publish" and r.status == 200)
+        took[jitter] = max(each.answered_at for each in published) - began
+        answers = [each.answered_at - each.sent_at for each in log]
         print(
-            f"  {name:8} all back after {back_seconds:5.1f} s; {len(came)} requests, at most "
-            f"{peaks[name]} in a second, {max(per_tenth.values())} in a tenth"
+            f"  {jitter:8} all back after {took[jitter]:.2f} s; requests: at most "
+            f"{busiest(sent, 1.0)} in a second, {busiest(sent, 0.1)} in a tenth, {waiting[jitter]} "
+            f"waiting at once; answered in p50 {percentile(answers, 50) * 1000:.0f}, "
+            f"p99 {percentile(answers, 99) * 1000:.0f} ms; the clients took {cores:.2f} processors"
         )
+        destroy_sessions(node)
         cluster.wait_ready()
-    print(f"  peak with jitter / without: {peaks['jitter'] / peaks['none']:.2f}")
-    return True
+    ratio = waiting["jitter"] / waiting["none"]
+    print(
+        f"  waiting at once, jitter / none: {ratio:.2f} of 0.50; back after {took['jitter']:.2f} s "
+        f"of {INTERVAL + SLACK:.2f}; at rest {2 * n / INTERVAL:.0f} requests a second"
+    )
+    return ratio <= 0.5 and took["jitter"] <= INTERVAL + SLACK
+
+
+def busiest(moments: Sequence[float], seconds: float) -> int:
+    """How many of *moments* are at most within any *seconds*."""
+    ordered = sorted(moments)
+    return max(
+        bisect.bisect_left(ordered, at + seconds) - place for place, at in enumerate(ordered)
+    )
+
+
+def can_be_asked(node: Node) -> bool:
+    try:
+        return request(node, "GET", "/v1/kv/none?consistent")[0] == 404
+    except NotReady:
+        return False
+
+
+def destroy_sessions(node: Node) -> None:
+    for session in read_json(node, "/v1/session/list"):
+        request(node, "PUT", f"/v1/session/destroy/{session['ID']}")
 
 
 def is_whole(node: Node, prefix: str, n: int) -> bool:
@@ -297,6 +266,20 @@ def is_whole(node: Node, prefix: str, n: int) -> bool:
 
 
 # -- churn -----------------------------------------------------------------------------------------
+
+
+class CountingAgent(Agent):
+    """Counts what polls bring."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.polls = self.poll_bytes = 0
+
+    def poll(self, *args: Any, **how: Any) -> Answer:
+        answer = super().poll(*args, **how)
+        self.polls += 1
+        self.poll_bytes += len(answer.body)
+        return answer
 
 
 def churn(cluster: LocalCluster, n: int, per_second: float, seconds: float) -> bool:
@@ -374,7 +357,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     logging.getLogger("consul_matchmaker").setLevel(logging.CRITICAL)  # a thousand repairs
     failed = []
-    with LocalCluster() as cluster:
+    # All clients of the herd come from one address, of which Consul takes 200 connections.
+    limits = {"http_max_conns_per_client": 200 + 2 * arguments.leases}
+    with LocalCluster(config={"limits": limits}) as cluster:
         for name, run in parts(arguments):
             if arguments.only and name not in arguments.only:
                 continue
