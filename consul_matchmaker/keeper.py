@@ -499,7 +499,7 @@ class Keeper:
             for listener in [*self._listeners, *([own] if own else [])]:
                 try:
                     listener(registration, change)
-                except Exception:
+                except (Exception, SystemExit):  # sys.exit() here would only end the keeping
                     logger.exception("the listener %r failed on %s", listener, registration)
 
 

@@ -165,7 +165,8 @@ def test_a_failure_in_a_block_rejects_and_a_cancellation_does_not() -> None:
     memory.declare("scheduler", [f"10.0.0.{number}:5000" for number in range(1, 6)])
 
     async def work() -> None:
-        async with aio.Matchmaker(Matchmaker(kv(), backend=memory)) as mm:
+        settings = kv(quarantine_seconds=30)
+        async with aio.Matchmaker(Matchmaker(settings, backend=memory)) as mm:
             with pytest.raises(ConnectionError):
                 async with mm.using("scheduler") as bad:
                     raise ConnectionError

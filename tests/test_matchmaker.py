@@ -82,13 +82,14 @@ def test_rejected_hosts_are_listed_but_not_picked(memory: Memory) -> None:
     assert bad in {mm.pick("scheduler") for _ in range(20)}
 
 
-def test_waiting_for_the_first_host(mm: Matchmaker, other: Matchmaker) -> None:
-    """It comes within about a second of its registration by another process, also unwatched."""
-    waiting = in_thread(lambda: mm.wait_for_hosts("scheduler", timeout_seconds=DEADLINE_SECONDS))
-    began = time.monotonic()
-    other.register("scheduler", ONE)
-    assert waiting.result(DEADLINE_SECONDS).hosts == (ONE,)
-    assert time.monotonic() - began < 2
+def test_waiting_for_the_first_host(memory: Memory, other: Matchmaker) -> None:
+    """It comes soon after its registration by another process, also unwatched: it is asked for
+    however long an answer without hosts is fresh."""
+    with Matchmaker(kv(empty_ttl_seconds=3600), backend=memory) as mm:
+        assert mm.hosts("scheduler").hosts == ()
+        waiting = in_thread(lambda: mm.wait_for_hosts("scheduler", timeout_seconds=60))
+        other.register("scheduler", ONE)
+        assert waiting.result(DEADLINE_SECONDS).hosts == (ONE,)
 
 
 def test_waiting_for_hosts_that_are_there(mm: Matchmaker, memory: Memory) -> None:
@@ -101,16 +102,25 @@ def test_waiting_for_hosts_that_are_there(mm: Matchmaker, memory: Memory) -> Non
         assert found.hosts == (TWO,)
 
 
-def test_waiting_in_vain(mm: Matchmaker, memory: Memory) -> None:
+class HastyClock(ManualClock):
+    """At each look a minute has gone by."""
+
+    def __call__(self) -> float:
+        self.advance(60)
+        return self.now
+
+
+def test_waiting_in_vain(memory: Memory) -> None:
     """No hosts and no Consul are two errors."""
-    with pytest.raises(errors.NoLiveHosts, match=r"scheduler.*0\.05 s"):
-        mm.wait_for_hosts("scheduler", timeout_seconds=0.05)
-    memory.is_available = False
-    with pytest.raises(errors.TimedOut, match="told not to answer"):
-        mm.wait_for_hosts("mails", timeout_seconds=0.05)
-    memory.is_available, memory.is_denied = True, True
-    with pytest.raises(errors.Denied):
-        mm.wait_for_hosts("jobs", timeout_seconds=DEADLINE_SECONDS)
+    with Matchmaker(kv(), backend=memory, clock=HastyClock()) as mm:
+        with pytest.raises(errors.NoLiveHosts, match=r"scheduler.*20 s"):
+            mm.wait_for_hosts("scheduler", timeout_seconds=20)
+        memory.is_available = False
+        with pytest.raises(errors.TimedOut, match="told not to answer"):
+            mm.wait_for_hosts("mails", timeout_seconds=20)
+        memory.is_available, memory.is_denied = True, True
+        with pytest.raises(errors.Denied):
+            mm.wait_for_hosts("jobs", timeout_seconds=DEADLINE_SECONDS)
 
 
 def test_waiting_through_an_outage(mm: Matchmaker, memory: Memory) -> None:
@@ -128,6 +138,7 @@ def test_waiting_where_no_answer_is_kept(memory: Memory) -> None:
     with Matchmaker(settings, backend=memory) as mm:
         assert mm.hosts("scheduler").hosts == ()
         memory.is_available = False
+        eventually(lambda: _watch_or_none(mm), lambda found: found is None)
         with pytest.raises(errors.TimedOut):
             mm.wait_for_hosts("scheduler", timeout_seconds=0.8)
         waiting = in_thread(lambda: mm.wait_for_hosts("scheduler", timeout_seconds=10))
@@ -140,12 +151,14 @@ def test_waiting_asks_at_a_bounded_rate() -> None:
     """Eight threads that wait for one topic ask about twice a second, together."""
     consul = FakeResolver()
     with Matchmaker(catalog(), backend=consul) as mm:
+        began = time.monotonic()
         waiting = [
             in_thread(lambda: mm.wait_for_hosts("scheduler", timeout_seconds=1.2)) for _ in range(8)
         ]
         for each in waiting:
-            assert isinstance(each.exception(DEADLINE_SECONDS), errors.NoLiveHosts)
-        assert consul.count("scheduler") <= 5
+            error = each.exception(DEADLINE_SECONDS)
+            assert isinstance(error, (errors.NoLiveHosts, errors.TimedOut))  # the machine stopped
+        assert consul.count("scheduler") <= 2 + 2 * (time.monotonic() - began)
 
 
 def test_watching(memory: Memory, other: Matchmaker) -> None:
@@ -261,9 +274,14 @@ def test_opaque_hosts(mm: Matchmaker, memory: Memory) -> None:
     assert mm.pick("scheduler").port is None
 
 
-def test_expire(mm: Matchmaker, other: Matchmaker, memory: Memory) -> None:
+def test_expire(mm: Matchmaker, memory: Memory) -> None:
     """It removes a host for everybody and says how often it was there; this process sees it at
     once, and the owner, which lives, comes back when it is asked to look."""
+    with Matchmaker(kv(session_ttl_seconds=3600), backend=memory) as other:  # renews by itself late
+        _expired_and_back(mm, other, memory)
+
+
+def _expired_and_back(mm: Matchmaker, other: Matchmaker, memory: Memory) -> None:
     registration = other.register("scheduler", ONE)
     registration.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
     assert mm.hosts("scheduler").hosts == (ONE,)
@@ -271,7 +289,7 @@ def test_expire(mm: Matchmaker, other: Matchmaker, memory: Memory) -> None:
     assert mm.hosts("scheduler").hosts == ()
     assert mm.expire("scheduler", ONE) == 0
     other.acknowledge("scheduler", ONE)  # its own: renew and verify now
-    eventually(lambda: memory.lookup("scheduler"), has(ONE), seconds=2)
+    eventually(lambda: memory.lookup("scheduler"), has(ONE))
 
 
 def test_closing_takes_everything_back(memory: Memory) -> None:
@@ -322,7 +340,7 @@ def test_closing_ends_in_time_when_consul_hangs(caplog: pytest.LogCaptureFixture
     consul.wait_until_asked("scheduler")
     began = time.monotonic()
     mm.close(timeout_seconds=0.1)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < DEADLINE_SECONDS / 2
     assert "did not answer" in caplog.text
     consul.let_go("scheduler")
 
@@ -365,7 +383,7 @@ def test_no_thread_before_the_first_call() -> None:
     for settings in (kv(), catalog()):
         with Matchmaker(settings, backend=Memory()) as mm:
             mm.hosts("scheduler")
-            assert set(threading.enumerate()) == before
+            assert set(threading.enumerate()) <= before
 
 
 # -- catalog mode
@@ -397,7 +415,8 @@ def test_catalog_registers_nothing(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_status_is_json_without_secrets(memory: Memory) -> None:
     """It can be dumped, names every part, and does not hold the token; nor does the repr."""
-    with Matchmaker(kv(token=SECRET, prefix="a/b"), backend=memory) as mm:
+    settings = kv(token=SECRET, prefix="a/b", quarantine_seconds=30)
+    with Matchmaker(settings, backend=memory) as mm:
         mm.register("scheduler", ONE).wait_until_published(timeout_seconds=DEADLINE_SECONDS)
         mm.hosts("scheduler")
         mm.reject("scheduler", ONE)
@@ -459,6 +478,8 @@ def test_a_registration_tells_where_it_stands(mm: Matchmaker) -> None:
     assert registration.state == "published"
     assert 0 < registration.margin_seconds <= mm.settings.session_ttl_seconds
     eventually(lambda: changes == ["held"], bool)
+    registration.unregister()
+    registration.wait_until_withdrawn(timeout_seconds=DEADLINE_SECONDS)
     registration.drain(seconds=0.01)
     assert registration.state == "withdrawn"
     assert registration.margin_seconds == 0
@@ -492,7 +513,7 @@ def test_using_a_host(memory: Memory) -> None:
     """A block that raises rejects its host, one that ends acknowledges it; an interrupt and a
     missing host say nothing."""
     memory.declare("scheduler", [f"10.0.0.{number}:5000" for number in range(1, 6)])
-    with Matchmaker(kv(), backend=memory) as mm:
+    with Matchmaker(kv(quarantine_seconds=30), backend=memory) as mm:
         with pytest.raises(ConnectionRefusedError), mm.using("scheduler", key="k") as bad:
             raise ConnectionRefusedError
         assert mm.status()["quarantine"] == {"scheduler": [str(bad)]}
@@ -509,8 +530,9 @@ def test_using_a_host(memory: Memory) -> None:
             raise AssertionError("there is no host")
 
 
-def test_explaining_an_answer(mm: Matchmaker, memory: Memory) -> None:
+def test_explaining_an_answer(memory: Memory) -> None:
     """Looked up first, and told with what callers rejected; an outage is told, not raised."""
+    mm = Matchmaker(kv(quarantine_seconds=30), backend=memory)
     memory.declare("scheduler", [ONE, TWO, "10.0.0.3:5000"])
     mm.reject("scheduler", ONE)
     told = json.loads(json.dumps(mm.explain("scheduler")))
@@ -526,6 +548,7 @@ def test_explaining_an_answer(mm: Matchmaker, memory: Memory) -> None:
     assert "told not to answer" in told["last_error"]
     with pytest.raises(errors.InvalidTopic):
         mm.explain("")
+    mm.close()
 
 
 def test_waiting_ends_in_time_although_consul_hangs() -> None:
@@ -538,7 +561,7 @@ def test_waiting_ends_in_time_although_consul_hangs() -> None:
             began = time.monotonic()
             with pytest.raises(errors.TimedOut, match=r"scheduler as node1 within 0(\.3)? s"):
                 mm.wait_for_hosts("scheduler", timeout_seconds=timeout_seconds, server="node1")
-            assert time.monotonic() - began < timeout_seconds + 0.25
+            assert time.monotonic() - began < DEADLINE_SECONDS / 2
         consul.say("scheduler", str(ONE))
         waiting = in_thread(lambda: mm.wait_for_hosts("scheduler", timeout_seconds=float("inf")))
         consul.let_go("scheduler")
