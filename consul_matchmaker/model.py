@@ -235,11 +235,6 @@ def _no_clock() -> float:
     return 0.0
 
 
-def _order(host: Host) -> tuple[str, int]:
-    """That of ``<``, which takes ten calls a host where sorting takes one of this."""
-    return host.address, host.port or 0
-
-
 T = TypeVar("T")
 
 
@@ -292,7 +287,9 @@ class Snapshot(Sequence[Host]):
     @_computed_once
     def hosts(self) -> tuple[Host, ...]:
         """Every host once, sorted."""
-        return tuple(sorted({instance.host for instance in self.instances}, key=_order))
+        # By what makes them equal and sorts them: a tenth of what `set` and `<` of Host cost.
+        places = {(one.host.address, one.host.port or 0): one.host for one in self.instances}
+        return tuple(places[place] for place in sorted(places))
 
     @_computed_once
     def _by_server(self) -> Mapping[str, tuple[Instance, ...]]:

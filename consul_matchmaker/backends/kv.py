@@ -387,10 +387,10 @@ class Kv:
 
     def _snapshot(self, topic: str, keys: Iterable[Key], details: Mapping[str, object]) -> Snapshot:
         # Two incarnations of one host are one instance: the dead one's key leaves with its lease.
-        found = {Instance(key.host, key.server) for key in keys}
+        found = {_place(key): key for key in keys}
         return Snapshot(
             topic,
-            tuple(sorted(found, key=_order)),
+            tuple(Instance(found[place].host, found[place].server) for place in sorted(found)),
             "kv",
             taken_at=self._clock(),
             clock=self._clock,
@@ -487,9 +487,9 @@ def _details(answer: Answer, keys: Sequence[str]) -> dict[str, object]:
     }
 
 
-def _order(instance: Instance) -> tuple[str, int, str]:
-    """By host, then server; not by Host itself, whose ``<`` costs thousands of calls."""
-    return instance.host.address, instance.host.port or 0, instance.server or ""
+def _place(key: Key) -> tuple[str, int, str]:
+    """Host and server: what Host says of equality and order, at a tenth of what that costs."""
+    return key.host.address, key.host.port or 0, key.server or ""
 
 
 def _kv(key: str) -> str:
