@@ -108,6 +108,8 @@ def run(rounds: int, seconds: float) -> bool:
                 mm.wait_for_hosts(topic, timeout_seconds=10)
             far.pause("server1")
             with Load(mm) as load:
+                # The refresher starts when a process's first answers run out, once stale therefore.
+                time.sleep(settings.ttl_seconds + SETTLE_SECONDS)
                 for number in range(rounds):
                     kinds = (WITHOUT, WITH) if number % 2 else (WITH, WITHOUT)
                     for kind in kinds:
