@@ -1,20 +1,18 @@
 """Causes of loss that no other test has: a token replaced, an agent wiped, a process suspended."""
 
-import json
 import os
 import shutil
 import signal
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from consul_matchmaker import Matchmaker, errors
-from consul_matchmaker.demo.consul_binary import consul_version, find_consul
 from consul_matchmaker.demo.consul_probe import Node, request
 from consul_matchmaker.demo.local_consul import LocalCluster
+from integration.access_rules import MANAGEMENT, guarded_cluster, new_token
 from integration.cluster import Cluster
 from integration.registering_process import RegisteringProcess
 from integration.test_registrations import (
@@ -30,7 +28,6 @@ from integration.test_registrations import (
 )
 from integration.waiting import until
 
-MANAGEMENT = str(uuid.uuid4())
 RULES = 'key_prefix "matchmaker/" {policy="write"} session_prefix "" {policy="write"}'
 CHECK_RULES = RULES + ' service "consul-matchmaker" {policy="write"}'
 
@@ -41,23 +38,8 @@ CHECK_RULES = RULES + ' service "consul-matchmaker" {policy="write"}'
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Node]:
     """The agent of a small cluster of local processes that refuses whoever has no token."""
-    name = "initial_management" if consul_version(find_consul()) >= (1, 11) else "master"
-    tokens = {name: MANAGEMENT, "agent": MANAGEMENT}
-    acl = {"enabled": True, "default_policy": "deny", "tokens": tokens}
-    with LocalCluster(1, 1, config={"acl": acl}, token=MANAGEMENT) as cluster:
+    with guarded_cluster(clients=1) as cluster:
         yield cluster.nodes["agent1"]
-
-
-def new_token(node: Node, rules: str) -> tuple[str, str]:
-    """A token's accessor and secret."""
-    name = f"matchmaker-{uuid.uuid4().hex[:8]}"
-    body = json.dumps({"Name": name, "Rules": rules})
-    assert request(node, "PUT", "/v1/acl/policy", body, token=MANAGEMENT)[0] == 200
-    body = json.dumps({"Policies": [{"Name": name}]})
-    status, text = request(node, "PUT", "/v1/acl/token", body, token=MANAGEMENT)
-    assert status == 200, text
-    made = json.loads(text)
-    return made["AccessorID"], made["SecretID"]
 
 
 @pytest.mark.parametrize("liveness", ["session", "check"])

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from consul_matchmaker.demo.consul_binary import consul_version, find_consul
 from consul_matchmaker.demo.consul_probe import Node, request
-from consul_matchmaker.demo.local_consul import LocalCluster
+from integration.access_rules import MANAGEMENT, guarded_cluster
 from integration.cluster import Cluster
 from integration.waiting import until
 
@@ -272,16 +271,11 @@ def test_an_agent_that_went_away(cluster: Cluster, agent: Node, kv: str, topic: 
 
 # --- access rules --------------------------------------------------------------------------------
 
-MANAGEMENT = str(uuid.uuid4())
-
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Node]:
     """One server that denies whatever no token allows."""
-    name = "initial_management" if consul_version(find_consul()) >= (1, 11) else "master"
-    tokens = {name: MANAGEMENT, "agent": MANAGEMENT}
-    acl = {"enabled": True, "default_policy": "deny", "tokens": tokens}
-    with LocalCluster(1, 0, config={"acl": acl}, token=MANAGEMENT) as cluster:
+    with guarded_cluster() as cluster:
         yield cluster.nodes["server1"]
 
 

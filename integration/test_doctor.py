@@ -6,14 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from consul_matchmaker.demo.consul_binary import consul_version, find_consul
 from consul_matchmaker.demo.consul_probe import Node, request
-from consul_matchmaker.demo.local_consul import LocalCluster
+from integration.access_rules import guarded_cluster, new_token
 from integration.cluster import Cluster
 from integration.test_cli import cli
 from integration.waiting import until
 
-MANAGEMENT = str(uuid.uuid4())
 NOBODY = "127.0.0.1:1"  # nothing listens there
 
 
@@ -91,10 +89,7 @@ def test_no_leader(cluster: Cluster, agent: Node, prefix: str) -> None:
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Node]:
     """One server that denies whatever no token allows."""
-    name = "initial_management" if consul_version(find_consul()) >= (1, 11) else "master"
-    tokens = {name: MANAGEMENT, "agent": MANAGEMENT}
-    acl = {"enabled": True, "default_policy": "deny", "tokens": tokens}
-    with LocalCluster(1, 0, config={"acl": acl}, token=MANAGEMENT) as cluster:
+    with guarded_cluster() as cluster:
         yield cluster.nodes["server1"]
 
 
@@ -108,14 +103,14 @@ def test_access_rules(guarded: Node) -> None:
         assert found["reading guarded/"][0] == found["a session"][0] == "fail"
         assert found["writing guarded/"][0] == "fail"
         assert wrong not in repr(found)
-    reading = token_of(guarded, 'key_prefix "guarded/" { policy = "read" }')
+    reading = new_token(guarded, 'key_prefix "guarded/" { policy = "read" }')[1]
     code, found = examined(url, CONSUL_HTTP_TOKEN=reading)
     assert (code, found["reading guarded/"][0]) == (4, "ok")
     assert 'session_prefix "" write' in found["a session"][1]
     assert 'key_prefix "guarded/" write' in found["writing guarded/"][1]
     assert reading not in repr(found)
     rules = 'key_prefix "guarded/" { policy = "write" } session_prefix "" { policy = "write" }'
-    assert examined(url, CONSUL_HTTP_TOKEN=token_of(guarded, rules))[0] == 0
+    assert examined(url, CONSUL_HTTP_TOKEN=new_token(guarded, rules)[1])[0] == 0
 
 
 def test_access_rules_over_dns(guarded: Node) -> None:
@@ -124,14 +119,3 @@ def test_access_rules_over_dns(guarded: Node) -> None:
     level, text = found[f"{guarded.dns} domain consul"]
     assert (code, level) == (0, "warn")
     assert "service read" in text
-
-
-def token_of(node: Node, rules: str) -> str:
-    """A new token with these rights."""
-    policy = {"Name": f"p{uuid.uuid4().hex}", "Rules": rules}
-    put = request(node, "PUT", "/v1/acl/policy", json.dumps(policy), token=MANAGEMENT)
-    assert put[0] == 200, put
-    token = {"Policies": [{"Name": policy["Name"]}]}
-    put = request(node, "PUT", "/v1/acl/token", json.dumps(token), token=MANAGEMENT)
-    assert put[0] == 200, put
-    return str(json.loads(put[1])["SecretID"])

@@ -135,3 +135,14 @@ def in_thread(call: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+NO_TRAFFIC = {
+    "queries": 0,
+    "retries": 0,
+    "replies": 0,
+    "error_replies": 0,
+    "sent_bytes": 0,
+    "received_bytes": 0,
+}
+"""What a transport's counters begin with."""

@@ -30,6 +30,7 @@ from tests.dns_servers import (
     LossyRelay,
     reply_to,
 )
+from tests.doubles import NO_TRAFFIC
 
 Lookup = Callable[..., DnsSrv]
 PATIENCE = 30.0
@@ -1144,16 +1145,6 @@ def sent(server: DnsServer, *, tcp: bool) -> int:
     return sum(len(each.wire) + 2 * tcp for each in server.asked if each.is_tcp is tcp)
 
 
-NOTHING_SAID = {
-    "queries": 0,
-    "retries": 0,
-    "replies": 0,
-    "error_replies": 0,
-    "sent_bytes": 0,
-    "received_bytes": 0,
-}
-
-
 def test_a_lookup_by_udp_is_counted_exactly(resolver: Lookup) -> None:
     """One query, one reply, their bytes; nothing by TCP, and a forked child begins at 0."""
     fake = Counted(consul(*many(3)))
@@ -1161,18 +1152,18 @@ def test_a_lookup_by_udp_is_counted_exactly(resolver: Lookup) -> None:
         dns_srv = resolver(server, request_timeout_seconds=UNHURRIED)
         dns_srv.lookup("scheduler")
         udp = {
-            **NOTHING_SAID,
+            **NO_TRAFFIC,
             "queries": 1,
             "replies": 1,
             "sent_bytes": sent(server, tcp=False),
             "received_bytes": fake.replied[False],
         }
-        assert dns_srv.wire() == {"udp": udp, "tcp": NOTHING_SAID}
+        assert dns_srv.wire() == {"udp": udp, "tcp": NO_TRAFFIC}
         assert udp["sent_bytes"] and udp["received_bytes"]
         dns_srv.close()
         assert dns_srv.wire()["udp"] == udp
         dns_srv.forget()
-        assert dns_srv.wire() == {"udp": NOTHING_SAID, "tcp": NOTHING_SAID}
+        assert dns_srv.wire() == {"udp": NO_TRAFFIC, "tcp": NO_TRAFFIC}
 
 
 def test_an_answer_completed_by_tcp_is_counted_exactly(resolver: Lookup) -> None:
@@ -1185,7 +1176,7 @@ def test_an_answer_completed_by_tcp_is_counted_exactly(resolver: Lookup) -> None
     wire = dns_srv.wire()
     assert (wire["udp"]["replies"], wire["udp"]["received_bytes"]) == (1, fake.replied[False])
     assert wire["tcp"] == {
-        **NOTHING_SAID,
+        **NO_TRAFFIC,
         "queries": by_tcp,
         "replies": by_tcp,
         "sent_bytes": sent(server, tcp=True),

@@ -6,16 +6,7 @@ import os
 
 from consul_matchmaker.backends.traffic import Traffic
 
-from .doubles import DEADLINE_SECONDS, in_thread
-
-NOTHING = {
-    "queries": 0,
-    "retries": 0,
-    "replies": 0,
-    "error_replies": 0,
-    "sent_bytes": 0,
-    "received_bytes": 0,
-}
+from .doubles import DEADLINE_SECONDS, NO_TRAFFIC, in_thread
 
 
 def test_threads_lose_nothing() -> None:
@@ -28,7 +19,7 @@ def test_threads_lose_nothing() -> None:
 
     for each in [in_thread(count) for _ in range(8)]:
         each.result(DEADLINE_SECONDS)
-    assert traffic.counts() == {**NOTHING, "queries": 40_000, "sent_bytes": 1_600_000}
+    assert traffic.counts() == {**NO_TRAFFIC, "queries": 40_000, "sent_bytes": 1_600_000}
 
 
 def test_a_forked_child_begins_at_0() -> None:
@@ -40,6 +31,6 @@ def test_a_forked_child_begins_at_0() -> None:
         if pid == 0:
             traffic.forget()
             traffic.add(replies=1)
-            os._exit(0 if traffic.counts() == {**NOTHING, "replies": 1} else 1)
+            os._exit(0 if traffic.counts() == {**NO_TRAFFIC, "replies": 1} else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert traffic.counts() == {**NOTHING, "queries": 3, "retries": 1}
+    assert traffic.counts() == {**NO_TRAFFIC, "queries": 3, "retries": 1}

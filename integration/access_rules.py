@@ -1,0 +1,36 @@
+"""A Consul that denies whatever no token allows, and tokens for it."""
+
+import contextlib
+import json
+import uuid
+from collections.abc import Iterator
+
+from consul_matchmaker.demo.consul_binary import consul_version, find_consul
+from consul_matchmaker.demo.consul_probe import Node, request
+from consul_matchmaker.demo.local_consul import LocalCluster
+
+MANAGEMENT = str(uuid.uuid4())
+"""The token that may do everything."""
+
+
+@contextlib.contextmanager
+def guarded_cluster(clients: int = 0) -> Iterator[LocalCluster]:
+    """One server and so many client agents, as local processes."""
+    name = "initial_management" if consul_version(find_consul()) >= (1, 11) else "master"
+    tokens = {name: MANAGEMENT, "agent": MANAGEMENT}
+    acl = {"enabled": True, "default_policy": "deny", "tokens": tokens}
+    with LocalCluster(1, clients, config={"acl": acl}, token=MANAGEMENT) as cluster:
+        yield cluster
+
+
+def new_token(node: Node, rules: str) -> tuple[str, str]:
+    """A token's accessor and secret."""
+    name = f"matchmaker-{uuid.uuid4().hex[:8]}"
+    body = json.dumps({"Name": name, "Rules": rules})
+    put = request(node, "PUT", "/v1/acl/policy", body, token=MANAGEMENT)
+    assert put[0] == 200, put
+    body = json.dumps({"Policies": [{"Name": name}]})
+    put = request(node, "PUT", "/v1/acl/token", body, token=MANAGEMENT)
+    assert put[0] == 200, put
+    made = json.loads(put[1])
+    return made["AccessorID"], made["SecretID"]
