@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from consul_matchmaker.demo.consul_probe import Node, request
+from consul_matchmaker.demo.consul_probe import Node
+from integration.cluster import tell
 
 OPERATIONS = 64  # the most a transaction may hold before Consul 1.14 (fact B12)
 METADATA = {"consul-network-segment": ""}  # what every real agent has; it makes a TXT record
@@ -73,9 +74,7 @@ def unregister(node: Node, made: Sequence[tuple[str, str, dict[str, Any]]]) -> N
 def _transact(node: Node, operations: list[dict[str, Any]]) -> None:
     todo = iter(operations)
     for batch in _batches(todo):
-        status, text = request(node, "PUT", "/v1/txn", json.dumps(batch))
-        if status != 200:
-            raise RuntimeError(f"Consul refused to register: {status} {text[:300]}")
+        tell(node, "PUT", "/v1/txn", json.dumps(batch))
 
 
 def _batches(todo: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

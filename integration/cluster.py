@@ -31,6 +31,7 @@ from consul_matchmaker.demo.local_consul import (
     LocalCluster,
 )
 
+TELL_SECONDS = 20.0  # an election takes two or three; the rest is for busy machines
 DOCKER_SECONDS = 60.0  # one docker command; a stop may take the 10 s the engine grants
 CLUSTER_PORTS = "8300:8302"  # RPC and gossip: what nodes say to each other, and nobody else
 
@@ -87,6 +88,25 @@ class Cluster(Protocol):
 
     def mend(self) -> None:
         """Bring back whatever does not run, is paused or cut off, and wait until all is ready."""
+
+
+def tell(node: Node, method: str, path: str, body: str | None = None, *, token: str = "") -> str:
+    """Have Consul do, for a test's own sake, what may be done twice; return the text of its 200.
+
+    Asked again while no answer comes or a 5xx: on a busy machine the servers may elect a new
+    leader at any time.  Raises TimeoutError when that lasts, RuntimeError for any other answer.
+    """
+
+    def ask() -> tuple[int, str]:
+        status, text = request(node, method, path, body, token=token)
+        if status >= 500:
+            raise NotReady(f"{method} {path}: {status} {text.strip()[:300]}")
+        return status, text
+
+    status, text = wait_until(ask, TELL_SECONDS)
+    if status != 200:
+        raise RuntimeError(f"{method} {path}: {status} {text.strip()[:300]}")
+    return text
 
 
 def _join_again(cluster: Cluster, name: str) -> None:

@@ -12,13 +12,14 @@ import pytest
 
 from consul_matchmaker import Matchmaker
 from consul_matchmaker.demo.consul_binary import ConsulNotFound
-from consul_matchmaker.demo.consul_probe import Node, request
+from consul_matchmaker.demo.consul_probe import Node
 from integration.cluster import (
     Cluster,
     DockerCluster,
     LocalTestCluster,
     compose_command,
     free_ports,
+    tell,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -165,8 +166,7 @@ def prefix(cluster: Cluster, agent: Node, mended: None) -> Iterator[str]:
     yield own_prefix
     if cluster.is_disturbed:
         cluster.mend()
-    status, _ = request(agent, "DELETE", f"/v1/kv/{own_prefix}/?recurse")
-    assert status == 200
+    tell(agent, "DELETE", f"/v1/kv/{own_prefix}/?recurse")
 
 
 # --- matchmakers ---------------------------------------------------------------------------------

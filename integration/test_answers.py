@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, errors
-from consul_matchmaker.demo.consul_probe import Node, request
-from integration.cluster import Cluster
+from consul_matchmaker.demo.consul_probe import Node
+from integration.cluster import Cluster, tell
 from integration.waiting import until
 
 HOSTS = ("10.0.0.1:5001", "10.0.0.2:5002", "10.0.0.3:5003")
@@ -83,22 +83,18 @@ class Operators:
                 "Port": int(port),
                 "Check": {"CheckID": self.id_of(host), "TTL": "10m", "Status": "passing"},
             }
-            self.put("/v1/agent/service/register", json.dumps(definition))
+            tell(self._agent, "PUT", "/v1/agent/service/register", json.dumps(definition))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         for host in HOSTS:
-            self.put(f"/v1/agent/service/deregister/{self.id_of(host)}")
+            tell(self._agent, "PUT", f"/v1/agent/service/deregister/{self.id_of(host)}")
 
     def id_of(self, host: str) -> str:
         return f"{self._topic}-{host.rpartition(':')[2]}"
 
     def set_health(self, host: str, status: str) -> None:
-        self.put(f"/v1/agent/check/{status}/{self.id_of(host)}")
-
-    def put(self, path: str, body: str | None = None) -> None:
-        status, text = request(self._agent, "PUT", path, body)
-        assert status == 200, text
+        tell(self._agent, "PUT", f"/v1/agent/check/{status}/{self.id_of(host)}")
 
 
 class Load:

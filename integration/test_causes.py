@@ -13,7 +13,7 @@ from consul_matchmaker import Matchmaker, errors
 from consul_matchmaker.demo.consul_probe import Node, request
 from consul_matchmaker.demo.local_consul import LocalCluster
 from integration.access_rules import MANAGEMENT, guarded_cluster, new_token
-from integration.cluster import Cluster
+from integration.cluster import Cluster, tell
 from integration.registering_process import RegisteringProcess
 from integration.test_registrations import (
     CRASH_SECONDS,
@@ -65,7 +65,7 @@ def test_a_token_revoked_and_replaced(
                 "scheduler", f"10.0.0.1:{port}", on_change=lambda _, change: changes.append(change)
             ).wait_until_published(timeout_seconds=5)
         path = f"/v1/acl/token/{accessor}"
-        assert request(guarded, "DELETE", path, token=MANAGEMENT)[0] == 200
+        tell(guarded, "DELETE", path, token=MANAGEMENT)
         until(lambda: any("refuses" in line for line in repairs(caplog)), INTERVAL + SLACK, "said")
         late = owner.register("scheduler", "10.0.0.1:9503")
         with pytest.raises(errors.Denied):
@@ -99,7 +99,7 @@ def test_a_crash_is_seen_also_after_the_token_was_replaced(guarded: Node, tmp_pa
         token_file.write_text(secret_now)
         time.sleep(1)
         path = f"/v1/acl/token/{accessor}"
-        assert request(guarded, "DELETE", path, token=MANAGEMENT)[0] == 200
+        tell(guarded, "DELETE", path, token=MANAGEMENT)
         time.sleep(1)
         process.kill()
         took = until(lambda: hosts(reader, "scheduler") == [], 4.5, "gone")
@@ -207,8 +207,8 @@ def test_sweep_finds_what_nobody_will_remove(
     owner.register("conductor", "10.0.0.1:9501").wait_until_published(timeout_seconds=5)
     (given_back,) = (key for key in keys(agent, prefix) if "/conductor/" in key)
     lease = lease_of(owner)
-    assert request(agent, "PUT", f"/v1/kv/{given_back}?release={lease}")[0] == 200
-    assert request(agent, "PUT", f"/v1/kv/{prefix}/by-hand", "x")[0] == 200
+    tell(agent, "PUT", f"/v1/kv/{given_back}?release={lease}")
+    tell(agent, "PUT", f"/v1/kv/{prefix}/by-hand", "x")
     assert set(owner.orphans()) == {given_back, f"{prefix}/by-hand"}
     assert set(owner.sweep()) == {given_back, f"{prefix}/by-hand"}
     assert owner.orphans() == {}

@@ -17,7 +17,7 @@ import pytest
 
 from consul_matchmaker.demo.consul_probe import Node, request
 from integration.access_rules import MANAGEMENT, guarded_cluster
-from integration.cluster import Cluster
+from integration.cluster import Cluster, tell
 from integration.waiting import until
 
 WAIT_SECONDS = 30.0
@@ -176,10 +176,9 @@ def test_watch_prints_every_change(kv: str, topic: str) -> None:
 def service(agent: Node, topic: str) -> Iterator[str]:
     """A service named as the topic, with one instance, declared to Consul."""
     definition = {"Name": topic, "ID": topic, "Address": "10.0.0.9", "Port": 9509}
-    put = request(agent, "PUT", "/v1/agent/service/register", json.dumps(definition))
-    assert put[0] == 200
+    tell(agent, "PUT", "/v1/agent/service/register", json.dumps(definition))
     yield topic
-    request(agent, "PUT", f"/v1/agent/service/deregister/{topic}")
+    tell(agent, "PUT", f"/v1/agent/service/deregister/{topic}")
 
 
 def test_catalog_mode_needs_no_http(agent: Node, dns_only_agent: Node, service: str) -> None:

@@ -13,9 +13,10 @@ from consul_matchmaker.backends import Resolver
 from consul_matchmaker.backends.agent import Agent
 from consul_matchmaker.backends.dns_srv import DnsSrv
 from consul_matchmaker.backends.kv import Kv
-from consul_matchmaker.demo.consul_probe import Node, request
+from consul_matchmaker.demo.consul_probe import Node
 from consul_matchmaker.model import Host
 from consul_matchmaker.settings import Settings
+from integration.cluster import tell
 from tests.contract import Backend, RegistrarContract, ResolverContract
 from tests.test_aio import Awaited
 
@@ -86,7 +87,9 @@ class TestDnsSrvContract(ResolverContract):
             """As an operator does, by service definitions on an agent."""
             before = registered.setdefault(topic, set())
             for host in before - set(hosts):
-                put(agent, f"/v1/agent/service/deregister/{topic}-{host.port}-{host.address}")
+                tell(
+                    agent, "PUT", f"/v1/agent/service/deregister/{topic}-{host.port}-{host.address}"
+                )
             for host in set(hosts) - before:
                 definition = {
                     "ID": f"{topic}-{host.port}-{host.address}",
@@ -94,7 +97,7 @@ class TestDnsSrvContract(ResolverContract):
                     "Address": host.address,
                     "Port": host.port,
                 }
-                put(agent, "/v1/agent/service/register", json.dumps(definition))
+                tell(agent, "PUT", "/v1/agent/service/register", json.dumps(definition))
             registered[topic] = set(hosts)
 
         yield set_hosts
@@ -144,8 +147,3 @@ def awaited(mode: str, address: str, **values: object) -> Iterator[Resolver]:
     resolver = Awaited(Matchmaker(Settings(**settings)))  # type: ignore[arg-type]
     yield resolver
     resolver.close()
-
-
-def put(agent: Node, path: str, body: str | None = None) -> None:
-    status, text = request(agent, "PUT", path, body)
-    assert status == 200, text

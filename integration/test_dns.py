@@ -16,7 +16,7 @@ from consul_matchmaker.backends.dns_srv import EXCHANGES_PER_LOOKUP, DnsSrv
 from consul_matchmaker.demo.consul_probe import Node, read_json, request
 from consul_matchmaker.naming import shard_of
 from integration.catalog import METADATA, instances, register, unregister
-from integration.cluster import Cluster
+from integration.cluster import Cluster, tell
 from integration.waiting import until
 
 # What restarts and transactions of thousands may take on a busy machine with two cores.
@@ -175,19 +175,13 @@ def define(agent: Node, topic: str) -> Iterator[Callable[..., str]]:
                 "Status": "passing",
                 "CheckID": f"c-{topic}-{port}",
             }
-        put(agent, "/v1/agent/service/register", definition)
+        tell(agent, "PUT", "/v1/agent/service/register", json.dumps(definition))
         ids.append(definition["ID"])
         return f"c-{topic}-{port}"
 
     yield add
     for each in ids:
-        put(agent, f"/v1/agent/service/deregister/{each}")
-
-
-def put(node: Node, path: str, body: object = None) -> str:
-    status, text = request(node, "PUT", path, None if body is None else json.dumps(body))
-    assert status == 200, text
-    return text
+        tell(agent, "PUT", f"/v1/agent/service/deregister/{each}")
 
 
 def test_critical_instances_disappear_and_come_back(
@@ -199,11 +193,11 @@ def test_critical_instances_disappear_and_come_back(
     dns_srv = resolver()
     both, other = (Host("10.0.0.1", 1), Host("10.0.0.2", 2)), (Host("10.0.0.2", 2),)
     until(lambda: dns_srv.lookup(topic).hosts == both, 5, "both are there")
-    put(agent, f"/v1/agent/check/fail/{check}")
+    tell(agent, "PUT", f"/v1/agent/check/fail/{check}")
     until(lambda: dns_srv.lookup(topic).hosts == other, 5, "the critical one is gone")
-    put(agent, f"/v1/agent/check/warn/{check}")
+    tell(agent, "PUT", f"/v1/agent/check/warn/{check}")
     until(lambda: dns_srv.lookup(topic).hosts == both, 5, "it is back with a warning")
-    put(agent, f"/v1/agent/check/pass/{check}")
+    tell(agent, "PUT", f"/v1/agent/check/pass/{check}")
     until(lambda: dns_srv.lookup(topic).hosts == both, 5, "it is back")
 
 
@@ -246,16 +240,13 @@ def test_names_as_openstack_has_them(
     from consul_matchmaker.naming import service_of
 
     service = service_of(name, "{topic}", {})
-    put(
-        agent,
-        "/v1/agent/service/register",
-        {"ID": "named", "Name": service, "Address": "10.0.0.9", "Port": 9},
-    )
+    definition = {"Name": service, "ID": "named", "Address": "10.0.0.9", "Port": 9}
+    tell(agent, "PUT", "/v1/agent/service/register", json.dumps(definition))
     try:
         dns_srv = resolver()
         until(lambda: dns_srv.lookup(name).hosts == (Host("10.0.0.9", 9),), 5, service)
     finally:
-        put(agent, "/v1/agent/service/deregister/named")
+        tell(agent, "PUT", "/v1/agent/service/deregister/named")
 
 
 def test_prepared_queries(

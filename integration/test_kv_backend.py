@@ -17,7 +17,7 @@ from consul_matchmaker.model import Host, Registration, Snapshot
 from consul_matchmaker.naming import SENTINEL, Key
 from consul_matchmaker.settings import Settings
 from consul_matchmaker.watcher import Watcher
-from integration.cluster import Cluster
+from integration.cluster import Cluster, tell
 from tests.contract import ONE, TWO, RegistrarContract, eventually
 
 MakeKv = Callable[..., Kv]
@@ -114,7 +114,7 @@ def test_a_destroyed_session_is_lost(kv: Kv, agent: Node, topic: str) -> None:
     """Destroyed by somebody else, the lease is gone, with its keys; publishing shows nothing."""
     lease = kv.open()
     kv.publish(lease, Registration(topic, ONE))
-    assert request(agent, "PUT", f"/v1/session/destroy/{lease.id}")[0] == 200
+    tell(agent, "PUT", f"/v1/session/destroy/{lease.id}")
     assert kv.lookup(topic).hosts == ()
     with pytest.raises(Unavailable):
         kv.publish(lease, Registration(topic, ONE))
@@ -133,7 +133,7 @@ def test_a_deleted_key_is_missed_by_the_next_renewal(
     assert set(kv.renew(lease)) == set(mine)
     for gone in (mine[0], mine[70]):
         text = Key.of(gone, lease.id).under(prefix)
-        assert request(agent, "DELETE", f"/v1/kv/{text}")[0] == 200
+        tell(agent, "DELETE", f"/v1/kv/{text}")
     assert set(kv.renew(lease)) == set(mine) - {mine[0], mine[70]}
     kv.release(lease)
 
@@ -144,8 +144,8 @@ def test_a_key_without_a_session_is_an_orphan(kv: Kv, agent: Node, prefix: str, 
     registration = Registration(topic, ONE)
     kv.publish(lease, registration)
     text = Key.of(registration, lease.id).under(prefix)
-    assert request(agent, "PUT", f"/v1/kv/{text}?release={lease.id}")[0] == 200
-    assert request(agent, "PUT", f"/v1/kv/{prefix}/rubbish", "x")[0] == 200
+    tell(agent, "PUT", f"/v1/kv/{text}?release={lease.id}")
+    tell(agent, "PUT", f"/v1/kv/{prefix}/rubbish", "x")
     assert kv.orphans() == {
         text: "held by no session",
         f"{prefix}/rubbish": "not a key of ours",
@@ -305,14 +305,14 @@ def test_a_poll_wakes_for_a_change_and_not_without(
     index, snapshots = kv.poll(0, 1)
     assert snapshots == {}
     neighbours = f"{prefix}-neighbour"
-    timer = threading.Timer(0.3, request, (agent, "PUT", f"/v1/kv/{neighbours}/x", "x"))
+    timer = threading.Timer(0.3, tell, (agent, "PUT", f"/v1/kv/{neighbours}/x", "x"))
     timer.start()
     started = time.monotonic()
     same_index, _ = kv.poll(index, 1)
     assert time.monotonic() - started >= 1
     assert same_index == index
     timer.join()
-    request(agent, "DELETE", f"/v1/kv/{neighbours}/?recurse")
+    tell(agent, "DELETE", f"/v1/kv/{neighbours}/?recurse")
 
     writer = make_kv()
     lease = writer.open()

@@ -11,7 +11,7 @@ import pytest
 
 from consul_matchmaker import Matchmaker, Registration, errors
 from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json, request, wait_until
-from integration.cluster import Cluster
+from integration.cluster import Cluster, tell
 from integration.registering_process import RegisteringProcess
 from integration.waiting import until
 
@@ -46,11 +46,11 @@ def lease_of(matchmaker: Matchmaker) -> str:
 
 
 def destroy_session(agent: Node, session: str) -> None:
-    assert request(agent, "PUT", f"/v1/session/destroy/{session}")[0] == 200
+    tell(agent, "PUT", f"/v1/session/destroy/{session}")
 
 
 def delete_key(agent: Node, key: str) -> None:
-    assert request(agent, "DELETE", f"/v1/kv/{key}")[0] == 200
+    tell(agent, "DELETE", f"/v1/kv/{key}")
 
 
 def repairs(caplog: pytest.LogCaptureFixture) -> list[str]:

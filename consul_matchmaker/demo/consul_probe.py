@@ -107,8 +107,11 @@ def check_ready(nodes: Sequence[Node], *, token: str = "") -> None:
     alive = {check["Node"] for check in checks if check["CheckID"] == "serfHealth"}
     if missing := sorted({node.name for node in nodes} - alive):
         raise NotReady(f"not (yet) alive in the catalog: {', '.join(missing)}")
+    servers = sum(node.is_server for node in nodes)
     for node in speaking:
         _check_kv(node, speaking, token)
+        if not node.is_server:
+            _check_connections(node, servers, token)
     for node in nodes:
         if node.serves_dns:
             check_dns(node, may_be_hidden=bool(token))
@@ -133,6 +136,22 @@ def _check_kv(writer: Node, readers: Sequence[Node], token: str) -> None:
         raise NotReady(str(error.__cause__)) from error
     finally:
         request(writer, "DELETE", path, token=token)
+
+
+def _check_connections(agent: Node, servers: int, token: str) -> None:
+    """A client agent reaches the leader through every server, not only through the one it uses.
+
+    It keeps a connection to each it ever used, and finds out that one is dead when it is used
+    again: whoever asked gets a 500.  After every error, also one of the asker's, it goes on to
+    its next server; so one refused request for each server has tried them all.
+    """
+    refused = "Invalid Behavior setting"  # what the leader says: the request reached it
+    for _ in range(servers):
+        status, text = request(
+            agent, "PUT", "/v1/session/create", '{"Behavior": "none-such"}', token=token
+        )
+        if refused not in text:
+            raise NotReady(f"{agent.name} reaches no leader by one server: {status} {text[:200]}")
 
 
 def check_dns(node: Node, *, may_be_hidden: bool = False) -> None:
