@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -426,17 +427,21 @@ def _endpoint(published: list[dict[str, str]]) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that are free for TCP and UDP both, as DNS needs them."""
+    """Ports of 127.0.0.1 that are free for TCP and UDP both, as DNS needs them.
+
+    Below those that the system itself gives to connections (Linux: from 32768), so that none takes
+    one while its owner, such as a killed container, does not hold it.
+    """
     with contextlib.ExitStack() as open_until_all_are_chosen:
         ports: list[int] = []
         while len(ports) < count:
-            tcp = open_until_all_are_chosen.enter_context(socket.socket())
-            tcp.bind(("127.0.0.1", 0))
-            udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            open_until_all_are_chosen.enter_context(udp)
-            with contextlib.suppress(OSError):  # taken for UDP: the next one
-                udp.bind(tcp.getsockname())
-                ports.append(tcp.getsockname()[1])
+            port = random.randint(20_000, 32_000)
+            with contextlib.suppress(OSError):  # taken for either: another one
+                for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+                    opened = socket.socket(socket.AF_INET, kind)
+                    open_until_all_are_chosen.enter_context(opened)
+                    opened.bind(("127.0.0.1", port))
+                ports.append(port)
     return ports
 
 

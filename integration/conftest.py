@@ -4,6 +4,7 @@ import contextlib
 import random
 import re
 import shlex
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="where the Consul cluster runs; auto: in Docker when an engine answers, else locally",
     )
     group.addoption("--no-skips", action="store_true", help="a skipped test makes the run fail")
+
+
+def pytest_configure() -> None:
+    # A shell starts background jobs with SIGINT ignored; programs that tests start inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # --- a skipped test fails the run ----------------------------------------------------------------
