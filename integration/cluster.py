@@ -97,17 +97,28 @@ def tell(node: Node, method: str, path: str, body: str | None = None, *, token: 
     Asked again while no answer comes or a 5xx: on a busy machine the servers may elect a new
     leader at any time.  Raises TimeoutError when that lasts, RuntimeError for any other answer.
     """
+    return _answered(node, method, path, body, token, (200,))[1]
 
-    def ask() -> tuple[int, str]:
+
+def ask(node: Node, path: str, *, token: str = "") -> Any:
+    """What Consul says in JSON to a GET, None for a 404; asked again and raises as `tell`."""
+    status, text = _answered(node, "GET", path, None, token, (200, 404))
+    return json.loads(text) if status == 200 else None
+
+
+def _answered(
+    node: Node, method: str, path: str, body: str | None, token: str, accept: Sequence[int]
+) -> tuple[int, str]:
+    def exchange() -> tuple[int, str]:
         status, text = request(node, method, path, body, token=token)
         if status >= 500:
             raise NotReady(f"{method} {path}: {status} {text.strip()[:300]}")
         return status, text
 
-    status, text = wait_until(ask, TELL_SECONDS)
-    if status != 200:
+    status, text = wait_until(exchange, TELL_SECONDS)
+    if status not in accept:
         raise RuntimeError(f"{method} {path}: {status} {text.strip()[:300]}")
-    return text
+    return status, text
 
 
 def _join_again(cluster: Cluster, name: str) -> None:

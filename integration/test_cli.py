@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from consul_matchmaker.demo.consul_probe import Node, request
+from consul_matchmaker.demo.consul_probe import Node
 from integration.access_rules import MANAGEMENT, guarded_cluster
-from integration.cluster import Cluster, tell
+from integration.cluster import Cluster, ask, tell
 from integration.waiting import until
 
 WAIT_SECONDS = 30.0
@@ -74,9 +74,7 @@ def said(process: "subprocess.Popen[str]", words: str) -> None:
 
 def keys(agent: Node, prefix: str, token: str = "") -> list[str]:
     """Every registration's key under *prefix*; the library's own marks are not counted."""
-    status, text = request(agent, "GET", f"/v1/kv/{prefix}/?keys", token=token)
-    assert status in (200, 404)
-    found = json.loads(text) if status == 200 else []
+    found = ask(agent, f"/v1/kv/{prefix}/?keys", token=token) or []
     return [key for key in found if re.search(r"/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", key)]
 
 
@@ -237,7 +235,7 @@ def test_bad_input_writes_nothing(kv: str, agent: Node, prefix: str, argv: list[
     assert (code, out) == (127 if "--" in argv else 2, "")
     assert err.count("\n") == 1
     assert "Traceback" not in err
-    assert request(agent, "GET", f"/v1/kv/{prefix}/?keys")[0] == 404
+    assert ask(agent, f"/v1/kv/{prefix}/?keys") is None
 
 
 def test_an_unknown_setting_is_told_the_nearest(kv: str) -> None:

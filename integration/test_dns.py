@@ -13,10 +13,10 @@ import pytest
 
 from consul_matchmaker import Host, Matchmaker, Settings
 from consul_matchmaker.backends.dns_srv import EXCHANGES_PER_LOOKUP, DnsSrv
-from consul_matchmaker.demo.consul_probe import Node, read_json, request
+from consul_matchmaker.demo.consul_probe import Node, request
 from consul_matchmaker.naming import shard_of
 from integration.catalog import METADATA, instances, register, unregister
-from integration.cluster import Cluster, tell
+from integration.cluster import Cluster, ask, tell
 from integration.waiting import until
 
 # What restarts and transactions of thousands may take on a busy machine with two cores.
@@ -54,9 +54,7 @@ def catalog(cluster: Cluster, agent: Node) -> Iterator[Callable[..., Made]]:
         for node in cluster.nodes.values():
             if node.is_server:
                 path = f"/v1/catalog/service/{service}?stale"
-                until(
-                    lambda node=node, path=path: len(read_json(node, path)) == len(made), 10, path
-                )
+                until(lambda node=node, path=path: len(ask(node, path)) == len(made), 10, path)
         return made
 
     yield add

@@ -8,7 +8,7 @@ import pytest
 
 from consul_matchmaker.demo.consul_probe import Node, request
 from integration.access_rules import guarded_cluster, new_token
-from integration.cluster import Cluster, tell
+from integration.cluster import Cluster, ask, tell
 from integration.test_cli import cli
 from integration.waiting import until
 
@@ -28,9 +28,9 @@ def test_a_good_cluster(agent: Node, prefix: str) -> None:
     code, found = examined(f"consul+kv://{agent.http}/{prefix}?liveness=check")
     assert (code, {level for level, _ in found.values()}) == (0, {"ok"})
     assert len(found) == 5
-    assert request(agent, "GET", f"/v1/kv/{prefix}/?keys")[0] == 404
-    services = json.loads(request(agent, "GET", "/v1/agent/services")[1])
-    assert not any(each["Service"] == "consul-matchmaker" for each in services.values())
+    assert ask(agent, f"/v1/kv/{prefix}/?keys") is None
+    services = ask(agent, "/v1/agent/services").values()
+    assert not any(each["Service"] == "consul-matchmaker" for each in services)
     code, found = examined(f"consul+catalog://{agent.dns}")
     assert (code, {level for level, _ in found.values()}) == (0, {"ok"})
     assert found[f"{agent.dns} domain consul"][1] == "lists 3 Consul servers"

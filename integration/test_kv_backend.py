@@ -1,7 +1,6 @@
 """kv mode's backend and its watcher against a real Consul, also while agents and servers fail."""
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,13 +10,13 @@ import pytest
 
 from consul_matchmaker.backends.agent import Agent
 from consul_matchmaker.backends.kv import Kv
-from consul_matchmaker.demo.consul_probe import Node, read_json, request
+from consul_matchmaker.demo.consul_probe import Node
 from consul_matchmaker.errors import LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Registration, Snapshot
 from consul_matchmaker.naming import SENTINEL, Key
 from consul_matchmaker.settings import Settings
 from consul_matchmaker.watcher import Watcher
-from integration.cluster import Cluster, tell
+from integration.cluster import Cluster, ask, tell
 from tests.contract import ONE, TWO, RegistrarContract, eventually
 
 MakeKv = Callable[..., Kv]
@@ -62,7 +61,7 @@ class TestContract(RegistrarContract):
 
 
 def last_raft_index(agent: Node) -> int:
-    return int(read_json(agent, "/v1/agent/self")["Stats"]["raft"]["last_log_index"])
+    return int(ask(agent, "/v1/agent/self")["Stats"]["raft"]["last_log_index"])
 
 
 # -- sessions and keys ----------------------------------------------------------------------------
@@ -71,7 +70,7 @@ def last_raft_index(agent: Node) -> int:
 def test_the_session_is_what_we_meant(kv: Kv, agent: Node) -> None:
     """Consul stored a session without checks, without lock-delay, that deletes its keys."""
     lease = kv.open()
-    (session,) = read_json(agent, f"/v1/session/info/{lease.id}")
+    (session,) = ask(agent, f"/v1/session/info/{lease.id}")
     assert (session["Behavior"], session["LockDelay"], session["TTL"]) == ("delete", 0, "10s")
     assert not session.get("NodeChecks") and not session.get("ServiceChecks")
     kv.release(lease)
@@ -81,7 +80,7 @@ def test_liveness_node_hangs_on_the_node(make_kv: MakeKv, agent: Node) -> None:
     """With liveness=node the session has the serfHealth check and no other."""
     kv = make_kv(liveness="node")
     lease = kv.open()
-    (session,) = read_json(agent, f"/v1/session/info/{lease.id}")
+    (session,) = ask(agent, f"/v1/session/info/{lease.id}")
     assert session["NodeChecks"] == ["serfHealth"]
     kv.release(lease)
 
@@ -103,11 +102,11 @@ def test_every_key_is_held_by_its_session(kv: Kv, agent: Node, prefix: str, topi
     registration = Registration(topic, ONE, "node7")
     kv.publish(lease, registration)
     text = Key.of(registration, lease.id).under(prefix)
-    (entry,) = read_json(agent, f"/v1/kv/{text}")
+    (entry,) = ask(agent, f"/v1/kv/{text}")
     assert entry["Session"] == lease.id
     assert kv.orphans() == {}
     kv.release(lease)
-    assert request(agent, "GET", f"/v1/kv/{text}")[0] == 404
+    assert ask(agent, f"/v1/kv/{text}") is None
 
 
 def test_a_destroyed_session_is_lost(kv: Kv, agent: Node, topic: str) -> None:
@@ -301,7 +300,7 @@ def test_a_poll_wakes_for_a_change_and_not_without(
 ) -> None:
     """It comes back soon after a registration, else when its wait ends, whoever else writes."""
     kv.poll(0, 1)  # leaves the sentinel
-    assert request(agent, "GET", f"/v1/kv/{prefix}/{SENTINEL}")[0] == 200
+    assert ask(agent, f"/v1/kv/{prefix}/{SENTINEL}") is not None
     index, snapshots = kv.poll(0, 1)
     assert snapshots == {}
     neighbours = f"{prefix}-neighbour"
@@ -523,7 +522,5 @@ def test_what_people_see_in_the_ui(kv: Kv, agent: Node, prefix: str, topic: str)
     registration = Registration(topic, ONE, "node7")
     kv.publish(lease, registration)
     text = Key.of(registration, lease.id).under(prefix)
-    status, value = request(agent, "GET", f"/v1/kv/{text}?raw")
-    assert status == 200
-    assert json.loads(value)["server"] == "node7"
+    assert ask(agent, f"/v1/kv/{text}?raw")["server"] == "node7"
     kv.release(lease)

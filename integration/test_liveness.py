@@ -1,6 +1,5 @@
 """How soon the loss of a process is seen, and what `liveness=check` does with real agents."""
 
-import contextlib
 import os
 import signal
 import statistics
@@ -11,8 +10,8 @@ from typing import Any
 import pytest
 
 from consul_matchmaker import Matchmaker
-from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json
-from integration.cluster import Cluster
+from consul_matchmaker.demo.consul_probe import Node
+from integration.cluster import Cluster, ask
 from integration.registering_process import RegisteringProcess
 from integration.test_registrations import (
     INTERVAL,
@@ -39,10 +38,8 @@ def url(url: str) -> str:
 
 def services(agent: Node) -> list[str]:
     """The ids of our services on this agent."""
-    with contextlib.suppress(NotReady):
-        found: dict[str, Any] = read_json(agent, "/v1/agent/services")
-        return [each for each, service in found.items() if service["Service"] == SERVICE]
-    return []
+    found: dict[str, Any] = ask(agent, "/v1/agent/services")
+    return [each for each, service in found.items() if service["Service"] == SERVICE]
 
 
 def test_a_killed_process_is_gone_within_a_second(
@@ -80,10 +77,10 @@ def test_what_it_leaves_in_the_catalog(join: Callable[..., Matchmaker], agent: N
     owner.register("scheduler", "10.0.0.1:9501").wait_until_published(timeout_seconds=5)
     owner.register("conductor", "10.0.0.1:9501").wait_until_published(timeout_seconds=5)
     (service,) = set(services(agent)) - set(before)
-    (session,) = read_json(agent, f"/v1/session/info/{lease_of(owner)}")
+    (session,) = ask(agent, f"/v1/session/info/{lease_of(owner)}")
     assert session["NodeChecks"] == ["serfHealth"]
     assert [each["ID"] for each in session["ServiceChecks"]] == [service]
-    check = read_json(agent, "/v1/agent/checks")[service]
+    check = ask(agent, "/v1/agent/checks")[service]
     assert (check["Type"], check["Status"]) == ("ttl", "passing")
     owner.close()
     assert services(agent) == before
@@ -105,7 +102,7 @@ def test_beating_goes_on_while_consul_has_no_leader(
     cluster.kill(follower)
     began = time.monotonic()
     while time.monotonic() - began < 12:
-        checks = read_json(agent, "/v1/agent/checks")
+        checks = ask(agent, "/v1/agent/checks")
         assert {checks[each]["Status"] for each in ids} == {"passing"}
         time.sleep(0.2)
     cluster.start(leader)
@@ -134,7 +131,7 @@ def test_an_agent_restart_is_over_at_once(
     print(f"all back {took:.2f} s after the agent")
     time.sleep(STAGGER_SECONDS + SOON)  # by then the agent has told all there is to tell
     until(lambda: len(keys(agent, prefix)) == 2, SOON, "all are there")
-    session = read_json(agent, f"/v1/session/info/{lease_of(owner)}")
+    session = ask(agent, f"/v1/session/info/{lease_of(owner)}")
     assert len(session) == 1
     assert len(set(services(agent)) - before) == 1
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from consul_matchmaker.demo.consul_probe import Node, request
+from consul_matchmaker.demo.consul_probe import Node
+from integration.cluster import ask
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -68,7 +69,7 @@ def registered(agent: Node, prefix: str, tmp_path: Path) -> Iterator[None]:
     finally:
         process.terminate()
         process.communicate(timeout=WAIT_SECONDS)
-        assert request(agent, "GET", f"/v1/kv/{prefix}/scheduler/?keys")[0] == 404
+        assert ask(agent, f"/v1/kv/{prefix}/scheduler/?keys") is None
 
 
 @pytest.mark.usefixtures("registered")

@@ -1,7 +1,6 @@
 """Registrations against a real Consul: they appear at once, leave in time, and heal themselves."""
 
 import contextlib
-import json
 import logging
 import threading
 import time
@@ -10,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from consul_matchmaker import Matchmaker, Registration, errors
-from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json, request, wait_until
-from integration.cluster import Cluster, tell
+from consul_matchmaker.demo.consul_probe import Node, NotReady, request, wait_until
+from integration.cluster import Cluster, ask, tell
 from integration.registering_process import RegisteringProcess
 from integration.waiting import until
 
@@ -27,12 +26,8 @@ READERS = {"watching": "", "asking": "&watch=false&ttl_seconds=0.25&empty_ttl_se
 
 
 def keys(agent: Node, prefix: str) -> list[str]:
-    """Every key under the prefix, without the sentinel; [] while the agent does not answer."""
-    with contextlib.suppress(NotReady):
-        status, text = request(agent, "GET", f"/v1/kv/{prefix}/?keys")
-        if status == 200:
-            return [key for key in json.loads(text) if key != f"{prefix}/_"]
-    return []
+    """Every key under the prefix, without the sentinel."""
+    return [key for key in ask(agent, f"/v1/kv/{prefix}/?keys") or [] if key != f"{prefix}/_"]
 
 
 def hosts(reader: Matchmaker, topic: str) -> list[str]:
@@ -163,11 +158,11 @@ def test_two_topics_in_one_process_one_unregistered(
     owner.register("conductor", "10.0.0.1:9501").wait_until_published(timeout_seconds=5)
     assert hosts(reader, "scheduler") == hosts(reader, "conductor") == ["10.0.0.1:9501"]
     (kept,) = (key for key in keys(agent, prefix) if "/conductor/" in key)
-    (before,) = read_json(agent, f"/v1/kv/{kept}")
+    (before,) = ask(agent, f"/v1/kv/{kept}")
     owner.unregister("scheduler", "10.0.0.1:9501")
     until(lambda: hosts(reader, "scheduler") == [], SOON, "unregistered is gone")
     assert keys(agent, prefix) == [kept]
-    assert read_json(agent, f"/v1/kv/{kept}") == [before]
+    assert ask(agent, f"/v1/kv/{kept}") == [before]
     assert hosts(reader, "conductor") == ["10.0.0.1:9501"]
 
 
@@ -218,11 +213,11 @@ def test_closing_leaves_neither_key_nor_session(
     owner.register("scheduler", "10.0.0.1:9501").wait_until_published(timeout_seconds=5)
     until(lambda: hosts(reader, "scheduler") == ["10.0.0.1:9501"], SOON, "there")
     session = lease_of(owner)
-    assert [s["ID"] for s in read_json(agent, f"/v1/session/info/{session}")] == [session]
+    assert [s["ID"] for s in ask(agent, f"/v1/session/info/{session}")] == [session]
     owner.close()
     until(lambda: hosts(reader, "scheduler") == [], SOON, "gone")
     assert keys(agent, prefix) == []
-    assert read_json(agent, f"/v1/session/info/{session}") == []
+    assert ask(agent, f"/v1/session/info/{session}") == []
 
 
 def test_leader_killed_while_registering_and_looking_up(

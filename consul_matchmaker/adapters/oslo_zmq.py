@@ -280,7 +280,11 @@ class MatchmakerConsul:
         known = self._known.get(where)
         if known is not None and known.hosts is hosts:  # the same answer from memory
             return known
-        found = _Answer(hosts, [name_of(host) for host in hosts])
+        if known is not None and known.hosts == hosts:  # Consul was asked, and says the same
+            names = known.names
+        else:
+            names = [name_of(host) for host in hosts]
+        found = _Answer(hosts, names)
         if hosts:
             self._known[where] = found
         return found

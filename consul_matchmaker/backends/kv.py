@@ -46,6 +46,16 @@ NODE_CHECK = "serfHealth"
 
 
 @dataclass(frozen=True, slots=True)
+class _Entry:
+    """What one key of ours says, made once for all answers that hold it."""
+
+    topic: str
+    place: tuple[str, int, str]
+    """Host and server: what Host says of equality and order, at a tenth of what that costs."""
+    instance: Instance
+
+
+@dataclass(frozen=True, slots=True)
 class _Orphan:
     reason: str
     is_held: bool
@@ -106,7 +116,8 @@ class Kv:
         keys, answer = self._keys_under(folder)
         found = self._registrations(keys)
         details = _details(answer, keys)
-        snapshot = self._snapshot(topic, [key for key in found if key.topic == topic], details)
+        entries = [entry for entry in found if entry.topic == topic]
+        snapshot = self._snapshot(topic, entries, details)
         return snapshot if server is None else snapshot.for_server(server)
 
     def poll(self, index: int, wait_seconds: float) -> tuple[int, Mapping[str, Snapshot]]:
@@ -124,9 +135,9 @@ class Kv:
             if keys:  # else it is proven already
                 self._prove_readable(self._prefix + "/", answer)
             self._write_sentinel()
-        by_topic: dict[str, list[Key]] = {}
-        for key in self._registrations(keys):
-            by_topic.setdefault(key.topic, []).append(key)
+        by_topic: dict[str, list[_Entry]] = {}
+        for entry in self._registrations(keys):
+            by_topic.setdefault(entry.topic, []).append(entry)
         details = _details(answer, keys)
         return answer.index, {
             topic: self._snapshot(topic, found, details) for topic, found in by_topic.items()
@@ -336,7 +347,7 @@ class Kv:
             if not answer.index:  # without one the next poll would not wait
                 raise answer.unexpected()
         keys = [] if answer.status == 404 else answer.json()
-        if not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        if not (isinstance(keys, list) and set(map(type, keys)) <= {str}):
             raise answer.unexpected()
         if not keys:
             self._prove_readable(folder, answer)
@@ -358,14 +369,14 @@ class Kv:
             f'give the token a policy with key_prefix "{folder}" read'
         )
 
-    def _registrations(self, keys: Iterable[str]) -> list[Key]:
+    def _registrations(self, keys: Iterable[str]) -> list[_Entry]:
         """*keys* taken apart, without those that are not ours."""
-        found: list[Key] = []
+        found: list[_Entry] = []
         unknown: list[str] = []
         for text in keys:
-            key = self._parsed(text)
-            if key is not None:
-                found.append(key)
+            entry = self._parsed(text)
+            if entry is not None:
+                found.append(entry)
             elif text != f"{self._prefix}/{SENTINEL}":
                 unknown.append(text)
         if unknown and not self._unknown_keys:
@@ -379,18 +390,22 @@ class Kv:
             self._unknown_keys = len(unknown)
         return found
 
-    def _parse(self, text: str) -> Key | None:
+    def _parse(self, text: str) -> _Entry | None:
         try:
-            return Key.parse(self._prefix, text)
+            key = Key.parse(self._prefix, text)
         except ValueError:  # ConfigurationError is one
             return None
+        place = key.host.address, key.host.port or 0, key.server or ""
+        return _Entry(key.topic, place, Instance(key.host, key.server))
 
-    def _snapshot(self, topic: str, keys: Iterable[Key], details: Mapping[str, object]) -> Snapshot:
+    def _snapshot(
+        self, topic: str, entries: Iterable[_Entry], details: Mapping[str, object]
+    ) -> Snapshot:
         # Two incarnations of one host are one instance: the dead one's key leaves with its lease.
-        found = {_place(key): key for key in keys}
+        found = {entry.place: entry.instance for entry in entries}
         return Snapshot(
             topic,
-            tuple(Instance(found[place].host, found[place].server) for place in sorted(found)),
+            tuple(found[place] for place in sorted(found)),
             "kv",
             taken_at=self._clock(),
             clock=self._clock,
@@ -485,11 +500,6 @@ def _details(answer: Answer, keys: Sequence[str]) -> dict[str, object]:
         "index": answer.index,
         "keys": len(keys),
     }
-
-
-def _place(key: Key) -> tuple[str, int, str]:
-    """Host and server: what Host says of equality and order, at a tenth of what that costs."""
-    return key.host.address, key.host.port or 0, key.server or ""
 
 
 def _kv(key: str) -> str:

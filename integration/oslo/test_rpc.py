@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from consul_matchmaker.demo.consul_probe import Node, request
-from integration.cluster import Cluster, free_ports
+from consul_matchmaker.demo.consul_probe import Node
+from integration.cluster import Cluster, ask, free_ports
 from integration.oslo.conftest import QUICK
 from integration.oslo.rpc_process import RpcProcess
 from integration.waiting import until
@@ -35,8 +35,7 @@ def answered(calls: list[Any], executor: str) -> set[str]:
 
 
 def keys(agent: Node, prefix: str) -> list[str]:
-    status, text = request(agent, "GET", f"/v1/kv/{prefix}/?keys")
-    return [key for key in json.loads(text) if key != f"{prefix}/_"] if status == 200 else []
+    return [key for key in ask(agent, f"/v1/kv/{prefix}/?keys") or [] if key != f"{prefix}/_"]
 
 
 SCHEMES = {
