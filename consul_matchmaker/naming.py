@@ -19,8 +19,7 @@ from .model import Host, Registration, checked_topic
 
 _LITERAL = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-")
 _SEGMENT = re.compile(r"(?:[A-Za-z0-9-]|_[0-9a-f]{2})+\Z")
-_ESCAPE = re.compile(rb"_([0-9a-f]{2})")
-_ESCAPED_ASCII = {f"{byte:02x}": chr(byte) for byte in range(128) if byte not in _LITERAL}
+_ESCAPED = {b"%02x" % byte: bytes([byte]) for byte in range(256) if byte not in _LITERAL}
 _OPAQUE = "_-"
 """Begins the segment of a host that is not host:port.  No escape looks like it, so the opaque text
 ``10.0.0.5:9501`` and the host 10.0.0.5:9501 are two keys."""
@@ -44,16 +43,12 @@ def decode_segment(segment: str) -> str:
     """The text that `encode_segment` made *segment* of; raises ValueError when there is none."""
     if not _SEGMENT.match(segment):
         raise ValueError(f"not an encoded segment: {segment!r}")
-    first, *escaped = segment.split("_")
+    first, *escaped = segment.encode("ascii").split(b"_")
     try:
-        return first + "".join([_ESCAPED_ASCII[part[:2]] + part[2:] for part in escaped])
-    except KeyError:
-        pass  # not ASCII, or not an encoding: the long way tells
-    raw = _ESCAPE.sub(lambda match: bytes([int(match[1], 16)]), segment.encode("ascii"))
-    text = raw.decode("utf-8")
-    if encode_segment(text) != segment:  # one text, one key: `_41` is not another `A`
-        raise ValueError(f"not the encoding of any text: {segment!r}")
-    return text
+        raw = first + b"".join([_ESCAPED[part[:2]] + part[2:] for part in escaped])
+    except KeyError:  # one text, one key: `_41` is not another `A`
+        raise ValueError(f"not the encoding of any text: {segment!r}") from None
+    return raw.decode("utf-8")
 
 
 @dataclass(frozen=True, slots=True)

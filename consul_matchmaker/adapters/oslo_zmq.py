@@ -281,10 +281,9 @@ class MatchmakerConsul:
         if known is not None and known.hosts is hosts:  # the same answer from memory
             return known
         if known is not None and known.hosts == hosts:  # Consul was asked, and says the same
-            names = known.names
+            found = _Answer(hosts, known.names)
         else:
-            names = [name_of(host) for host in hosts]
-        found = _Answer(hosts, names)
+            found = _Answer(hosts, [name_of(host) for host in hosts])
         if hosts:
             self._known[where] = found
         return found

@@ -114,10 +114,8 @@ class Kv:
         """Every live host of *topic*, perhaps none; with *server*, only that server's."""
         folder = topic_folder(self._prefix, topic)
         keys, answer = self._keys_under(folder)
-        found = self._registrations(keys)
-        details = _details(answer, keys)
-        entries = [entry for entry in found if entry.topic == topic]
-        snapshot = self._snapshot(topic, entries, details)
+        entries = [entry for entry in self._registrations(keys) if entry.topic == topic]
+        snapshot = self._snapshot(topic, entries, _details(answer, keys))
         return snapshot if server is None else snapshot.for_server(server)
 
     def poll(self, index: int, wait_seconds: float) -> tuple[int, Mapping[str, Snapshot]]:
