@@ -31,6 +31,7 @@ from consul_matchmaker.demo.local_consul import (
     ClusterError,
     LocalCluster,
 )
+from consul_matchmaker.naming import SENTINEL
 
 TELL_SECONDS = 20.0  # an election takes two or three; the rest is for busy machines
 DOCKER_SECONDS = 60.0  # one docker command; a stop may take the 10 s the engine grants
@@ -104,6 +105,12 @@ def ask(node: Node, path: str, *, token: str = "") -> Any:
     """What Consul says in JSON to a GET, None for a 404; asked again and raises as `tell`."""
     status, text = _answered(node, "GET", path, None, token, (200, 404))
     return json.loads(text) if status == 200 else None
+
+
+def keys(node: Node, prefix: str, *, token: str = "") -> list[str]:
+    """Every key under *prefix* but the sentinel."""
+    found = ask(node, f"/v1/kv/{prefix}/?keys", token=token) or []
+    return [key for key in found if key != f"{prefix}/{SENTINEL}"]
 
 
 def _answered(

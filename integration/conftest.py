@@ -14,6 +14,7 @@ import pytest
 from consul_matchmaker import Matchmaker
 from consul_matchmaker.demo.consul_binary import ConsulNotFound
 from consul_matchmaker.demo.consul_probe import Node
+from integration.access_rules import guarded_cluster
 from integration.cluster import (
     Cluster,
     DockerCluster,
@@ -154,6 +155,13 @@ def mended(request: pytest.FixtureRequest) -> Iterator[None]:
         cluster: Cluster = request.getfixturevalue("cluster")
         if cluster.is_disturbed:
             cluster.mend()
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Node]:
+    """One server that denies whatever no token allows."""
+    with guarded_cluster() as guarded:
+        yield guarded.nodes["server1"]
 
 
 # --- names of a test's own -----------------------------------------------------------------------

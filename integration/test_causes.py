@@ -13,7 +13,7 @@ from consul_matchmaker import Matchmaker, errors
 from consul_matchmaker.demo.consul_probe import Node, request
 from consul_matchmaker.demo.local_consul import LocalCluster
 from integration.access_rules import MANAGEMENT, guarded_cluster, new_token
-from integration.cluster import Cluster, tell
+from integration.cluster import Cluster, keys, tell
 from integration.registering_process import RegisteringProcess
 from integration.test_registrations import (
     CRASH_SECONDS,
@@ -22,7 +22,6 @@ from integration.test_registrations import (
     SOON,
     answers,
     hosts,
-    keys,
     lease_of,
     repairs,
 )

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -16,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from consul_matchmaker.demo.consul_probe import Node
-from integration.access_rules import MANAGEMENT, guarded_cluster
-from integration.cluster import Cluster, ask, tell
+from integration.access_rules import MANAGEMENT
+from integration.cluster import Cluster, ask, keys, tell
 from integration.waiting import until
 
 WAIT_SECONDS = 30.0
@@ -70,12 +69,6 @@ def running(*argv: str) -> Iterator["subprocess.Popen[str]"]:
 def said(process: "subprocess.Popen[str]", words: str) -> None:
     assert process.stderr is not None
     assert any(words in line for line in process.stderr), f"ended without saying {words!r}"
-
-
-def keys(agent: Node, prefix: str, token: str = "") -> list[str]:
-    """Every registration's key under *prefix*; the library's own marks are not counted."""
-    found = ask(agent, f"/v1/kv/{prefix}/?keys", token=token) or []
-    return [key for key in found if re.search(r"/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", key)]
 
 
 @pytest.fixture
@@ -269,13 +262,6 @@ def test_an_agent_that_went_away(cluster: Cluster, agent: Node, kv: str, topic: 
 # --- access rules --------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def guarded() -> Iterator[Node]:
-    """One server that denies whatever no token allows."""
-    with guarded_cluster() as cluster:
-        yield cluster.nodes["server1"]
-
-
 @pytest.mark.parametrize(
     "argv",
     [["hosts", "scheduler"], ["topics"], ["register", "scheduler", "10.0.0.5:9501"], ["status"]],
@@ -289,7 +275,7 @@ def test_a_wrong_token_is_said_and_not_shown(guarded: Node, argv: list[str]) -> 
     assert "token" in out + err
     assert token not in out + err
     assert "Traceback" not in err
-    assert keys(guarded, "guarded", MANAGEMENT) == []
+    assert keys(guarded, "guarded", token=MANAGEMENT) == []
 
 
 def test_a_right_token_is_taken_from_every_place(guarded: Node, tmp_path: Path) -> None:

@@ -2,12 +2,9 @@
 
 import json
 import uuid
-from collections.abc import Iterator
-
-import pytest
 
 from consul_matchmaker.demo.consul_probe import Node, request
-from integration.access_rules import guarded_cluster, new_token
+from integration.access_rules import new_token
 from integration.cluster import Cluster, ask, tell
 from integration.test_cli import cli
 from integration.waiting import until
@@ -84,13 +81,6 @@ def test_no_leader(cluster: Cluster, agent: Node, prefix: str) -> None:
     level, text = found[f"{agent.http} HTTP"]
     assert (code, level) == (4, "fail")
     assert "leader" in text or "500" in text
-
-
-@pytest.fixture(scope="module")
-def guarded() -> Iterator[Node]:
-    """One server that denies whatever no token allows."""
-    with guarded_cluster() as cluster:
-        yield cluster.nodes["server1"]
 
 
 def test_access_rules(guarded: Node) -> None:

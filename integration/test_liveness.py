@@ -11,7 +11,7 @@ import pytest
 
 from consul_matchmaker import Matchmaker
 from consul_matchmaker.demo.consul_probe import Node
-from integration.cluster import Cluster, ask
+from integration.cluster import Cluster, ask, keys
 from integration.registering_process import RegisteringProcess
 from integration.test_registrations import (
     INTERVAL,
@@ -19,7 +19,6 @@ from integration.test_registrations import (
     SOON,
     answers,
     hosts,
-    keys,
     lease_of,
 )
 from integration.waiting import until

@@ -10,7 +10,7 @@ import pytest
 
 from consul_matchmaker import Matchmaker, Registration, errors
 from consul_matchmaker.demo.consul_probe import Node, NotReady, request, wait_until
-from integration.cluster import Cluster, ask, tell
+from integration.cluster import Cluster, ask, keys, tell
 from integration.registering_process import RegisteringProcess
 from integration.waiting import until
 
@@ -23,11 +23,6 @@ POLL = 0.02
 
 # A watching reader, and one that asks Consul again every quarter of a second.
 READERS = {"watching": "", "asking": "&watch=false&ttl_seconds=0.25&empty_ttl_seconds=0.25"}
-
-
-def keys(agent: Node, prefix: str) -> list[str]:
-    """Every key under the prefix, without the sentinel."""
-    return [key for key in ask(agent, f"/v1/kv/{prefix}/?keys") or [] if key != f"{prefix}/_"]
 
 
 def hosts(reader: Matchmaker, topic: str) -> list[str]:

@@ -280,7 +280,7 @@ class LocalCluster:
         """Give a node its folder, address, ports and configuration."""
         address, ports = self._addresses[len(self._nodes)], dict(DEFAULT_PORTS)
         if self._addresses[0] == self._addresses[-1]:
-            ports = dict(zip(ports, _free_ports(address, len(ports)), strict=True))
+            ports = dict(zip(ports, free_ports(address, len(ports)), strict=True))
         if is_server and self._has_grpc_tls:
             ports["grpc_tls"] = -1  # nobody here speaks it, and on one address they would collide
 
@@ -421,7 +421,8 @@ def _try_bind(address: str, ports: Iterable[int]) -> None:
             listener.bind((address, port))
 
 
-def _free_ports(address: str, count: int) -> list[int]:
+def free_ports(address: str, count: int) -> list[int]:
+    """Ports of *address* that nothing listens on now."""
     with contextlib.ExitStack() as open_until_all_are_chosen:
         listeners = [open_until_all_are_chosen.enter_context(socket.socket()) for _ in range(count)]
         for listener in listeners:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +16,7 @@ from typing import IO
 
 from .consul_binary import ConsulNotFound
 from .consul_probe import Node, NotReady, request
-from .local_consul import ClusterError, LocalCluster
+from .local_consul import ClusterError, LocalCluster, free_ports
 
 SESSION_TTL_SECONDS = 10.0  # Consul's floor (fact B1)
 # The promise of kv mode: Consul removes a crashed process's keys after 2 x TTL, and readers see it
@@ -230,7 +229,7 @@ def _tell_catalog(story: _Story, agent: Node, processes: _Processes) -> None:
     story.chapter("catalog mode: Consul registers and checks, we only ask its DNS")
     catalog = f"consul+catalog://{agent.dns}?ttl_seconds=1"
     reader = _Reader(processes, catalog, "printer")
-    running = {f"127.0.0.1:{port}": processes.server(port) for port in _free_ports(3)}
+    running = {f"127.0.0.1:{port}": processes.server(port) for port in free_ports("127.0.0.1", 3)}
     for number, host in enumerate(running, start=1):
         _register_service(agent, f"printer{number}", host)
     began = time.monotonic()
@@ -268,14 +267,6 @@ def _register_service(agent: Node, service_id: str, host: str) -> None:
     status, text = request(agent, "PUT", "/v1/agent/service/register", json.dumps(definition))
     if status != 200:
         raise NotReady(f"Consul refuses the service definition: {status} {text.strip()}")
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as open_until_all_are_chosen:
-        listeners = [open_until_all_are_chosen.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 @contextlib.contextmanager

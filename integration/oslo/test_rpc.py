@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from consul_matchmaker.demo.consul_probe import Node
-from integration.cluster import Cluster, ask, free_ports
+from integration.cluster import Cluster, free_ports, keys
 from integration.oslo.conftest import QUICK
 from integration.oslo.rpc_process import RpcProcess
 from integration.waiting import until
@@ -32,10 +32,6 @@ def answered(calls: list[Any], executor: str) -> set[str]:
     its sender waits for it: as often with Redis, which test_beside_redis.py shows.
     """
     return set(answers(calls)) - ({"!MessagingTimeout"} if executor == "threading" else set())
-
-
-def keys(agent: Node, prefix: str) -> list[str]:
-    return [key for key in ask(agent, f"/v1/kv/{prefix}/?keys") or [] if key != f"{prefix}/_"]
 
 
 SCHEMES = {
