@@ -1,4 +1,5 @@
 # make demo    see it work, on a real Consul of its own
+# make quick   lint, types, and the unit tests that need no socket, no process and no waiting
 # make test    everything: lint, types, unit tests, and the integration tests on a real Consul
 #
 # Both set up all they need (Python >= 3.10 is assumed, nothing else), in .venv and .tox.
@@ -17,13 +18,16 @@ OSLO ?= $(if $(shell command -v redis-server),oslo)
 CHECKS = lint types unit py-consul $(addprefix integration-,$(INTEGRATION)) long $(OSLO)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clean
+.PHONY: help demo quick test clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: .venv/ready
 	$(BIN)/consul-matchmaker demo
+
+quick: .venv/ready
+	$(BIN)/tox run -e lint,types,quick
 
 test: .venv/ready
 	$(BIN)/tox run -e $(subst $(space),$(comma),$(strip $(CHECKS)))

@@ -19,6 +19,8 @@ from consul_matchmaker.backends.memory import Memory
 from .contract import eventually
 from .doubles import catalog, kv
 
+pytestmark = pytest.mark.system
+
 CONDUCTORS = ["controller1", "node1", "node2", "node3"]
 
 

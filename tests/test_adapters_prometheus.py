@@ -64,6 +64,7 @@ def test_two_matchmakers_in_one_registry() -> None:
         assert "watch" not in text
 
 
+@pytest.mark.system
 def test_the_figures_of_the_wire() -> None:
     """Queries, replies and bytes by transport, each as status() has it."""
     registry = CollectorRegistry()

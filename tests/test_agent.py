@@ -16,6 +16,8 @@ from consul_matchmaker.backends.agent import MAX_ANSWER_BYTES, Agent, go_duratio
 from consul_matchmaker.errors import Denied, TimedOut, Unavailable
 from consul_matchmaker.settings import Settings
 
+pytestmark = pytest.mark.system
+
 TOKEN = "5e4bc9f2-secret"
 
 

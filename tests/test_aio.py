@@ -44,6 +44,7 @@ class Awaited:
         run(aio.Matchmaker(self._mm).close())
 
 
+@pytest.mark.system
 class TestAioContract(ResolverContract):
     """What holds of the backend holds of it behind the facade."""
 
@@ -130,6 +131,7 @@ def test_a_topic_that_hangs_holds_up_neither_loop_nor_others() -> None:
     run(work())
 
 
+@pytest.mark.system
 def test_registering_waiting_and_watching() -> None:
     """A registration is awaited, seen by a watch, and leaves with its block."""
     memory = Memory()

@@ -294,6 +294,7 @@ def test_after_an_outage_answers_are_fresh_within_one_ttl(
         assert not cache.lookup(topic).is_stale
 
 
+@pytest.mark.system
 def test_an_attempt_that_is_lost_and_the_pause_after_it_are_one_ttl() -> None:
     """Whenever Consul comes back, also when 0.3 TTL of an attempt under way are lost then, the
     answer is fresh within one TTL."""
@@ -550,6 +551,7 @@ def test_a_topic_that_hangs_delays_no_other(consul: FakeResolver) -> None:
     hanging.result(DEADLINE_SECONDS)
 
 
+@pytest.mark.system
 def test_waiting_for_anothers_question_has_an_end(consul: FakeResolver) -> None:
     """A question that is lost for ever does not hold up those who wait for its answer."""
     cache = Cache(consul, kv(request_timeout_seconds=0.05))
@@ -1105,6 +1107,7 @@ def test_waiting_ends_after_its_timeout(consul: FakeResolver) -> None:
     assert shown(cache.wait_for_change("scheduler", seen, 0.05)) == [A]
 
 
+@pytest.mark.system
 def test_waiting_polls_where_nothing_is_watched(consul: FakeResolver) -> None:
     """In catalog mode a change is seen within a TTL, by the refreshes that waiting asks for."""
     cache = Cache(consul, kv(ttl_seconds=0.1, ttl_min_seconds=0.1))
@@ -1212,6 +1215,7 @@ def test_the_thread_starts_with_the_first_stale_answer(
     assert not thread.is_alive()
 
 
+@pytest.mark.system
 def test_the_thread_refreshes_by_itself(consul: FakeResolver) -> None:
     """End to end with real time: the answer of a topic in use changes without anybody waiting."""
     cache = Cache(consul, kv(ttl_seconds=0.02, ttl_min_seconds=0.01))
@@ -1681,6 +1685,7 @@ def test_the_file_is_written_seldom_and_never_by_a_lookup(
     assert 4 <= written <= 12
 
 
+@pytest.mark.system
 def test_a_consul_that_is_well_is_quicker_than_the_file(
     consul: FakeResolver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

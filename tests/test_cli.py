@@ -289,6 +289,7 @@ def test_an_outage_and_a_refusal_have_their_own_code(run: Run, memory: Memory) -
         assert err.splitlines()[-1].startswith("consul-matchmaker: error: ")
 
 
+@pytest.mark.system
 def test_a_real_agent_that_is_not_there(capsys: Captured) -> None:
     """In both modes the message says whom it asked."""
     for mode in ("kv", "catalog"):
@@ -438,6 +439,7 @@ def python(text: str, *argv: str) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.system
 def test_register_holds_until_a_signal_and_withdraws(number: int) -> None:
     """Says when it is published; the signal is the regular end: exit 0, nothing left."""
     with process("register", "scheduler", "10.0.0.1:9501", "--server", "node1") as started:
@@ -447,6 +449,7 @@ def test_register_holds_until_a_signal_and_withdraws(number: int) -> None:
         assert (started.returncode, out, err) == (0, LEFT, "")
 
 
+@pytest.mark.system
 def test_register_drains_until_the_next_signal() -> None:
     """Withdrawn at once, and still there; the second signal is the end, exit 0."""
     with process("register", "scheduler", "10.0.0.1:9501", "--drain", "3600") as started:
@@ -461,6 +464,7 @@ def test_register_drains_until_the_next_signal() -> None:
         assert (started.returncode, out, err) == (0, "", "")
 
 
+@pytest.mark.system
 def test_register_does_not_need_consul_to_be_up() -> None:
     """It goes on trying, says so, and still ends on a signal."""
     with process("register", "scheduler", "10.0.0.1:9501", state="away") as started:
@@ -470,6 +474,7 @@ def test_register_does_not_need_consul_to_be_up() -> None:
 
 
 @pytest.mark.parametrize(("command", "code"), [("exit(0)", 0), ("exit(7)", 7)])
+@pytest.mark.system
 def test_register_ends_with_its_command(command: str, code: int) -> None:
     """With the same exit code, and withdrawn."""
     argv = ["register", "scheduler", "10.0.0.1:9501", "--at-once", "--", *python(command)]
@@ -478,6 +483,7 @@ def test_register_ends_with_its_command(command: str, code: int) -> None:
         assert started.returncode == code
 
 
+@pytest.mark.system
 def test_a_command_killed_by_a_signal_has_the_shells_code() -> None:
     """128 + n, as in every shell."""
     command = python("import os; os.kill(os.getpid(), 9)")
@@ -486,6 +492,7 @@ def test_a_command_killed_by_a_signal_has_the_shells_code() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.system
 def test_a_signal_is_forwarded_to_the_command(number: int) -> None:
     """The registration goes first, the command decides when it ends, and how."""
     command = python(
@@ -510,6 +517,7 @@ def test_a_signal_is_forwarded_to_the_command(number: int) -> None:
         assert LEFT in out
 
 
+@pytest.mark.system
 def test_a_command_may_survive_a_hangup() -> None:
     """SIGHUP means reload to many servers: it is forwarded, and the registration stays."""
     command = python(
@@ -536,6 +544,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.mark.system
 def test_a_command_that_ends_before_it_listens_was_never_registered() -> None:
     """Nothing was said of it, and its code is passed on."""
     argv = ["register", "scheduler", f"127.0.0.1:{free_port()}", "--", *python("exit(9)")]
@@ -545,6 +554,7 @@ def test_a_command_that_ends_before_it_listens_was_never_registered() -> None:
 
 
 @pytest.mark.parametrize(("command", "code"), [("/nonexistent/x", 127), ("/etc/passwd", 126)])
+@pytest.mark.system
 def test_a_command_that_cannot_start_has_the_shells_code(command: str, code: int) -> None:
     """127 when it does not exist, 126 when it cannot be executed, and nothing is registered."""
     with process("register", "scheduler", "10.0.0.1:9501", "--", command) as started:
@@ -554,6 +564,7 @@ def test_a_command_that_cannot_start_has_the_shells_code(command: str, code: int
         assert err.count("\n") == 1
 
 
+@pytest.mark.system
 def test_in_catalog_mode_the_command_just_runs(capfd: pytest.CaptureFixture[str]) -> None:
     """The same start script serves both modes; what catalog mode does not do is said."""
     argv = ["register", "scheduler", "10.0.0.1:9501", "--url", CATALOG, "--", *python("exit(6)")]
@@ -561,6 +572,7 @@ def test_in_catalog_mode_the_command_just_runs(capfd: pytest.CaptureFixture[str]
     assert "registers nothing" in capfd.readouterr().err
 
 
+@pytest.mark.system
 def test_watch_prints_at_once_and_ends_on_ctrl_c() -> None:
     """One flushed line a change; Ctrl-C is 130, without a traceback."""
     with process("watch", "declared") as started:
@@ -571,6 +583,7 @@ def test_watch_prints_at_once_and_ends_on_ctrl_c() -> None:
         assert (started.returncode, out, err) == (130, "", "")
 
 
+@pytest.mark.system
 def test_watch_says_none_with_an_empty_line() -> None:
     """So every change is a line."""
     with process("watch", "nobody") as started:
@@ -578,6 +591,7 @@ def test_watch_says_none_with_an_empty_line() -> None:
         assert started.stdout.readline() == "\n"
 
 
+@pytest.mark.system
 def test_watch_as_json_is_one_object_a_line() -> None:
     """The same object as that of `hosts`."""
     with process("watch", "declared", "-o", "json") as started:
@@ -586,6 +600,7 @@ def test_watch_as_json_is_one_object_a_line() -> None:
         assert answer["hosts"] == ["10.0.0.1:9501", "10.0.0.2:9501"]
 
 
+@pytest.mark.system
 def test_a_closed_pipe_is_no_error() -> None:
     """`hosts | head -0` ends quietly, as every tool does."""
     reading, writing = os.pipe()
@@ -597,6 +612,7 @@ def test_a_closed_pipe_is_no_error() -> None:
         assert started.wait() == 141
 
 
+@pytest.mark.system
 def test_the_module_is_the_command() -> None:
     """`python -m consul_matchmaker` works as the console script does."""
     done = subprocess.run(

@@ -32,6 +32,8 @@ from tests.dns_servers import (
 )
 from tests.doubles import NO_TRAFFIC
 
+pytestmark = pytest.mark.system
+
 Lookup = Callable[..., DnsSrv]
 PATIENCE = 30.0
 """One exchange: a query goes out again after a tenth of it and by TCP after a fifth, so a server's

@@ -15,6 +15,8 @@ from consul_matchmaker.settings import Settings
 from .dns_servers import Answer, Asked, DnsServer, FakeConsul, FakeInstance, reply_to
 from .test_agent import Server, reply
 
+pytestmark = pytest.mark.system
+
 SERVERS = [FakeInstance("127.0.0.1", 8300, node=f"server{number}") for number in (1, 2, 3)]
 NOBODY_LISTENS = "127.0.0.1:1"  # tcpmux: refused at once on every machine without it
 

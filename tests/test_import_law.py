@@ -205,6 +205,7 @@ def test_a_module_says_what_it_is_for(module: str) -> None:
         ("consul+kv://127.0.0.1:8500", ("dns",)),
     ],
 )
+@pytest.mark.system
 def test_a_mode_imports_only_its_own_client(url: str, never: tuple[str, ...]) -> None:
     """Catalog mode works where HTTP clients are missing, kv mode where dnspython is."""
     program = f"""
@@ -219,6 +220,7 @@ matchmaker.close()
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
+@pytest.mark.system
 def test_importing_starts_nothing() -> None:
     """Import and constructor leave one thread and no socket."""
     program = """

@@ -590,6 +590,7 @@ def run_python(script: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.system
 def test_a_process_that_just_ends_leaves_at_once() -> None:
     """Without close(): the lease is released while the interpreter goes down."""
     assert run_python("keeper.register(A).wait_until_published(timeout_seconds=10)") == [
@@ -598,6 +599,7 @@ def test_a_process_that_just_ends_leaves_at_once() -> None:
     ]
 
 
+@pytest.mark.system
 def test_leaving_at_exit_is_bounded() -> None:
     """A Consul that hangs does not keep the process from ending."""
     assert run_python("""
@@ -609,6 +611,7 @@ def test_leaving_at_exit_is_bounded() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.system
 def test_a_forked_child_has_nothing_and_leaves_its_parent_alone() -> None:
     """No registration, lease or thread; its exit, by the interpreter too, releases nothing."""
     assert run_python("""
@@ -641,6 +644,7 @@ def test_a_forked_child_has_nothing_and_leaves_its_parent_alone() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.system
 def test_a_forked_child_may_register_by_itself() -> None:
     """It opens a lease of its own, and releases that when it ends."""
     assert run_python("""
@@ -656,6 +660,7 @@ def test_a_forked_child_may_register_by_itself() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.system
 def test_forking_while_the_keeper_is_busy_does_not_hang_the_child() -> None:
     """The fork may come while another thread holds the lock, or is in a call."""
     assert run_python("""

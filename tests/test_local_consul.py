@@ -19,6 +19,8 @@ from consul_matchmaker.demo.consul_binary import (
 from consul_matchmaker.demo.consul_probe import Node, NotReady, agreed_leader, wait_until
 from consul_matchmaker.demo.local_consul import LocalCluster, merged
 
+pytestmark = pytest.mark.system
+
 MakeProgram = Callable[..., Path]
 
 

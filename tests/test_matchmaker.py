@@ -82,6 +82,7 @@ def test_rejected_hosts_are_listed_but_not_picked(memory: Memory) -> None:
     assert bad in {mm.pick("scheduler") for _ in range(20)}
 
 
+@pytest.mark.system
 def test_waiting_for_the_first_host(memory: Memory, other: Matchmaker) -> None:
     """It comes soon after its registration by another process, also unwatched: it is asked for
     however long an answer without hosts is fresh."""
@@ -123,6 +124,7 @@ def test_waiting_in_vain(memory: Memory) -> None:
             mm.wait_for_hosts("jobs", timeout_seconds=DEADLINE_SECONDS)
 
 
+@pytest.mark.system
 def test_waiting_through_an_outage(mm: Matchmaker, memory: Memory) -> None:
     """Consul absent at first is no reason to give up before the timeout."""
     memory.declare("scheduler", [ONE])
@@ -132,6 +134,7 @@ def test_waiting_through_an_outage(mm: Matchmaker, memory: Memory) -> None:
     assert waiting.result(DEADLINE_SECONDS).hosts == (ONE,)
 
 
+@pytest.mark.system
 def test_waiting_where_no_answer_is_kept(memory: Memory) -> None:
     """With max_stale_seconds=0 and an outage in between, waiting goes on all the same."""
     settings = kv(max_stale_seconds=0, empty_ttl_seconds=0.05)
@@ -147,6 +150,7 @@ def test_waiting_where_no_answer_is_kept(memory: Memory) -> None:
         assert waiting.result(DEADLINE_SECONDS).hosts == (ONE,)
 
 
+@pytest.mark.system
 def test_waiting_asks_at_a_bounded_rate() -> None:
     """Eight threads that wait for one topic ask about twice a second, together."""
     consul = FakeResolver()
@@ -161,6 +165,7 @@ def test_waiting_asks_at_a_bounded_rate() -> None:
         assert consul.count("scheduler") <= 2 + 2 * (time.monotonic() - began)
 
 
+@pytest.mark.system
 def test_watching(memory: Memory, other: Matchmaker) -> None:
     """The first answer comes at once, then one for each change, until the matchmaker closes."""
     mm = Matchmaker(kv(ttl_seconds=0.1, ttl_min_seconds=0.1), backend=memory)
@@ -175,6 +180,7 @@ def test_watching(memory: Memory, other: Matchmaker) -> None:
     assert rest.result(DEADLINE_SECONDS) == []
 
 
+@pytest.mark.system
 def test_watching_an_outage(memory: Memory) -> None:
     """Without a first answer it raises; later an outage is not a change, and not the end."""
     with Matchmaker(kv(ttl_seconds=0.05, max_stale_seconds=0), backend=memory) as mm:
@@ -223,6 +229,7 @@ def test_a_registration_is_a_context_manager(mm: Matchmaker, memory: Memory) -> 
     eventually(lambda: memory.lookup("scheduler"), has())
 
 
+@pytest.mark.system
 def test_register_does_not_need_consul(mm: Matchmaker, memory: Memory) -> None:
     """It returns at once while Consul is away, and is carried out when it comes."""
     memory.is_available = False
@@ -274,6 +281,7 @@ def test_opaque_hosts(mm: Matchmaker, memory: Memory) -> None:
     assert mm.pick("scheduler").port is None
 
 
+@pytest.mark.system
 def test_expire(mm: Matchmaker, memory: Memory) -> None:
     """It removes a host for everybody and says how often it was there; this process sees it at
     once, and the owner, which lives, comes back when it is asked to look."""
@@ -328,6 +336,7 @@ def _looked_up(mm: Matchmaker) -> bool:
     return {"consul-matchmaker-keeper", "consul-matchmaker-refresher"} <= names
 
 
+@pytest.mark.system
 def test_closing_ends_in_time_when_consul_hangs(caplog: pytest.LogCaptureFixture) -> None:
     """It returns within its timeout, all parts together, and says that it did not wait."""
     consul = FakeResolver()
@@ -345,6 +354,7 @@ def test_closing_ends_in_time_when_consul_hangs(caplog: pytest.LogCaptureFixture
     consul.let_go("scheduler")
 
 
+@pytest.mark.system
 def test_a_child_is_not_its_parent(memory: Memory) -> None:
     """After a fork the child holds no registration, can register by itself, and closes without
     touching the parent's; the answers it had are still there while it starts."""
@@ -452,6 +462,7 @@ def test_made_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         assert mm.settings.prefix == "env"
 
 
+@pytest.mark.system
 def test_an_agent_that_is_not_there() -> None:
     """Each mode says Unavailable, with the address, not an empty answer."""
     for url in (
@@ -551,6 +562,7 @@ def test_explaining_an_answer(memory: Memory) -> None:
     mm.close()
 
 
+@pytest.mark.system
 def test_waiting_ends_in_time_although_consul_hangs() -> None:
     """However long a question hangs, for a topic or a server of it, the wait is as long as asked
     for; the error says so."""

@@ -182,6 +182,7 @@ def test_keys_are_spread_by_weight() -> None:
         assert abs(counts[host] - total * share) < 4 * math.sqrt(total * share * (1 - share))
 
 
+@pytest.mark.system
 def test_a_key_means_the_same_host_in_every_process() -> None:
     """Python's hash() differs from process to process; this does not."""
     program = (

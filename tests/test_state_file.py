@@ -213,6 +213,7 @@ for number in range(150):
 """
 
 
+@pytest.mark.system
 def test_processes_that_write_in_the_same_moment_lose_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -251,6 +252,7 @@ def test_a_writer_that_hangs_keeps_nobody_from_writing(tmp_path: Path, clock: Ma
         os.close(lock)
 
 
+@pytest.mark.system
 def test_a_child_forked_during_a_write_does_not_keep_the_lock(
     tmp_path: Path, clock: ManualClock
 ) -> None:

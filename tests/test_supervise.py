@@ -86,6 +86,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.mark.system
 def test_the_command_listens_before_anybody_is_sent_to_it() -> None:
     """The registration is made only once the port accepts connections."""
     port, connected = free_port(), []
@@ -111,6 +112,7 @@ def test_a_refused_token_ends_what_has_no_command() -> None:
     assert owner.unregistered >= 1
 
 
+@pytest.mark.system
 def test_a_refused_token_does_not_end_a_command() -> None:
     """The server goes on working; the operator is told once."""
     said: list[str] = []
@@ -146,6 +148,7 @@ PAUSE = (sys.executable, "-c", "import signal; signal.pause()")
 
 
 @pytest.mark.parametrize("command", [(), PAUSE], ids=["alone", "with a command"])
+@pytest.mark.system
 def test_draining_withdraws_first_and_stops_when_it_is_over(command: tuple[str, ...]) -> None:
     """The signal withdraws; only the end of the drain ends what runs, with the usual code."""
     owner = Owner(None, then=terminate_ourselves)
@@ -165,6 +168,7 @@ def test_draining_withdraws_first_and_stops_when_it_is_over(command: tuple[str, 
 
 
 @pytest.mark.parametrize("command", [(), PAUSE], ids=["alone", "with a command"])
+@pytest.mark.system
 def test_the_next_signal_ends_draining_at_once(command: tuple[str, ...]) -> None:
     """However long it would go on."""
     owner = Owner(None, then=terminate_ourselves)
@@ -177,6 +181,7 @@ def test_the_next_signal_ends_draining_at_once(command: tuple[str, ...]) -> None
         owner.drain_is_over.set()
 
 
+@pytest.mark.system
 def test_a_command_that_ends_while_draining_is_not_waited_for(tmp_path: Path) -> None:
     """There is nothing left that peers could reach."""
     owner = Owner(None, then=terminate_ourselves)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from consul_matchmaker.backends.traffic import Traffic
 
 from .doubles import DEADLINE_SECONDS, NO_TRAFFIC, in_thread
@@ -22,6 +24,7 @@ def test_threads_lose_nothing() -> None:
     assert traffic.counts() == {**NO_TRAFFIC, "queries": 40_000, "sent_bytes": 1_600_000}
 
 
+@pytest.mark.system
 def test_a_forked_child_begins_at_0() -> None:
     """Even when another thread of its parent was just counting, with the lock in its hand."""
     traffic = Traffic()

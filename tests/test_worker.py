@@ -236,6 +236,7 @@ def test_a_forgotten_worker_was_never_started(resting: Worker, steps: Steps) -> 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.system
 def test_a_real_fork_leaves_threads_locks_and_stops_behind() -> None:
     """The fork comes while the start lock is held; the child's worker starts, the parent's runs."""
     script = """
