@@ -5,4 +5,6 @@ from .matchmaker import Matchmaker
 from .model import Host, Registration, Snapshot
 from .settings import Settings
 
-__all__ = ["Host", "Matchmaker", "Registration", "Settings", "Snapshot", "errors"]
+__version__ = "0.1.0"
+
+__all__ = ["Host", "Matchmaker", "Registration", "Settings", "Snapshot", "__version__", "errors"]

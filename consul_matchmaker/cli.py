@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import logging
 import math
@@ -13,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from . import doctor
+from . import __version__, doctor
 from .errors import (
     ConfigurationError,
     Denied,
@@ -332,7 +331,6 @@ def _split_command(argv: list[str]) -> tuple[list[str], list[str] | None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    version = f"%(prog)s {importlib.metadata.version(PROGRAM)}"
     parser = _Parser(
         prog=PROGRAM,
         description="Which hosts serve this topic, right now?  A matchmaker over Consul.",
@@ -341,7 +339,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         parents=[_common_options(None, "text", 0)],
     )
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     # The same options after the command: they count only where they are given.
     common = _common_options(*[argparse.SUPPRESS] * 3)

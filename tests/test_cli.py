@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from consul_matchmaker import Matchmaker, Settings
+from consul_matchmaker import Matchmaker, Settings, __version__
 from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.cli import main
 from consul_matchmaker.model import Host, Instance
@@ -335,7 +335,7 @@ def test_help_names_the_exit_codes(run: Run, argv: list[str]) -> None:
 def test_version(run: Run) -> None:
     """The name and the version, on stdout."""
     code, out, _ = run("--version")
-    assert (code, out.split()[0]) == (0, "consul-matchmaker")
+    assert (code, out) == (0, f"consul-matchmaker {__version__}\n")
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,29 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def test_the_readme_can_be_read_on_a_package_index() -> None:
+    """Its links are absolute; files of the repository are named, and exist."""
+    text = PAGES[0].read_text()
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert [target for target in targets if "://" not in target] == []
+    named = re.findall(r"`((?:docs/[\w/.-]+|[A-Z]+(?:\.md)?))`", text)
+    files = [name for name in named if "/" in name or name.endswith(".md")]
+    assert len(files) >= 7
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_names_every_extra_for_users() -> None:
+    """An adapter that needs more says in the README how it is installed."""
+    text = PAGES[0].read_text()
+    project = (ROOT / "pyproject.toml").read_text()
+    extras = re.search(r"\[project.optional-dependencies\]\n(.*?)\n\n", project, re.DOTALL)
+    assert extras is not None
+    names = set(re.findall(r"^([\w-]+) = \[", extras[1], re.MULTILINE))
+    assert {"metrics", "oslo"} <= names
+    for name in names - {"test", "lint", "bench"}:
+        assert f"`{name}`" in text
+
+
 def test_every_command_is_documented() -> None:
     """The page of the command line has a section for each command, and no other."""
     text = (ROOT / "docs" / "command-line.md").read_text()

@@ -5,7 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 
-from consul_matchmaker import Host, Matchmaker, Registration, Settings, Snapshot, aio, errors
+from consul_matchmaker import (
+    Host,
+    Matchmaker,
+    Registration,
+    Settings,
+    Snapshot,
+    __version__,
+    aio,
+    errors,
+)
 from consul_matchmaker.backends import Registrar, Resolver
 from consul_matchmaker.backends.memory import Memory
 
@@ -122,6 +131,8 @@ def make() -> None:
     Matchmaker(Settings.from_url("consul+kv://127.0.0.1:8500/matchmaker")).close()
     Matchmaker.from_env().close()
 
+
+VERSION: str = __version__
 
 EXCEPTIONS: tuple[type[errors.MatchmakerError], ...] = (
     errors.Closed,
