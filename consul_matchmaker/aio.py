@@ -199,11 +199,11 @@ class Matchmaker:
         return await off_loop(lambda: self.sync.expire(topic, host))
 
     async def orphans(self) -> dict[str, str]:
-        """Keys under the prefix that nobody will ever remove, each with the reason."""
+        """Keys under the prefix that nobody will remove, or that are not ours, with the reason."""
         return await off_loop(self.sync.orphans)
 
     async def sweep(self) -> list[str]:
-        """Remove the `orphans` that no session holds, and return their keys."""
+        """Remove those `orphans` that are ours and held by no session; return what is gone."""
         return await off_loop(self.sync.sweep)
 
     # -- what callers found out

@@ -417,10 +417,13 @@ def _parser() -> argparse.ArgumentParser:
     sweep = command(
         "sweep",
         _sweep,
-        "print the keys under the prefix that nobody will ever remove, with the reason",
+        "print the keys under the prefix that nobody will ever remove or that are not ours, "
+        "with the reason",
     )
     sweep.add_argument(
-        "--remove", action="store_true", help="remove them, except those that a session holds"
+        "--remove",
+        action="store_true",
+        help="remove those that are named as ours and that no session holds",
     )
     command("status", _status, "print which Consul is asked, and whether it answers")
     command("doctor", _doctor, "examine what this needs of Consul, and say what to do")

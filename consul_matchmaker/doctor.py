@@ -166,6 +166,8 @@ def _version(agent: Agent, address: Host) -> str:
 
 
 def _of_keys(kv: Kv, settings: Settings) -> Iterator[Finding]:
+    from .backends.kv import NOT_OURS
+
     what = f"reading {settings.prefix}/"
     try:
         orphans = kv.orphans()
@@ -173,16 +175,25 @@ def _of_keys(kv: Kv, settings: Settings) -> Iterator[Finding]:
         yield Finding("fail", what, str(error))
         return
     yield Finding("ok", what, "allowed")
-    if orphans:
-        key, reason = next(iter(orphans.items()))
+    foreign = [key for key, reason in orphans.items() if reason == NOT_OURS]
+    left = [key for key, reason in orphans.items() if reason != NOT_OURS]
+    what = f"keys under {settings.prefix}/"
+    if left:
         yield Finding(
             "warn",
-            f"keys under {settings.prefix}/",
-            f"{len(orphans)} that nobody will remove, such as {key!r} ({reason}): look at them "
-            "with `consul-matchmaker sweep`",
+            what,
+            f"{len(left)} that no session holds and nobody will remove, such as {left[0]!r}: "
+            "`consul-matchmaker sweep` lists them, and removes them with --remove",
         )
-    else:
-        yield Finding("ok", f"keys under {settings.prefix}/", "every one is understood and held")
+    if foreign:
+        yield Finding(
+            "warn",
+            f"{what} that are not ours",
+            f"{len(foreign)}, such as {foreign[0][:100]!r}: nothing here ever touches them; "
+            "if another program keeps them there, give this one a prefix of its own",
+        )
+    if not orphans:
+        yield Finding("ok", what, "every one is understood and held")
 
 
 def _with_a_session(kv: Kv) -> str:

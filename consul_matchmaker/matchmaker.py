@@ -237,7 +237,7 @@ class Matchmaker:
         return count
 
     def orphans(self) -> dict[str, str]:
-        """Keys under the prefix that nobody will ever remove, each with the reason.
+        """Keys under the prefix that nobody will remove, or that are not ours, with the reason.
 
         Raises Unavailable, Denied, and ConfigurationError in catalog mode.
         """

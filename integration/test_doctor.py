@@ -39,9 +39,10 @@ def test_keys_that_are_not_ours(agent: Node, prefix: str) -> None:
     """A warning is no failure."""
     tell(agent, "PUT", f"/v1/kv/{prefix}/strange", "x")
     code, found = examined(f"consul+kv://{agent.http}/{prefix}")
-    level, text = found[f"keys under {prefix}/"]
+    level, text = found[f"keys under {prefix}/ that are not ours"]
     assert (code, level) == (0, "warn")
     assert f"{prefix}/strange" in text
+    assert "sweep" not in text
 
 
 def test_a_wrong_domain_and_a_wrong_datacenter(agent: Node) -> None:

@@ -1,15 +1,18 @@
 """kv mode's backend and its watcher against a real Consul, also while agents and servers fail."""
 
+import base64
 import contextlib
+import json
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from consul_matchmaker.backends.agent import Agent
-from consul_matchmaker.backends.kv import Kv
+from consul_matchmaker.backends.kv import NOT_OURS, Kv
 from consul_matchmaker.demo.consul_probe import Node
 from consul_matchmaker.errors import LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Registration, Snapshot
@@ -147,10 +150,38 @@ def test_a_key_without_a_session_is_an_orphan(kv: Kv, agent: Node, prefix: str, 
     tell(agent, "PUT", f"/v1/kv/{prefix}/rubbish", "x")
     assert kv.orphans() == {
         text: "held by no session",
-        f"{prefix}/rubbish": "not a key of ours",
+        f"{prefix}/rubbish": NOT_OURS,
     }
     assert set(kv.renew(lease)) == set()
     kv.release(lease)
+
+
+@pytest.mark.finding("B1")
+@pytest.mark.finding("E6")
+@pytest.mark.finding("E7")
+def test_sweep_says_what_it_did(kv: Kv, agent: Node, prefix: str, topic: str) -> None:
+    """Of keys of every kind those are gone that it names, and no other, however large they are."""
+    lease = kv.open()
+    kv.publish(lease, Registration(topic, ONE))
+    lost = [Key(topic, TWO, str(uuid.uuid4())).under(prefix) for _ in range(70)]
+    strange = ["..", "./x", "a%2fb", "a b", "q?x=1", "h#x", "eu/_", "ü", "a/b/c", "a/b/c/d/e"]
+    # By transactions: keys in paths are tidied up by Consul.
+    put_all(agent, lost[:60])
+    put_all(agent, [*lost[60:], *(f"{prefix}/{each}" for each in strange)])
+    for number in range(180):  # 70 MB of values: more than any answer may have
+        put_all(agent, [f"{prefix}/big/{number}"], b"x" * 390_000)
+    before = set(ask(agent, f"/v1/kv/{prefix}/?keys"))
+    found = kv.orphans()
+    assert {key for key, reason in found.items() if reason != NOT_OURS} == set(lost)
+    assert kv.sweep() == sorted(lost)
+    assert before - set(ask(agent, f"/v1/kv/{prefix}/?keys")) == set(lost)
+    kv.release(lease)
+
+
+def put_all(agent: Node, keys: list[str], value: bytes = b"x") -> None:
+    said = base64.b64encode(value).decode()
+    wanted = [{"KV": {"Verb": "set", "Key": key, "Value": said}} for key in keys]
+    tell(agent, "PUT", "/v1/txn", json.dumps(wanted))
 
 
 def test_renewing_writes_nothing_to_raft(kv: Kv, agent: Node, cluster: Cluster, topic: str) -> None:

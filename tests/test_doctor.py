@@ -186,20 +186,43 @@ def test_a_token_that_may_nothing() -> None:
     assert token not in repr(found)
 
 
-def test_keys_that_nobody_removes() -> None:
-    """Counted, one of them named, with the command that lists them."""
-    strange = json.dumps([{"Key": "matchmaker/x", "ModifyIndex": 5}]).encode()
+LOST = "matchmaker/scheduler/10_2e0_2e0_2e1_3a9501/00000000-0000-0000-0000-000000000000"
+
+
+def of_keys(*keys: str) -> list[Finding]:
+    """What is found of *keys*, none of which a session holds."""
 
     def behave(request: Any) -> bytes:
         if request.path == "/v1/status/leader":
             return LEADER
-        return reply(body=strange if request.path == "/v1/kv/matchmaker/" else b'{"ID": "1"}')
+        if request.target == "/v1/kv/matchmaker/?keys=":
+            return reply(body=json.dumps(keys).encode())
+        if request.path == "/v1/txn":
+            return reply(409, b'{"Errors": [{"OpIndex": 0}]}')
+        if request.path == f"/v1/kv/{LOST}":
+            return reply(body=b'[{"ModifyIndex": 5}]')
+        return reply(body=b'{"ID": "1"}')
 
     with Server(behave) as server:
-        found = of_http(server.address)
-    assert levels(found)[1:3] == ["ok", "warn"]
-    assert "'matchmaker/x'" in found[2].text
-    assert "sweep" in found[2].text
+        return [each for each in of_http(server.address) if each.what.startswith("keys")]
+
+
+def test_keys_that_nobody_removes() -> None:
+    """Counted, one of them named, with the command that lists and removes them."""
+    (found,) = of_keys(LOST)
+    assert found.level == "warn"
+    assert repr(LOST) in found.text
+    assert "sweep" in found.text
+
+
+@pytest.mark.finding("B1")
+def test_keys_that_are_not_ours_are_named_and_their_removal_is_not_recommended() -> None:
+    """They may be another program's data, and the prefix a mistyped one."""
+    (found,) = of_keys("matchmaker/x", "matchmaker/y/z")
+    assert found.level == "warn"
+    assert "'matchmaker/x'" in found.text
+    assert "sweep" not in found.text and "--remove" not in found.text
+    assert [each.level for each in of_keys(LOST, "matchmaker/x")] == ["warn", "warn"]
 
 
 # --- the command ---------------------------------------------------------------------------------

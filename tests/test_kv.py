@@ -11,7 +11,13 @@ from urllib.parse import unquote
 import pytest
 
 from consul_matchmaker.backends.agent import Answer
-from consul_matchmaker.backends.kv import CHECKS_PER_REQUEST, Kv
+from consul_matchmaker.backends.kv import (
+    CHECKS_PER_REQUEST,
+    NOT_OURS,
+    REMEMBERED_KEYS,
+    REMEMBERED_LENGTH,
+    Kv,
+)
 from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Instance, Lease, Registration
 from consul_matchmaker.naming import Key
@@ -164,14 +170,14 @@ class FakeConsul:
         if not params:
             if is_hidden(key):
                 return 403, b"Permission denied"
-            return (200, b"value") if key in self.keys else (404, b"")
+            if key not in self.keys:
+                return 404, b""
+            entry = {"Key": key, "Value": None, "ModifyIndex": self.indexes.get(key, 1)}
+            holder = self.keys[key][1]
+            return 200, [entry | ({"Session": holder} if holder else {})]
         found = sorted(each for each in self.keys if each.startswith(key) and not is_hidden(each))
         if "recurse" in params:
-            entries = [
-                {"Key": each, "Value": None, "ModifyIndex": self.indexes.get(each, 1)}
-                | ({"Session": self.keys[each][1]} if self.keys[each][1] else {})
-                for each in found
-            ]
+            entries = [self._get(each, {})[1][0] for each in found]
             return (200, entries) if entries else (404, b"")
         if "separator" in params:
             cut = {
@@ -467,13 +473,19 @@ def test_foreign_keys_are_ignored_counted_and_said_once(consul, kv, caplog):
     assert kv.status() == {"agent": "fake:8500", "unknown_keys": 2}
 
 
+@pytest.mark.finding("E9")
+def test_a_long_foreign_key_is_shortened_in_the_log(consul, kv, caplog):
+    """A stranger's key of half a megabyte is no log line."""
+    consul.keys["matchmaker/scheduler/" + "x" * 500_000] = [b"", None]
+    kv.lookup("scheduler")
+    assert len(caplog.text) < 1000
+
+
 @pytest.mark.parametrize("body", [b"", b"{}", b"null", b"[1]", b'["a", null]', b'"text"', b"<ht"])
 def test_an_answer_that_is_no_list_of_keys_is_unavailable(consul, kv, body):
     """A foreign answer is never taken for "no hosts"."""
     consul._get = lambda key, params: (200, body)
     for ask in (lambda: kv.lookup("t"), kv.topics, lambda: kv.poll(0, 1), kv.orphans):
-        if ask == kv.orphans and body in (b"{}", b"null"):
-            continue  # they have no entries either
         with pytest.raises(Unavailable):
             ask()
 
@@ -511,6 +523,44 @@ def test_a_topic_one_may_read_is_empty_though_others_are_hidden(consul, kv):
     """Rights are looked at where the question was asked."""
     consul.hidden = ("matchmaker/secret/", "matchmaker/_")
     assert kv.lookup("scheduler").hosts == ()
+
+
+class Counting(Kv):
+    """Counts how many keys it takes apart."""
+
+    parses = 0
+
+    def _parse(self, text):
+        self.parses += 1
+        return super()._parse(text)
+
+
+@pytest.mark.finding("C2")
+def test_one_key_more_than_are_remembered_costs_about_one_key_more():
+    """An answer that lists a few keys too many still finds nearly all others remembered."""
+    lease, extra = str(uuid.uuid4()), 100
+    keys = [
+        Key("scheduler", Host("10.0.0.1", number % 60000 + 1), lease, f"s{number}").under(PREFIX)
+        for number in range(REMEMBERED_KEYS + extra)
+    ]
+    consul = FakeConsul()
+    consul._get = lambda key, params: (200, keys)
+    kv = Counting(consul, Settings(mode="kv"))
+    kv.lookup("scheduler")
+    assert kv.parses == REMEMBERED_KEYS + extra
+    kv.lookup("scheduler")
+    assert kv.parses - len(keys) < 10 * extra
+
+
+@pytest.mark.finding("E9")
+def test_long_keys_of_strangers_are_not_remembered(consul):
+    """Whoever rewrites keys of half a megabyte must not fill our memory, nor our log."""
+    kv = Counting(consul, Settings(mode="kv"))
+    long = "matchmaker/scheduler/" + "x" * REMEMBERED_LENGTH
+    consul.keys[long] = [b"", None]
+    for n_lookups in (1, 2):
+        kv.lookup("scheduler")
+        assert kv.parses == n_lookups
 
 
 # -- polling --------------------------------------------------------------------------------------
@@ -613,27 +663,43 @@ def test_orphans_are_keys_that_nobody_will_remove(consul, kv):
     lost = Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)
     consul.keys[lost] = [b"", None]
     consul.keys["matchmaker/rubbish"] = [b"", None]
-    assert kv.orphans() == {
-        lost: "held by no session",
-        "matchmaker/rubbish": "not a key of ours",
-    }
+    assert kv.orphans() == {lost: "held by no session", "matchmaker/rubbish": NOT_OURS}
 
 
-def test_sweep_removes_what_nobody_holds(consul, kv):
-    """Never a key that a session holds, whoever named it, nor one that changed meanwhile."""
+@pytest.mark.finding("B1")
+def test_sweep_removes_only_keys_of_ours_that_nobody_holds(consul, kv):
+    """Never a key that is not named as ours are, never one that a session holds."""
     lease = kv.open()
     kv.publish(lease, Registration("scheduler", ONE))
-    consul.keys[SENTINEL] = [b"", None]
-    consul.keys["matchmaker/rubbish?x"] = [b"", None]
-    consul.keys["matchmaker/foreign"] = [b"", lease.id]
-    assert kv.orphans() == {
-        "matchmaker/rubbish?x": "not a key of ours",
-        "matchmaker/foreign": "not a key of ours, but a session holds it",
+    lost = Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)
+    taken = Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)
+    consul.keys |= {
+        SENTINEL: [b"", None],
+        "matchmaker/config": [b"", None],
+        "matchmaker/rubbish?x": [b"", None],
+        "matchmaker/foreign": [b"", lease.id],
+        "matchmaker/scheduler/10.0.0.1:9501/x": [b"", None],
+        lost: [b"", None],
+        taken: [b"", lease.id],  # by another session than its name says
     }
     before = set(consul.keys)
-    assert kv.sweep() == ["matchmaker/rubbish?x"]
-    assert before - set(consul.keys) == {"matchmaker/rubbish?x"}
+    assert kv.sweep() == [lost]
+    assert before - set(consul.keys) == {lost}
 
+
+@pytest.mark.finding("B1")
+def test_a_mistyped_prefix_costs_another_program_nothing(consul):
+    """Its tree is listed, and stays to the last key."""
+    consul.keys |= {f"app/config/{name}": [b"", None] for name in ("a", "b/c", "d/e/f")}
+    before = dict(consul.keys)
+    kv = kv_over(consul, prefix="app")
+    assert kv.orphans() == dict.fromkeys(before, NOT_OURS)
+    assert kv.sweep() == []
+    assert consul.keys == before
+
+
+def test_a_key_that_changed_since_it_was_looked_at_stays(consul, kv):
+    """Its owner is back."""
     lost = Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)
     consul.keys[lost] = [b"", None]
     call = consul.call
@@ -646,6 +712,76 @@ def test_sweep_removes_what_nobody_holds(consul, kv):
     consul.call = acquired_meanwhile
     assert kv.sweep() == []
     assert lost in consul.keys
+
+
+@pytest.mark.finding("E6")
+def test_what_sweep_says_it_removed_is_read_back(consul, kv):
+    """Consul says true of a deletion that found nothing, or that somebody undid at once."""
+    lost = Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)
+    consul.keys[lost] = [b"", None]
+    call = consul.call
+
+    def written_again(method, path, *args, **how):
+        answer = call(method, path, *args, **how)
+        if method == "DELETE":
+            consul.keys[lost] = [b"", None]
+        return answer
+
+    consul.call = written_again
+    assert kv.sweep() == []
+
+
+@pytest.mark.finding("E6")
+def test_strange_keys_do_not_stop_a_sweep_and_nested_prefixes_keep_their_mark(consul, kv):
+    """Such keys are never asked for: only keys in our own alphabet are."""
+    lost = Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)
+    strange = ["matchmaker/..", "matchmaker//x", "matchmaker/a%2fb", "matchmaker/\x1b[31m"]
+    consul.keys |= {each: [b"", None] for each in [*strange, "matchmaker/eu/_", lost]}
+    assert kv.sweep() == [lost]
+    assert "matchmaker/eu/_" not in kv.orphans()
+    assert set(consul.keys) == {*strange, "matchmaker/eu/_"}
+
+
+@pytest.mark.finding("E7")
+def test_orphans_are_found_by_their_keys(consul, kv):
+    """Values, which strangers may make as large as Consul allows, are read of suspects alone."""
+    lease = kv.open()
+    for port in range(1, 2 * CHECKS_PER_REQUEST):
+        kv.publish(lease, Registration("scheduler", Host("10.0.0.1", port)))
+    consul.keys |= {f"matchmaker/big/{number}": [b"", None] for number in range(97)}
+    lost = Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)
+    consul.keys[lost] = [b"", None]
+    consul.calls.clear()
+    assert kv.orphans()[lost] == "held by no session"
+    assert [path for method, path, params in consul.calls if method == "GET" and not params] == [
+        f"/v1/kv/{lost}"
+    ]
+    assert not any("recurse" in params for _, _, params in consul.calls)
+
+
+def test_a_check_that_was_not_made_proves_nothing(consul, kv):
+    """Consul names some operations as failed and makes none of the others: they are asked again."""
+    lost = [Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX) for _ in range(3)]
+    consul.keys |= {key: [b"", None] for key in lost}
+    txn = consul._txn
+
+    def naming_one(operations):
+        status, said = txn(operations)
+        return status, {"Errors": (said["Errors"] or [])[:1]}
+
+    consul._txn = naming_one
+    assert set(kv.orphans()) == set(lost)
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b"{}", b'{"Errors": []}', b'{"Errors": [{"OpIndex": 9}]}', b"x"]
+)
+def test_a_refusal_that_names_nothing_we_asked_is_unavailable(consul, kv, body):
+    """So no answer makes it ask for ever."""
+    consul.keys[Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)] = [b"", None]
+    consul._txn = lambda operations: (409, body)
+    with pytest.raises(Unavailable):
+        kv.orphans()
 
 
 def test_no_keys_no_orphans(kv):

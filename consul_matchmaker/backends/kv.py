@@ -12,14 +12,13 @@ import json
 import logging
 import math
 import os
+import random
 import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import lru_cache
-from urllib.parse import quote
 
 from ..errors import Denied, LeaseLost, Unavailable
 from ..model import Host, Instance, Lease, Registration, Snapshot
@@ -34,6 +33,10 @@ CHECKS_PER_REQUEST = 64
 """Operations that Consul takes in one transaction: 64 until 1.14, 128 since (fact B12)."""
 REMEMBERED_KEYS = 16384
 """Keys whose parts are remembered from one answer to the next; about 10 MB when full."""
+REMEMBERED_LENGTH = 1000
+"""Longer keys are taken apart each time: Consul takes keys of half a megabyte from anybody."""
+NOT_OURS = "not a key of ours, left alone"
+"""Why a key that is not named as we name keys is among the orphans."""
 CONSUL_SESSION_TTL_MIN_SECONDS = 10
 """Consul's own floor, unless the servers' session_ttl_min lowers it (fact B1)."""
 LATE_SECONDS = 60.0
@@ -53,13 +56,50 @@ class _Entry:
     place: tuple[str, int, str]
     """Host and server: what Host says of equality and order, at a tenth of what that costs."""
     instance: Instance
+    lease_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Orphan:
     reason: str
-    is_held: bool
-    index: int
+    index: int | None = None
+    """Its ModifyIndex, where it may be removed."""
+
+
+class _Remembered:
+    """What was made of texts, at most *places* of them.  Thread-safe.
+
+    When full, a new one takes the place of any other: in the order of use, an answer that is one
+    key longer than what is remembered would find none of its keys again.
+    """
+
+    def __init__(self, make: Callable[[str], _Entry | None], places: int) -> None:
+        self._make = make
+        self._places = places
+        self._lock = threading.Lock()
+        self._made: dict[str, _Entry | None] = {}
+        self._order: list[str] = []
+
+    def __call__(self, text: str) -> _Entry | None:
+        try:
+            return self._made[text]
+        except KeyError:
+            pass
+        entry = self._make(text)
+        if len(text) <= REMEMBERED_LENGTH:
+            with self._lock:
+                if text not in self._made:
+                    self._put(text, entry)
+        return entry
+
+    def _put(self, text: str, entry: _Entry | None) -> None:
+        if len(self._order) < self._places:
+            self._order.append(text)
+        else:
+            place = random.randrange(self._places)
+            del self._made[self._order[place]]
+            self._order[place] = text
+        self._made[text] = entry
 
 
 class Kv:
@@ -95,7 +135,7 @@ class Kv:
         self._published: dict[str, dict[Registration, float]] = {}
         self._unanswered: set[tuple[str, Registration]] = set()  # publishes that may still arrive
         # Successive answers hold nearly the same keys, and taking one apart is what costs.
-        self._parsed = lru_cache(REMEMBERED_KEYS)(self._parse)
+        self._parsed = _Remembered(self._parse, REMEMBERED_KEYS)
         self._unknown_keys = 0
         self.polled_bytes = 0
         self._may_write_sentinel = True
@@ -159,46 +199,79 @@ class Kv:
     def orphans(self) -> dict[str, str]:
         """Keys under the prefix that nobody will remove, each with the reason.
 
-        They are held by no session, or not named as we name keys; the sentinel is neither.
+        They are held by no session, or not named as we name keys (`NOT_OURS`); a sentinel, also
+        that of a prefix below this one, is neither.  Values are read of those alone that the
+        session in their name does not hold.
         """
         return {key: entry.reason for key, entry in self._orphans().items()}
 
     def _orphans(self) -> dict[str, _Orphan]:
-        answer = self._agent.call("GET", _kv(self._prefix + "/"), {"recurse": ""}, accept=(404,))
-        entries = [] if answer.status == 404 else answer.json()
-        if not entries:
+        answer = self._agent.call("GET", _kv(self._prefix + "/"), {"keys": ""}, accept=(404,))
+        keys = _keys_of(answer)
+        if not keys:
             self._prove_readable(self._prefix + "/", answer)
         found: dict[str, _Orphan] = {}
+        ours: list[tuple[str, str]] = []
+        for text in keys:
+            entry = self._parsed(text)
+            if entry is not None:
+                ours.append((text, entry.lease_id))
+            elif not text.endswith(f"/{SENTINEL}"):
+                found[text] = _Orphan(NOT_OURS)
+        for start in range(0, len(ours), CHECKS_PER_REQUEST):
+            for text in self._not_held(ours[start : start + CHECKS_PER_REQUEST]):
+                index = self._index_without_session(text)
+                if index is not None:
+                    found[text] = _Orphan("held by no session", index)
+        return dict(sorted(found.items()))
+
+    def _not_held(self, checks: Collection[tuple[str, str]]) -> list[str]:
+        """Those of *checks*, pairs of key and session, where that session does not hold the key."""
+        left, failed = dict(checks), list[str]()
+        while left:
+            texts = list(left)
+            wanted = [
+                {"KV": {"Verb": "check-session", "Key": text, "Session": left[text]}}
+                for text in texts
+            ]
+            answer = self._agent.call("PUT", "/v1/txn", body=_json(wanted), accept=(409,))
+            if answer.status == 200:
+                break
+            # Consul may have made none but those it names: the rest is asked again.
+            for number in _failed_operations(answer, len(texts)):
+                failed.append(texts[number])
+                del left[texts[number]]
+        return failed
+
+    def _index_without_session(self, key: str) -> int | None:
+        """The ModifyIndex of *key* if it exists and no session holds it."""
+        answer = self._agent.call("GET", _kv(key), accept=(404,))
+        if answer.status == 404:
+            return None
         try:
-            for entry in entries:
-                text = entry["Key"]
-                if text == f"{self._prefix}/{SENTINEL}":
-                    continue
-                is_held = bool(entry.get("Session"))
-                if self._parsed(text) is None:
-                    reason = "not a key of ours" + (", but a session holds it" if is_held else "")
-                elif is_held:
-                    continue
-                else:
-                    reason = "held by no session"
-                found[text] = _Orphan(reason, is_held, int(entry["ModifyIndex"]))
+            (entry,) = answer.json()
+            return None if entry.get("Session") else int(entry["ModifyIndex"])
         except (TypeError, KeyError, ValueError, AttributeError):
             raise answer.unexpected() from None
-        return found
 
     def sweep(self) -> list[str]:
-        """Remove the orphans that no session holds, and return their keys.
+        """Remove the keys of ours that no session holds; return those that are gone.
 
-        A key that was acquired or written since it was looked at stays.
+        Keys that are not ours are never touched: the prefix may be another program's.  A key that
+        was acquired or written since it was looked at stays.
         """
         removed = []
         for key, entry in self._orphans().items():
-            if entry.is_held:
+            if entry.index is None:
                 continue
-            answer = self._agent.call("DELETE", _kv(quote(key)), {"cas": str(entry.index)})
-            if answer.json() is True:
+            answer = self._agent.call("DELETE", _kv(key), {"cas": str(entry.index)})
+            # Read back: Consul says true also where there was nothing to delete.
+            if answer.json() is True and self._is_gone(key):
                 removed.append(key)
         return removed
+
+    def _is_gone(self, key: str) -> bool:
+        return self._agent.call("GET", _kv(key), accept=(404,)).status == 404
 
     def prove_writable(self) -> None:
         """Raise Denied when the token may not write under the prefix.  Writes nothing: the index
@@ -344,9 +417,7 @@ class Kv:
             answer = self._agent.poll(_kv(folder), params, wait_seconds, accept=(404,))
             if not answer.index:  # without one the next poll would not wait
                 raise answer.unexpected()
-        keys = [] if answer.status == 404 else answer.json()
-        if not (isinstance(keys, list) and set(map(type, keys)) <= {str}):
-            raise answer.unexpected()
+        keys = _keys_of(answer)
         if not keys:
             self._prove_readable(folder, answer)
         return keys, answer
@@ -382,7 +453,7 @@ class Kv:
                 "ignoring %d keys under %s/ that are not ours, such as %r",
                 len(unknown),
                 self._prefix,
-                unknown[0],
+                unknown[0][:100],
             )
         if unknown:
             self._unknown_keys = len(unknown)
@@ -394,7 +465,7 @@ class Kv:
         except ValueError:  # ConfigurationError is one
             return None
         place = key.host.address, key.host.port or 0, key.server or ""
-        return _Entry(key.topic, place, Instance(key.host, key.server))
+        return _Entry(key.topic, place, Instance(key.host, key.server), key.lease_id)
 
     def _snapshot(
         self, topic: str, entries: Iterable[_Entry], details: Mapping[str, object]
@@ -498,6 +569,24 @@ def _details(answer: Answer, keys: Sequence[str]) -> dict[str, object]:
         "index": answer.index,
         "keys": len(keys),
     }
+
+
+def _keys_of(answer: Answer) -> list[str]:
+    keys = [] if answer.status == 404 else answer.json()
+    if not (isinstance(keys, list) and set(map(type, keys)) <= {str}):
+        raise answer.unexpected()
+    return keys
+
+
+def _failed_operations(answer: Answer, count: int) -> set[int]:
+    """Which of *count* operations of a transaction Consul names as failed; at least one."""
+    try:
+        failed = {int(error["OpIndex"]) for error in answer.json()["Errors"]}
+    except (TypeError, KeyError, ValueError):
+        raise answer.unexpected() from None
+    if not failed or not failed <= set(range(count)):
+        raise answer.unexpected()
+    return failed
 
 
 def _kv(key: str) -> str:
