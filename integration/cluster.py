@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from consul_matchmaker.demo.consul_probe import (
@@ -142,23 +143,36 @@ def _join_again(cluster: Cluster, name: str) -> None:
 
 
 class LocalTestCluster(LocalCluster):
-    """A LocalCluster that can also cut a node off, by firewall rules (Linux, as root)."""
+    """A LocalCluster that can also cut a node off (Linux): as root by firewall rules.
+
+    With `relayed`, which anybody else gets, a relay process stands between the nodes instead.
+    """
 
     FIRST_GROUP = 52001  # any ids nobody else runs under: the rules tell the processes apart by it
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, relayed: bool | None = None, **options: Any) -> None:
         self.is_disturbed = False
-        self._can_partition = sys.platform == "linux" and os.geteuid() == 0
-        self._cut_off: dict[str, LoopbackPartition] = {}
-        super().__init__(group_of=self._group if self._can_partition else None, **options)
+        if relayed is None:
+            relayed = os.geteuid() != 0
+        self._relay = NodeRelay() if relayed and sys.platform == "linux" else None
+        self._has_firewall = not relayed and sys.platform == "linux"
+        self._cut_off: dict[str, LoopbackPartition | RelayPartition] = {}
+        super().__init__(group_of=self._group if self._has_firewall else None, **options)
 
     def close(self, *, keep_logs: bool = False) -> None:
         for name in list(self._cut_off):
             self._cut_off.pop(name).remove()
         super().close(keep_logs=keep_logs)
+        if self._relay is not None:
+            self._relay.close()
 
     def _group(self, name: str) -> int:
         return self.FIRST_GROUP + list(self.nodes).index(name)
+
+    def _advertised(self, name: str, address: str, ports: Mapping[str, int]) -> str:
+        if self._relay is None:
+            return address
+        return self._relay.add(name, address, self.folder / name, ports)
 
     def kill(self, name: str) -> None:
         self.is_disturbed = True
@@ -173,13 +187,14 @@ class LocalTestCluster(LocalCluster):
         super().pause(name)
 
     def partition(self, name: str) -> None:
-        if not self._can_partition:
-            raise ClusterError(
-                "cutting off a local node needs Linux and root (firewall rules): "
-                "run as root, or with --cluster=docker"
-            )
+        if not self._has_firewall and self._relay is None:
+            raise ClusterError("cutting off a local node needs Linux: use --cluster=docker")
         self.is_disturbed = True
-        if name not in self._cut_off:
+        if name in self._cut_off:
+            return
+        if self._relay is not None:
+            self._cut_off[name] = RelayPartition(self._relay, name)
+        else:
             address = self.nodes[name].rpc.rpartition(":")[0]
             self._cut_off[name] = LoopbackPartition(address, self._group(name))
 
@@ -197,6 +212,54 @@ class LocalTestCluster(LocalCluster):
             self.start(name)
         self.wait_ready()
         self.is_disturbed = False
+
+
+class NodeRelay:
+    """The process of `relay.py`, for nodes of one cluster; it ends with ours."""
+
+    ADDRESSES_APART = 100  # 127.x.y.1 is reached at 127.x.y.101
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(Path(__file__).with_name("relay.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C in the terminal is for us, not for it
+        )
+
+    def add(self, name: str, address: str, folder: Path, ports: Mapping[str, int]) -> str:
+        """Relay to the node at *address*, whose files are in *folder*; return where."""
+        network, _, number = address.rpartition(".")
+        relayed = f"{network}.{int(number) + self.ADDRESSES_APART}"
+        server, serf = ports["server"], ports["serf_lan"]
+        self.tell(f"node {name} {address} {relayed} {folder} {server},{serf} {serf}")
+        return relayed
+
+    def tell(self, command: str) -> None:
+        """Have *command* carried out.  Raises ClusterError when the relay has ended."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{command}\n")
+        self._process.stdin.flush()
+        if self._process.stdout.readline() != "done\n":
+            raise ClusterError(f"the relay between the nodes ended at `{command}`")
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._process.kill()
+        self._process.communicate()
+
+
+class RelayPartition:
+    """One node, cut off from construction until `remove()`."""
+
+    def __init__(self, relay: NodeRelay, name: str) -> None:
+        self._relay, self._name = relay, name
+        relay.tell(f"cut {name}")
+
+    def remove(self) -> None:
+        self._relay.tell(f"heal {self._name}")
 
 
 class LoopbackPartition:

@@ -31,9 +31,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("consul cluster")
     group.addoption(
         "--cluster",
-        choices=("docker", "local", "auto"),
+        choices=("docker", "local", "relayed", "auto"),
         default="auto",
-        help="where the Consul cluster runs; auto: in Docker when an engine answers, else locally",
+        help="where the Consul cluster runs; relayed: locally, with a relay between the nodes, as "
+        "local is where the user is not root; auto: in Docker when an engine answers, else locally",
     )
     group.addoption("--no-skips", action="store_true", help="a skipped test makes the run fail")
 
@@ -71,7 +72,7 @@ def pytest_terminal_summary(
 
 @pytest.fixture(scope="session")
 def cluster_kind(pytestconfig: pytest.Config) -> str:
-    """`docker` or `local`: where this run's cluster is."""
+    """`docker`, `local` or `relayed`: where this run's cluster is."""
     kind = str(pytestconfig.getoption("--cluster"))
     if kind == "auto":
         return "docker" if compose_command() else "local"
@@ -127,7 +128,7 @@ def cluster(cluster_kind: str, request: pytest.FixtureRequest) -> Iterator[Clust
             docker_cluster.close()
         return
     try:
-        local_cluster = LocalTestCluster()
+        local_cluster = LocalTestCluster(relayed=True if cluster_kind == "relayed" else None)
         local_cluster.__enter__()
     except ConsulNotFound as error:
         pytest.fail(str(error))

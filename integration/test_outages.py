@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +54,8 @@ def killed(cluster: Cluster) -> Iterator[None]:
 @contextlib.contextmanager
 def firewalled(cluster: Cluster) -> Iterator[None]:
     """Packets from and to it are dropped, those of open connections too."""
+    if os.geteuid() != 0 or shutil.which("iptables") is None:
+        pytest.skip("a firewall between us and the agent needs Linux, root and iptables")
     node = cluster.nodes["agent1"]
     ports = [("tcp", node.http), ("tcp", node.dns), ("udp", node.dns)]
     rules = [

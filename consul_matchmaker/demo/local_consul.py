@@ -286,10 +286,12 @@ class LocalCluster:
 
         folder = self.folder / name
         folder.mkdir()
+        advertised = self._advertised(name, address, ports)
         config: dict[str, Any] = {
             "node_name": name,
             "data_dir": str(folder / "data"),
             "bind_addr": address,
+            "advertise_addr": advertised,
             "client_addr": address,
             "ports": {**ports, "serf_wan": -1},
             "retry_join": self._join_addresses,  # the list itself: it is still growing
@@ -308,16 +310,20 @@ class LocalCluster:
 
         ports = config["ports"]
         if is_server:
-            self._join_addresses.append(f"{address}:{ports['serf_lan']}")
+            self._join_addresses.append(f"{advertised}:{ports['serf_lan']}")
         self._nodes[name] = Node(
             name=name,
             is_server=is_server,
             http=f"{address}:{max(ports['http'], 0) or DEFAULT_PORTS['http']}",
             dns=f"{address}:{max(ports['dns'], 0) or DEFAULT_PORTS['dns']}",
-            rpc=f"{address}:{ports['server']}",
+            rpc=f"{advertised}:{ports['server']}",
             serves_http=ports["http"] > 0,
             serves_dns=ports["dns"] > 0,
         )
+
+    def _advertised(self, name: str, address: str, ports: Mapping[str, int]) -> str:
+        """The address at which the other nodes reach a node: its own."""
+        return address
 
     def _node_folder(self, name: str) -> Path:
         if name not in self._nodes:
