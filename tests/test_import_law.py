@@ -6,6 +6,7 @@ Read off the source with `ast`, so that nothing need be imported to be judged.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ LAYERS = {
         "model",
         "settings",
         "naming",
+        "texts",
         "backoff",
         "lease_state",
         "blocking_query",
@@ -143,6 +145,23 @@ def test_a_foreign_package_has_one_owner(module: str) -> None:
         package = full.split(".")[0]
         if package != PACKAGE and package not in sys.stdlib_module_names:
             assert module in OWNERS.get(package, ()), f"{module}:{line} imports {full}"
+
+
+@pytest.mark.finding("D12")
+def test_every_foreign_package_is_declared() -> None:
+    """What the package imports, adapters apart, stands among its dependencies."""
+    text = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+    listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
+    declared = {name.lower() for name in re.findall(r'^\s*"([A-Za-z0-9._-]+)', listed, re.M)}
+    names = {"consul": "python-consul2", "dns": "dnspython"}
+    imported = {
+        full.split(".")[0]
+        for module in MODULES
+        if not module.startswith("adapters.")
+        for full, _ in imports(module)
+    }
+    foreign = imported - {PACKAGE} - set(sys.stdlib_module_names)
+    assert {names.get(package, package) for package in foreign} <= declared
 
 
 @pytest.mark.parametrize("module", LAYERS["rules"])

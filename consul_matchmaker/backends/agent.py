@@ -14,8 +14,10 @@ from __future__ import annotations
 import io
 import json
 import logging
+import queue
 import random
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http.client import HTTPException, HTTPResponse
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +40,7 @@ from ..backoff import Backoff
 from ..errors import ConfigurationError, Denied, TimedOut, Unavailable
 from ..model import Host
 from ..settings import Settings
+from ..texts import SHOWN_LENGTH, escaped, without_secret
 from .traffic import Traffic
 
 logger = logging.getLogger(__name__)
@@ -55,6 +59,8 @@ POLL_JITTER = 1 / 16
 """... and adds up to this share of the wait (fact C2)."""
 SHORTEST_PAUSE_SECONDS = 0.001
 """Between two things done while an answer is waited for: a pause of 0 would not wait at all."""
+LONGEST_EXAMINED = 10_000
+"""Characters of an error's text that are searched for the token."""
 FIRST_REPROBE_SECONDS = 1.0
 MAX_REPROBE_SECONDS = 15.0
 
@@ -78,13 +84,14 @@ class Answer:
     """The exchange in words, for messages."""
     address: Host | None = None
     """The agent that answered."""
+    said: str = ""
+    """Beginning of the body, fit to be shown, where the status is not 200."""
 
     def json(self) -> Any:
         """The body, decoded; raises Unavailable when it is not JSON."""
-        try:
+        with suppress(ValueError, RecursionError):  # which would keep the body
             return json.loads(self.body)
-        except (ValueError, RecursionError):
-            raise self.unexpected() from None
+        raise self.unexpected()
 
     def unexpected(self) -> Unavailable:
         """The error to raise when the body is not what Consul would say."""
@@ -114,6 +121,7 @@ class Agent:
     ) -> None:
         self._settings = settings
         self._clock = clock
+        self._has_warned = False
         self._backoff = Backoff(FIRST_REPROBE_SECONDS, MAX_REPROBE_SECONDS, jitter)
         self.forget()
 
@@ -296,18 +304,21 @@ class Agent:
                 self._traffic.add(retries=1)
                 return self._send_once(client, request, where, token, deadline)
         except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError):
-            raise TimedOut(
+            problem: Unavailable = TimedOut(
                 f"{where}: no answer within {request.timeout_seconds:g} s; "
                 "check that the agent and its servers are up"
-            ) from None
+            )
         except (
             requests.RequestException,
             urllib3.exceptions.HTTPError,
             HTTPException,
             OSError,
+            ValueError,  # chunk sizes, headers and URLs that are none
         ) as error:
-            # Without the cause: it repeats the whole URL, and may repeat headers.
-            raise Unavailable(f"{where}: {_reason(error)}; {self._remedy()}") from None
+            reason = _shown(_reason(error), token)
+            problem = Unavailable(f"{where}: {reason}; {self._remedy()}")
+        # Not inside `except`: the foreign error repeats the URL, and may repeat headers.
+        raise problem
 
     def _send_once(
         self,
@@ -364,6 +375,7 @@ class Agent:
             filtered.lower() == "true",
             where,
             request.address,
+            "" if response.status_code == 200 else _shown(body.decode("utf-8", "replace"), token),
         )
 
     def _client(self, place: int, is_poll: bool) -> consul.std.HTTPClient:
@@ -371,26 +383,39 @@ class Agent:
         client = self._clients.get(key)
         if client is None:
             made = self._new_client(self._settings.addresses[place], is_poll)
+            self._warn_once_of_strangers()
             with self._lock:
                 client = self._clients.setdefault(key, made)
         return client
+
+    def _warn_once_of_strangers(self) -> None:
+        if self._settings.tls and not self._settings.verify and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "verify is false: whoever answers at an agent's address is believed, and is sent "
+                "the token; set ca_cert instead"
+            )
 
     def _new_client(self, address: Host, is_poll: bool) -> consul.std.HTTPClient:
         settings = self._settings
         scheme = "https" if settings.tls else "http"
         name = f"[{address.address}]" if ":" in address.address else address.address
-        # True checks against the system's CAs, a text is the file of another.
+        # True checks against the system's CAs (see _Adapter), a text is the file of another.
         verify: bool | str = (settings.ca_cert or True) if settings.verify else False
         cert = (settings.client_cert, settings.client_key) if settings.client_cert else None
         client = consul.std.HTTPClient(name, address.port, scheme, verify, cert)
         session = cast("requests.Session", client.session)
         session.trust_env = False  # no proxies, .netrc or CA bundles by surprise
         session.verify, session.cert = verify, cast("tuple[str, str] | None", cert)
+        # Else requests reads the whole of a redirect's body, unpacks it, and takes its URL apart.
+        session.get_redirect_target = _no_target  # type: ignore[assignment]
+        session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         session.headers.clear()
         # Identity: what comes is then bounded by what is read.
         session.headers.update({"User-Agent": "consul-matchmaker", "Accept-Encoding": "identity"})
         polls = self._polls if is_poll else None
-        session.mount(f"{scheme}://", _Adapter(polls, self._waits, self._traffic))
+        trusts_system = settings.tls and verify is True
+        session.mount(f"{scheme}://", _Adapter(polls, self._waits, self._traffic, trusts_system))
         return client
 
     def _remedy(self) -> str:
@@ -423,10 +448,8 @@ class Agent:
         return Unavailable(f"{self._said(answer)}: the agent cannot help now, try again")
 
     def _said(self, answer: Answer) -> str:
-        text = answer.body[:200].decode("utf-8", "replace").strip()
-        if self._token and self._token in text:
-            text = "(not shown: it repeats the token)"
-        return f"{answer.where}: status {answer.status}" + (f", {text!r}" if text else "")
+        said = f", '{answer.said}'" if answer.said else ""
+        return f"{answer.where}: status {answer.status}{said}"
 
     # -- token -------------------------------------------------------------------------------
 
@@ -486,6 +509,12 @@ def _read(response: requests.Response, where: str) -> bytes:
         if size > MAX_ANSWER_BYTES:
             raise Unavailable(f"{where}: the answer exceeds {MAX_ANSWER_BYTES} bytes; not read")
     return b"".join(parts)
+
+
+def _shown(text: str, token: str | None) -> str:
+    """The beginning of *text*, which an agent made; it may repeat what it was sent."""
+    # Cut twice: before, as it may be endless; after, so that no cut can hide a part of the token.
+    return escaped(without_secret(text[:LONGEST_EXAMINED].strip(), token))[:SHOWN_LENGTH]
 
 
 def _is_error(status: int) -> bool:
@@ -582,6 +611,12 @@ class _Answering(HTTPResponse):
         super().__init__(sock, *args, **kwargs)
         self.fp = io.BufferedReader(_Deadline(sock, self.fp.detach(), meanwhile, traffic))
 
+    def begin(self) -> None:
+        super().begin()
+        # What is no header is no answer of Consul's.  urllib3 would write it to the log.
+        self.msg.defects.clear()
+        self.msg.set_payload("")
+
 
 class _Polls:
     """The connections that wait for a poll's answer, so that waiting can be ended."""
@@ -609,6 +644,10 @@ class _Polls:
             self._connections.discard(connection)
 
 
+def _no_target(response: object) -> None:
+    """Where to go on: nowhere."""
+
+
 class _Connection:
     """Mixed into urllib3's connections: gives an `_Answering`, counts what is sent, is known to
     *polls* if it is one."""
@@ -633,14 +672,36 @@ class _Connection:
             return ask()
 
 
+class _Pool:
+    """Mixed into urllib3's pools: closes a connection too many without a word in the log."""
+
+    pool: queue.LifoQueue[Any] | None
+
+    def _put_conn(self, conn: Any) -> None:
+        try:
+            self.pool.put(conn, block=False)  # type: ignore[union-attr]
+        except (AttributeError, queue.Full):  # it was closed, or IDLE_CONNECTIONS are kept
+            if conn is not None:
+                conn.close()
+
+
 class _Adapter(requests.adapters.HTTPAdapter):
     """An adapter to one agent, with connections of ours; those of polls are known to *waiting*,
-    *thread_waits* knows what a thread does while it waits for an answer, *counted* counts."""
+    *thread_waits* knows what a thread does while it waits for an answer, *counted* counts.
+
+    With *trusts_system* it believes the CAs of the system: those of OpenSSL, which the variables
+    SSL_CERT_FILE and SSL_CERT_DIR replace.  By itself requests believes those of certifi.
+    """
 
     def __init__(
-        self, waiting: _Polls | None, thread_waits: threading.local, counted: Traffic
+        self,
+        waiting: _Polls | None,
+        thread_waits: threading.local,
+        counted: Traffic,
+        trusts_system: bool,
     ) -> None:
         super().__init__(pool_connections=1, pool_maxsize=IDLE_CONNECTIONS, max_retries=0)
+        self._context = ssl.create_default_context() if trusts_system else None
 
         class Plain(_Connection, HTTPConnection):
             polls = waiting
@@ -651,11 +712,19 @@ class _Adapter(requests.adapters.HTTPAdapter):
             polls = waiting
             waits = thread_waits
             traffic = counted
+            # urllib3 would warn at each request; we have warned once.
+            is_verified = cast(bool, property(lambda self: True, lambda self, value: None))
 
-        class PlainPool(HTTPConnectionPool):
+        class PlainPool(_Pool, HTTPConnectionPool):
             ConnectionCls = Plain
 
-        class SecurePool(HTTPSConnectionPool):
+        class SecurePool(_Pool, HTTPSConnectionPool):
             ConnectionCls = Secure
 
         self.poolmanager.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}
+
+    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
+        super().cert_verify(conn, url, verify, cert)  # type: ignore[no-untyped-call]
+        if self._context is not None:
+            conn.ca_certs = conn.ca_cert_dir = None
+            conn.conn_kw["ssl_context"] = self._context
