@@ -52,6 +52,7 @@ RULES = {
     "went back, same answer: tombstones were reaped": (((9, "a", 0), (3, "a", 25)), 3, True),
     "a lagging server's older answer": (((9, "b", 0), (8, "a", 1)), 0, False),
     "empty with a newer index is the truth": (((9, "a", 0), (10, "", 1)), 10, True),
+    "the same index, another answer": (((9, "a", 0), (9, "b", 1)), 9, True),
     "failure": (((9, "a", 0), FAILURE), 0, False),
     "back after a failure": (((9, "a", 0), FAILURE, (11, "b", 9)), 11, True),
     "back after a failure, unchanged": (((9, "a", 0), FAILURE, (9, "a", 9)), 9, True),
@@ -89,6 +90,15 @@ def test_no_state_changes_in_place():
     assert first == after((9, "a", 0))
 
 
+def test_failures_in_a_row_are_counted_until_any_answer():
+    """One by one; an answer that is doubted is an answer too."""
+    failed = [after((9, "a", 0), *[FAILURE] * count).failures for count in range(4)]
+    assert failed == [0, 1, 2, 3]
+    doubted = after((9, "a", 0), FAILURE, FAILURE, (1, "", 60))
+    assert (doubted.failures, doubted.doubted_since) == (0, 60)
+    assert after((9, "a", 0), FAILURE, (9, "a", 60)).failures == 0
+
+
 @pytest.mark.parametrize("jitter", [0.0, 0.3, 0.999])
 def test_the_wait_is_jittered_and_short(jitter):
     """Consul never holds a poll for more than 25 s, and watchers do not wait equally long."""
@@ -102,6 +112,15 @@ def test_work_is_a_bounded_share_of_the_time(work_seconds):
     gap = after((9, "a", 0)).gap_seconds(work_seconds)
     assert gap >= MIN_GAP_SECONDS
     assert work_seconds / (work_seconds + gap) <= WORK_SHARE + 1e-9
+
+
+def test_rests_are_what_the_bounds_say_and_no_longer():
+    """Nine times the work for a tenth of a processor, a second for a million bytes."""
+    query = after((9, "a", 0))
+    assert query.gap_seconds(0.01) == pytest.approx(0.09)
+    assert query.gap_seconds(0, BYTES_PER_SECOND // 2) == 0.5
+    assert query.gap_seconds(0.1, BYTES_PER_SECOND // 2) == pytest.approx(0.9)
+    assert query.gap_seconds(0) == MIN_GAP_SECONDS
 
 
 @pytest.mark.parametrize("answer_bytes", [100_000, 500_000, 2_000_000])
@@ -123,9 +142,8 @@ def test_wakes_for_nothing_rest_ever_longer():
     for index in range(10, 22):
         query = query.answered(index, "", index)
         gaps.append(query.gap_seconds(0))
-    assert gaps == sorted(gaps)
-    assert gaps[0] > MIN_GAP_SECONDS
-    assert gaps[-1] == MAX_IDLE_GAP_SECONDS
+    doubled = [MIN_GAP_SECONDS * 2**count for count in range(1, 13)]
+    assert gaps == [min(gap, MAX_IDLE_GAP_SECONDS) for gap in doubled]
     assert query.answered(99, "x", 99).gap_seconds(0) == MIN_GAP_SECONDS
 
 
@@ -133,6 +151,12 @@ def test_a_wait_that_ran_out_is_no_wake_for_nothing():
     """A quiet cluster is asked again at once: a change right after is seen at once."""
     query = after(*[(9, "a", 25 * n) for n in range(20)])
     assert query.gap_seconds(0) == MIN_GAP_SECONDS
+
+
+def test_only_a_wait_that_ended_early_wakes_for_nothing():
+    """From the smallest index on; an answer to a question without an index woke nobody."""
+    assert after((1, "", 0), (2, "", 1)).wakes_for_nothing == 1
+    assert after((9, "a", 0), FAILURE, (11, "a", 2)).wakes_for_nothing == 0
 
 
 def test_a_doubted_answer_is_asked_for_again_after_a_rest():

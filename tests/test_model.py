@@ -6,7 +6,7 @@ import ipaddress
 import pickle
 import threading
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 from hypothesis import given
@@ -21,6 +21,7 @@ GOOD_HOSTS = [
     ("10.0.0.5:9501", "10.0.0.5", 9501),
     ("[::1]:9501", "::1", 9501),
     ("[fe80::1%eth0]:1", "fe80::1%eth0", 1),
+    ("[2001:db8::5]:9501", "2001:db8::5", 9501),
     ("node7.example:65535", "node7.example", 65535),
     ("node_7:80", "node_7", 80),
     ("7.example.:80", "7.example.", 80),
@@ -34,6 +35,8 @@ BAD_HOSTS = [
         "::1:9501",
         "[::1]",
         "[::1]9501",
+        "[::1:9501",
+        "::1]:9501",
         "[::g]:1",
         "[]:1",
         "[1.2.3.4]:1",
@@ -67,11 +70,30 @@ def test_a_port_out_of_range_is_told_the_range(port: str) -> None:
         Host.parse(f"10.0.0.5:{port}")
 
 
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("::1:9501", "in brackets"),
+        ("scheduler", "write ADDRESS:PORT"),
+        (":9501", "write ADDRESS:PORT"),
+        ("10.0.0:1", "no IPv4 address"),
+        ("[::g]:1", "no IPv6 address"),
+        ("a b:1", "neither an IP address nor a host name"),
+    ],
+)
+def test_a_typing_error_is_told_what_to_do(text: str, advice: str) -> None:
+    """The message says what is wrong with this text, not only that something is."""
+    with pytest.raises(ConfigurationError, match=advice):
+        Host.parse(text)
+
+
 @pytest.mark.parametrize("value", [None, 9501, b"10.0.0.5:9501", ("10.0.0.5", 9501)])
 def test_only_text_is_parsed(value: object) -> None:
     """Another type is refused as a bad value, not as a programming accident."""
     with pytest.raises(ConfigurationError):
         Host.parse(value)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError):
+        Host.opaque(value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("address", "port"), [("10.0.0.5", 0), ("10.0.0.5", 65536), ("", 1)])
@@ -125,6 +147,8 @@ def test_hosts_are_sorted_by_address_then_port() -> None:
     texts = ["b:2", "a:10", "b:1", "a:9"]
     hosts = [*map(Host.parse, texts), Host.opaque("b")]
     assert [str(host) for host in sorted(hosts)] == ["a:9", "a:10", "b", "b:1", "b:2"]
+    for host in hosts:
+        assert not host < host
 
 
 def test_values_cannot_be_changed() -> None:
@@ -144,14 +168,22 @@ class Owner:
     """Notes what a registration asks of its owner."""
 
     def __init__(self) -> None:
-        self.unregistered: list[Registration] = []
-        self.waited: list[float] = []
+        self.asked: list[tuple[object, ...]] = []
 
     def wait_until_published(self, registration: Registration, timeout_seconds: float) -> None:
-        self.waited.append(timeout_seconds)
+        self.asked.append(("published", registration, timeout_seconds))
+
+    def wait_until_withdrawn(self, registration: Registration, timeout_seconds: float) -> None:
+        self.asked.append(("withdrawn", registration, timeout_seconds))
 
     def unregister(self, registration: Registration) -> None:
-        self.unregistered.append(registration)
+        self.asked.append(("unregister", registration))
+
+    def drain(self, registration: Registration, seconds: float) -> None:
+        self.asked.append(("drain", registration, seconds))
+
+    def beat(self, registration: Registration) -> None:
+        self.asked.append(("beat", registration))
 
 
 def test_leaving_the_block_unregisters_only_that_registration() -> None:
@@ -161,7 +193,21 @@ def test_leaving_the_block_unregisters_only_that_registration() -> None:
     with pytest.raises(ZeroDivisionError), registration as entered:
         entered.wait_until_published(timeout_seconds=2)
         raise ZeroDivisionError
-    assert (owner.waited, owner.unregistered) == ([2], [registration])
+    assert owner.asked == [("published", registration, 2), ("unregister", registration)]
+
+
+def test_a_registration_hands_all_that_is_asked_to_its_owner() -> None:
+    """With itself and the seconds given."""
+    owner = Owner()
+    registration = Registration("scheduler", Host.parse("a:1"), None, owner)
+    registration.beat()
+    registration.drain(1.5)
+    registration.wait_until_withdrawn(timeout_seconds=3)
+    assert owner.asked == [
+        ("beat", registration),
+        ("drain", registration, 1.5),
+        ("withdrawn", registration, 3),
+    ]
 
 
 def test_a_registration_nobody_keeps_says_so() -> None:
@@ -234,6 +280,47 @@ def test_a_snapshot_narrows_to_a_server() -> None:
     assert [str(host) for host in narrowed] == ["b:1"]
     assert (narrowed.source, narrowed.is_complete, narrowed.taken_at) == ("kv", False, 3)
     assert list(snapshot.for_server("nobody")) == []
+
+
+def test_a_narrowed_snapshot_differs_in_its_instances_only() -> None:
+    """Age, staleness, certainty and details are those of the answer that it is a part of."""
+    whole = Snapshot(
+        "scheduler",
+        instances("a:1=node1", "b:1"),
+        "dns",
+        is_complete=False,
+        ttl_seconds=7.0,
+        taken_at=100.0,
+        fresh_until=105.0,
+        clock=lambda: 103.0,
+        confirmed=False,
+        details={"agent": "10.0.0.1:8600"},
+    )
+    for part in (whole.for_server("node1"), whole.with_instances(iter(whole.instances))):
+        for each in fields(Snapshot):
+            if each.name != "instances":
+                assert getattr(part, each.name) == getattr(whole, each.name), each.name
+    assert whole.for_server("node1").instances == whole.instances[:1]
+    assert whole.with_instances(iter(whole.instances)) == whole
+
+
+def test_a_snapshot_prints_its_doubts() -> None:
+    """Each in one word, and none where there is none."""
+    sure = Snapshot("scheduler", instances("a:1"), "kv")
+    assert str(sure) == "<scheduler: 1 hosts, kv, 0.0s old>"
+    doubted = Snapshot("scheduler", (), "dns", is_complete=False, confirmed=False)
+    assert str(doubted) == "<scheduler: 0 hosts, dns, 0.0s old, incomplete, unconfirmed>"
+
+
+def test_hosts_without_a_clock_are_new() -> None:
+    """Those of a snapshot that was made by hand, as in tests: no age, and never stale."""
+    snapshot = Snapshot("scheduler", (), "memory")
+    assert (snapshot.age_seconds, snapshot.is_stale) == (0.0, False)
+
+
+def test_what_a_snapshot_computes_once_is_documented() -> None:
+    """`help(Snapshot.hosts)` says what it is."""
+    assert Snapshot.hosts.__doc__ == "Every host once, sorted."
 
 
 def test_age_and_staleness_go_on_counting() -> None:

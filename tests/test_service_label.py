@@ -54,6 +54,14 @@ def test_a_mapped_name_is_not_mended(service: str) -> None:
         service_of("t", "{topic}", {"t": service})
 
 
+def test_the_error_says_whether_topic_or_map_is_to_be_mended() -> None:
+    """It names the mapped service where there is one, and shows what to write where not."""
+    with pytest.raises(InvalidTopic, match=r"^service_map: 'a\.b', for topic 't', .*another name$"):
+        service_of("t", "{topic}", {"t": "a.b"})
+    with pytest.raises(InvalidTopic, match=r"^topic 'ü' .*service_map=\{'ü': 'its-service'\}$"):
+        service_of("ü", "{topic}", {})
+
+
 def test_prepared_queries() -> None:
     """A name ending in .query is a prepared query, whether mapped or by the template."""
     assert service_of("t", "{topic}", {"t": "near.by.query"}) == "near.by.query"
