@@ -791,6 +791,257 @@ def test_closing_a_lease_that_is_gone(held: Play) -> None:
     assert held.step() == Stop()
 
 
+# --- what is told
+
+
+def told(play: Play) -> list[tuple[Kind, str, tuple[Registration, ...]]]:
+    notes, play.notes = play.notes, []
+    return [(note.kind, note.text, note.registrations) for note in notes]
+
+
+def test_a_note_says_what_happened_and_to_which_registrations(play: Play) -> None:
+    """From the first publication to the release."""
+    play.want(A, B)
+    play.run()
+    a, b = "scheduler at 10.0.0.5:9501", "conductor at 10.0.0.5:9501"
+    assert told(play) == [
+        (Kind.PUBLISHED, f"published {a} under lease lease-1", (A,)),
+        (Kind.PUBLISHED, f"published {b} under lease lease-1", (B,)),
+    ]
+    play.unwant(A)
+    play.run()
+    assert told(play) == [(Kind.WITHDRAWN, f"withdrew {a}", (A,))]
+    play.unwant(B)
+    play.run()
+    released = "released lease lease-1: nothing is wanted"
+    assert told(play) == [(Kind.WITHDRAWN, released, (B,))]
+
+
+def test_notes_of_an_outage_are_about_what_is_published(held: Play) -> None:
+    """Not about what Consul refused to take: nothing of that can be given up."""
+    held.consul.answer = "denies publishing"
+    held.want(C)
+    held.run()
+    assert [kind for kind, _, _ in told(held)] == [Kind.REFUSED]
+    held.consul.answer = "silent"
+    held.run_for(2 * TTL)
+    held.consul.answer = "denies publishing"
+    held.run_for(INTERVAL)
+    notes = [each for each in told(held) if each[0] in (Kind.OVERDUE, Kind.RECOVERED)]
+    assert [(kind, about) for kind, _, about in notes] == [
+        (Kind.OVERDUE, (A, B)),
+        (Kind.RECOVERED, (A, B)),
+    ]
+    assert notes[0][1] == ("lease lease-1 not renewed for its whole TTL: Consul may have ended it")
+    assert notes[1][1].startswith("lease lease-1 renewed after ")
+
+
+def test_a_loss_names_what_was_lost(held: Play) -> None:
+    """Only what Consul did not hold any more, of what is wanted."""
+    held.consul.leases["lease-1"].discard(B)
+    held.run_for(INTERVAL)
+    lost, repaired = told(held)
+    assert (lost[0], lost[2]) == (Kind.LOST, (B,))
+    assert (repaired[0], repaired[2]) == (Kind.REPAIRED, (B,))
+
+
+def test_each_outage_is_overdue_once(held: Play) -> None:
+    """The second one as well as the first, and one under a lease that was just opened."""
+    for _ in range(2):
+        held.consul.answer = "silent"
+        held.run_for(3 * TTL)
+        held.consul.answer = "yes"
+        held.run_for(INTERVAL)
+        assert held.take_notes() == [Kind.UNREACHABLE, Kind.OVERDUE, Kind.RECOVERED]
+    held.consul.leases.clear()
+    held.run_for(INTERVAL)
+    assert held.take_notes() == [Kind.LOST, Kind.REPAIRED]
+    held.consul.answer = "silent"
+    held.run_for(3 * TTL)
+    assert held.take_notes() == [Kind.UNREACHABLE, Kind.OVERDUE]
+
+
+def test_overdue_is_not_said_before_the_margin_is_used_up(held: Play) -> None:
+    """Half a second before Consul may give the lease up it may not."""
+    confirmed_at = held.now
+    held.consul.answer = "silent"
+    held.run_for(INTERVAL)
+    held.now = confirmed_at + TTL - 0.5
+    held.run()
+    assert held.take_notes() == [Kind.UNREACHABLE]
+    held.now = confirmed_at + TTL
+    held.run()
+    assert held.take_notes() == [Kind.OVERDUE]
+
+
+def test_a_publication_that_fails_twice_is_told(held: Play) -> None:
+    """Once is the renewal's to report; after a renewal that succeeded it is about this key."""
+
+    def refuse_c(call: Call) -> Outcome:
+        if isinstance(call, Publish) and call.registration == C:
+            return Unavailable("HTTP 500")
+        return held.consul._do(call)
+
+    held.consul.carry_out = refuse_c  # type: ignore[method-assign]
+    held.want(C)
+    failures = 0
+    while failures < 2:
+        pause = held.run()
+        failures = held.take_calls().count("Publish") + failures
+        assert (held.take_notes() == [Kind.UNREACHABLE]) == (failures == 2)
+        assert pause is not None
+        held.now += pause
+
+
+@pytest.mark.parametrize("length", [1, 8, 9, 36])
+def test_a_long_lease_id_is_shortened(length: int) -> None:
+    """Eight characters tell leases apart; Consul's have 36."""
+    lease = Lease("0123456789abcdef0123456789abcdef0123"[:length], TTL)
+    reconciler = Reconciler(TTL, lambda: 0.5)
+    reconciler.want(A, 0)
+    for outcome in (lease, None):
+        action = reconciler.next_action(0)
+        assert isinstance(action, Open | Publish)
+        reconciler.handle(outcome, 0, action)
+    shown = lease.id if length <= 8 else "01234567…"
+    assert reconciler.take_notes()[-1].text.endswith(f"under lease {shown}")
+
+
+@pytest.mark.parametrize(
+    ("count", "named"), [(1, "1"), (2, "1, 2"), (3, "1, 2, 3"), (4, "1, 2, 3 and 1 more"),
+                         (6, "1, 2, 3 and 3 more")]
+)  # fmt: skip
+def test_of_many_registrations_three_are_named(play: Play, count: int, named: str) -> None:
+    """The first three by name, and how many more there are."""
+    many = [Registration("t", Host(f"10.0.0.{number}", 1)) for number in range(1, count + 1)]
+    play.want(*reversed(many))
+    play.run()
+    told(play)
+    play.consul.leases["lease-1"].clear()
+    play.run_for(INTERVAL)
+    lost = told(play)[0]
+    names = ", ".join(f"t at 10.0.0.{number}:1" for number in named.split(" and")[0].split(", "))
+    more = named[named.index(" and") :] if " and" in named else ""
+    assert lost[1] == f"Consul did not hold {names}{more} any more (deleted by somebody)"
+
+
+def test_counts_are_what_happened(play: Play) -> None:
+    """Each number is how often Consul answered so; every one of them grows by one at a time."""
+    tally: Counter[str] = Counter()
+    names = {Open: "opened", Renew: "renewed", Publish: "published", Withdraw: "withdrawn"}
+    answer = play.consul.carry_out
+
+    def carry_out(call: Call) -> Outcome:
+        outcome = answer(call)
+        if isinstance(outcome, LeaseLost):
+            tally["lost"] += 1
+        elif isinstance(outcome, Unavailable | Denied):
+            tally["failed"] += 1
+        elif type(call) in names:
+            tally[names[type(call)]] += 1
+        return outcome
+
+    play.consul.carry_out = carry_out  # type: ignore[method-assign]
+    assert set(play.reconciler.counts.values()) == {0}
+    for _ in range(3):
+        play.want(A, B, C)
+        play.run_for(2 * INTERVAL)
+        play.unwant(A)
+        play.run_for(INTERVAL)
+        play.unwant(C)
+        play.consul.answer = "silent"
+        play.run_for(INTERVAL)
+        play.consul.answer = "yes"
+        play.run_for(INTERVAL)
+        play.consul.leases.clear()
+        play.run_for(INTERVAL)
+    repairs = play.take_notes().count(Kind.REPAIRED)
+    assert play.reconciler.counts == {**tally, "repaired": repairs}
+    assert min(play.reconciler.counts.values()) > 1
+
+
+# --- when
+
+
+def test_seconds_to_the_next_renewal(play: Play) -> None:
+    """None without a lease; in an outage, until the next try; never less than none."""
+    seconds = play.reconciler.seconds_to_renewal
+    assert seconds(play.now) is None
+    play.want(A)
+    pause = play.run()
+    assert seconds(play.now) == pause == pytest.approx(INTERVAL * 0.55)
+    play.now += INTERVAL * 0.55 - 0.25
+    assert seconds(play.now) == pytest.approx(0.25)
+    play.now += 1
+    assert seconds(play.now) == 0.0
+    play.consul.answer = "silent"
+    play.run()
+    assert seconds(play.now) == pytest.approx(0.25)  # full jitter of 0.5, drawn 0.5
+    play.now += 10
+    assert seconds(play.now) == 0.0
+
+
+def pause_of(play: Play) -> float:
+    pause = play.run()
+    assert pause is not None
+    return pause
+
+
+def test_a_renewal_that_is_asked_for_in_an_outage_is_tried_within_a_second() -> None:
+    """A second after the last try, or at once when that was longer ago."""
+    play = Play(jitter=lambda: 1.0)
+    play.want(A)
+    play.run_for(INTERVAL)
+    play.consul.answer = "silent"
+    play.run_for(20)
+    play.now += pause_of(play)
+    assert pause_of(play) == pytest.approx(INTERVAL)  # the longest pause
+    play.now += 0.25
+    play.reconciler.ask_renewal(play.now)
+    assert pause_of(play) == pytest.approx(ASKED_RENEWAL_SECONDS - 0.25)
+    play.now += ASKED_RENEWAL_SECONDS - 0.25
+    assert pause_of(play) == pytest.approx(INTERVAL)
+    play.now += 2.0
+    play.take_calls()
+    play.reconciler.ask_renewal(play.now)
+    play.run()
+    assert play.take_calls() == ["Renew"]
+
+
+def test_a_renewal_that_is_asked_for_delays_none(play: Play) -> None:
+    """A try that comes sooner than in a second stays as soon."""
+    play.want(A)
+    play.run()
+    play.consul.answer = "silent"
+    play.run_for(INTERVAL * 0.55)
+    assert pause_of(play) == pytest.approx(0.25)
+    play.reconciler.ask_renewal(play.now)
+    assert pause_of(play) == pytest.approx(0.25)
+
+
+def test_closing_while_consul_is_away_is_tried_with_pauses(held: Play) -> None:
+    """No busy loop of releases, and none of the tries waits longer than a renewal interval."""
+    held.consul.answer = "silent"
+    held.reconciler.close()
+    held.run_for(10 * TTL)
+    assert 30 < held.take_calls().count("Release") < 90
+    held.consul.answer = "yes"
+    held.run_for(INTERVAL)
+    assert (held.state, held.consul.leases) == (State.CLOSED, {})
+
+
+def test_closing_during_a_renewal_that_fails_releases_at_once(held: Play) -> None:
+    """The pause of the outage is not waited out."""
+    held.now += INTERVAL
+    call = held.reconciler.next_action(held.now)
+    assert isinstance(call, Renew)
+    held.reconciler.close()
+    held.reconciler.handle(Unavailable("timed out"), held.now, call)
+    held.run()
+    assert held.take_calls() == ["Release"]
+    assert held.state is State.CLOSED
+
+
 # --- misuse
 
 
@@ -806,6 +1057,16 @@ def test_an_outcome_nobody_asked_for_is_refused(play: Play) -> None:
     """Only the action that was given may come back."""
     with pytest.raises(ImpossibleEvent, match="not asked for"):
         play.reconciler.handle(Lease("x", TTL), play.now, Open())
+
+
+def test_a_renewal_has_to_say_what_is_held(held: Play) -> None:
+    """An outcome that belongs to another call is a bug, and hears so."""
+    for outcome in (None, Lease("x", TTL)):
+        held.now += INTERVAL
+        call = held.reconciler.next_action(held.now)
+        assert isinstance(call, Renew)
+        with pytest.raises(AssertionError):
+            held.reconciler.handle(outcome, held.now, call)
 
 
 # --- random histories
