@@ -1,21 +1,32 @@
 # make demo    see it work, on a real Consul of its own
 # make quick   lint, types, and the unit tests that need no socket, no process and no waiting
-# make test    everything: lint, types, unit tests, and the integration tests on a real Consul
+# make test    all that can run here: also the other unit tests, and those on a real Consul
 #
-# Both set up all they need (Python >= 3.10 is assumed, nothing else), in .venv and .tox.
+# All set up what they need (Python >= 3.10 is assumed, nothing else), in .venv and .tox.
 # A Consul program is found, or fetched, by consul_matchmaker/demo/consul_binary.py.
-# make test uses Docker too when an engine answers; INTEGRATION="local docker" insists on both.
-# It runs oslo.messaging beside Redis when there is a redis-server; OSLO=oslo insists on it.
+# make test says at its end what was left out, and what that needs.
 
 PYTHON ?= python3
-INTEGRATION ?= local $(if $(shell docker version --format '{{.Server.Version}}' 2>/dev/null),docker)
 
 BIN := .venv/bin
 comma := ,
 empty :=
 space := $(empty) $(empty)
-OSLO ?= $(if $(shell command -v redis-server),oslo)
-CHECKS = lint types unit py-consul $(addprefix integration-,$(INTEGRATION)) long $(OSLO)
+HAS_DOCKER := $(shell docker version --format '{{.Server.Version}}' 2>/dev/null)
+HAS_REDIS := $(shell command -v redis-server)
+CHECKS ?= lint types unit py-consul integration-local \
+	$(if $(HAS_DOCKER),integration-docker) $(if $(HAS_REDIS),oslo)
+define LEFT_OUT
+$(if $(findstring integration-docker,$(CHECKS)),,integration-docker: needs a Docker engine that answers
+)$(if $(findstring oslo,$(CHECKS)),,oslo: needs redis-server
+)$(if $(findstring long,$(CHECKS)),,long: needs minutes (.venv/bin/tox run -e long)
+)
+endef
+export LEFT_OUT
+
+# tox finds interpreters on PATH, and pyenv's by this.
+PYENV_ROOT ?= $(HOME)/.pyenv
+export TOX_DISCOVER ?= $(subst $(space),$(comma),$(wildcard $(PYENV_ROOT)/versions/3.1*/bin/python))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo quick test clean
@@ -30,7 +41,11 @@ quick: .venv/ready
 	$(BIN)/tox run -e lint,types,quick
 
 test: .venv/ready
-	$(BIN)/tox run -e $(subst $(space),$(comma),$(strip $(CHECKS)))
+	@mkdir -p .tox
+	@echo "$$LEFT_OUT" >.tox/left-out
+	@$(BIN)/tox run -e $(subst $(space),$(comma),$(strip $(CHECKS))); status=$$?; \
+	sort -u .tox/left-out | sed '/^$$/d' | paste -s -d ';' - | sed 's/;/; /g; s/^./left out here: &/'; \
+	exit $$status
 
 # Made again only when what is to be installed changes.
 .venv/ready: pyproject.toml Makefile

@@ -36,35 +36,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="where the Consul cluster runs; relayed: locally, with a relay between the nodes, as "
         "local is where the user is not root; auto: in Docker when an engine answers, else locally",
     )
-    group.addoption("--no-skips", action="store_true", help="a skipped test makes the run fail")
 
 
 def pytest_configure() -> None:
     # A shell starts background jobs with SIGINT ignored; programs that tests start inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-# --- a skipped test fails the run ----------------------------------------------------------------
-
-
-def _forbidden_skips(config: pytest.Config) -> int:
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None or not config.getoption("--no-skips"):
-        return 0
-    return len(reporter.stats.get("skipped", []))
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if _forbidden_skips(session.config):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    if skips := _forbidden_skips(config):
-        terminalreporter.write_line(f"--no-skips: {skips} skipped, so this run fails", red=True)
 
 
 # --- the cluster, in Docker by pytest-docker's fixtures ------------------------------------------

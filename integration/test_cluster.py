@@ -16,6 +16,8 @@ from consul_matchmaker.demo.consul_probe import (
 )
 from integration.cluster import Cluster
 
+pytestmark = pytest.mark.docker
+
 SERF_LEFT = 3
 
 

@@ -20,6 +20,8 @@ from integration.cluster import tell
 from tests.contract import Backend, RegistrarContract, ResolverContract
 from tests.test_aio import Awaited
 
+pytestmark = pytest.mark.docker
+
 NOBODY = "127.0.0.1:1"  # nothing listens there
 
 

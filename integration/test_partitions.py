@@ -10,6 +10,8 @@ from integration.cluster import Cluster
 from integration.test_registrations import CRASH_SECONDS, INTERVAL, SLACK, SOON, TTL, answers
 from integration.waiting import until
 
+pytestmark = pytest.mark.docker
+
 BACK_SECONDS = 30.0  # until a cut-off node is a member again and knows the leader
 STALE_SECONDS = 45.0  # a connection that has gone silent is noticed when its poll is overdue
 ON_MAJORITY, ON_CUT_OFF = "10.0.0.1:9501", "10.0.0.2:9501"

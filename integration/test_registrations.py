@@ -91,6 +91,7 @@ class Sampler:
         return all(host in found for seen in self.seen.values() for _, found in seen)
 
 
+@pytest.mark.docker
 def test_processes_come_crash_end_restart_and_fork(
     url: str, join: Callable[..., Matchmaker], agent: Node, prefix: str
 ) -> None:
@@ -260,6 +261,7 @@ def test_leader_killed_while_registering_and_looking_up(
     assert len(keys(agent, prefix)) == 6
 
 
+@pytest.mark.docker
 @pytest.mark.parametrize("graceful", [False, True], ids=["killed", "left"])
 def test_agent_away_and_back(
     cluster: Cluster,

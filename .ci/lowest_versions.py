@@ -1,0 +1,17 @@
+"""Install the lowest version of each package that pyproject.toml declares the package needs."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+
+needed = [line for line in importlib.metadata.requires("consul-matchmaker") or [] if line]
+pins = sorted(
+    {
+        line.partition(";")[0].strip().replace(">=", "==")
+        for line in needed
+        if "extra ==" not in line or re.search(r"extra == .metrics", line)
+    }
+)
+print("lowest:", *pins, flush=True)
+subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *pins], check=True)
