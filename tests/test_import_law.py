@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import consul_matchmaker
+
 PACKAGE = "consul_matchmaker"
-ROOT = Path(__file__).parent.parent / PACKAGE
+ROOT = Path(consul_matchmaker.__file__).parent
 
 # From the bottom up (design, section 3).  A module imports what is below it, or beside it.
 LAYERS = {
