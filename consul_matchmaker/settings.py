@@ -321,7 +321,10 @@ class Settings:
         _yes_or_no, "speak HTTPS to the agents", False, variables=("CONSUL_HTTP_SSL",)
     )
     ca_cert: str | None = _knob(
-        _text, "file of the CA that signs Consul; without it those of the system count", None, variables=("CONSUL_CACERT",)
+        _text,
+        "file of the CA that signs Consul; without it those of the system count",
+        None,
+        variables=("CONSUL_CACERT",),
     )
     client_cert: str | None = _knob(
         _text, "our certificate for Consul", None, variables=("CONSUL_CLIENT_CERT",)

@@ -187,6 +187,18 @@ def test_a_new_leader_gives_every_session_its_time_anew(ledger: Ledger) -> None:
     assert promises(ledger, seen(late, ONE, TWO)) == ["an age understates"]
 
 
+def test_who_comes_while_nobody_hears_it_is_due_later() -> None:
+    """A registration made while there is no leader is due after the next one is there."""
+    ledger = Ledger()
+    ledger.know(Place("scheduler", ONE, "session", "agent1"))
+    ledger.up(ONE, LATE, "started")
+    ledger.disturbed("no leader", LATE - 3, LATE + 20)
+    due = LATE + 20 + bounds.LISTED["started", "session"].seconds + MACHINE_SECONDS
+    found = seen(due - 1, ONE)
+    assert promises(ledger, found, seen(due - 0.1)) == []
+    assert promises(ledger, found, seen(due + 0.1)) == ["a known topic is empty"]
+
+
 def test_who_leaves_while_nobody_hears_it_counts_as_killed(ledger: Ledger) -> None:
     """A clean end while its agent is away cannot be told to Consul."""
     ledger.down(ONE, LATE, LATE, "left")

@@ -25,6 +25,7 @@ def test_the_same_seed_gives_the_same_events() -> None:
     assert plan(1, TWO_MINUTES) != plan(2, TWO_MINUTES)
 
 
+@pytest.mark.system
 def test_the_schedule_is_printed_without_running() -> None:
     """The same list in every process."""
     command = [sys.executable, "-m", "integration.soak", "--seed", "7", "--schedule"]

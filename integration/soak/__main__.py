@@ -65,7 +65,10 @@ class Soak:
         self._leaders = LeaderWitness(self._servers, self._ledger, self._note)
         self._stalls = Stalls(self._ledger, self._note)
         self._holdings = Holdings(self._pids)
-        self._writes = Writes(self._nodes, self._prefix, self._members, self._ledger, self._note)
+        self._writing = threading.Lock()
+        self._writes = Writes(
+            self._nodes, self._prefix, self._members, self._ledger, self._note, self._writing
+        )
         self._done: list[str] = []
         self._ended_at = 0.0
         self._orphans: list[Violation] = []
@@ -171,7 +174,9 @@ class Soak:
                 by_hand["cluster"].append(event)
         carry_out: dict[str, Callable[[Event], None]] = {
             "members": MemberFaults(self._members, self._note),
-            "cluster": ClusterFaults(self._cluster, self._ledger, self._note, stopping),
+            "cluster": ClusterFaults(
+                self._cluster, self._ledger, self._note, stopping, self._writing
+            ),
             "writes": self._writes,
         }
         hands = [

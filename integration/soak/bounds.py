@@ -113,8 +113,9 @@ LATER: dict[tuple[str, Liveness], Bound] = {
 }
 """Disturbances from whose end the bound of `GONE` counts anew, with what they add to it."""
 
-LEFT_UNSAID = {f"agent {what}" for what in ("killed", "paused", "left")} | {"no leader"}
-"""Who leaves meanwhile cannot say so: it is gone as if killed."""
+UNHEARD = {f"agent {what}" for what in ("killed", "paused", "left")} | {"no leader"}
+"""Who leaves meanwhile cannot say so, and is gone as if killed; who comes is listed only later: the
+time of `LISTED` counts from its end."""
 
 LAGS: dict[str, Bound] = {
     "no leader": Bound(5.0, "docs/catalog-mode.md", "What Consul's DNS cannot say"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from consul_matchmaker.demo.consul_probe import Node, NotReady, request
+from consul_matchmaker.demo.local_consul import ClusterError
 from consul_matchmaker.naming import Key
 from integration.cluster import Cluster, keys, tell
 
@@ -79,24 +80,32 @@ class ClusterFaults:
     ENDED: ClassVar = {"kill": "killed", "stop": "left", "pause": "paused"}
 
     def __init__(
-        self, cluster: Cluster, ledger: Ledger, note: Note, stopping: threading.Event
+        self,
+        cluster: Cluster,
+        ledger: Ledger,
+        note: Note,
+        stopping: threading.Event,
+        writing: threading.Lock,
     ) -> None:
         self._cluster = cluster
         self._ledger = ledger
         self._note = note
         self._stopping = stopping
+        self._writing = writing
 
     def __call__(self, event: Event) -> None:
         if event.kind == "lose quorum":
             self._lose_quorum(event)
             return
         name = self._named(event.target)
-        begun_at = time.monotonic()
-        self._note(f"{event.kind} {name} ({event.target})")
-        getattr(self._cluster, event.kind)(name)
-        if event.target == "leader":
-            with contextlib.suppress(Exception):  # then it is only known later, when all is ready
-                self._ledger.disturbed("no leader", begun_at, self._new_leader(name))
+        # A write that hangs in a frozen server would be done much later, behind the ledger's back.
+        with self._writing:
+            begun_at = time.monotonic()
+            self._note(f"{event.kind} {name} ({event.target})")
+            getattr(self._cluster, event.kind)(name)
+            if event.target == "leader":
+                with contextlib.suppress(ClusterError):  # it is known later, when all is ready
+                    self._ledger.disturbed("no leader", begun_at, self._new_leader())
         self._stopping.wait(max(0.0, begun_at + event.hold - time.monotonic()))
         self._bring_back([name], paused=event.kind == "pause")
         if name in self._servers():
@@ -108,12 +117,13 @@ class ClusterFaults:
     def _lose_quorum(self, event: Event) -> None:
         leader = self._cluster.leader()
         frozen = [leader, next(name for name in self._servers() if name != leader)]
-        begun_at = time.monotonic()
-        self._note(f"lose quorum: pause {' and '.join(frozen)}")
-        for name in frozen:
-            self._cluster.pause(name)
-        self._stopping.wait(event.hold)
-        self._bring_back(frozen, paused=True)
+        with self._writing:
+            begun_at = time.monotonic()
+            self._note(f"lose quorum: pause {' and '.join(frozen)}")
+            for name in frozen:
+                self._cluster.pause(name)
+            self._stopping.wait(event.hold)
+            self._bring_back(frozen, paused=True)
         for kind in ("no leader", "server back", "quorum lost"):
             self._ledger.disturbed(kind, begun_at, time.monotonic())
 
@@ -135,7 +145,7 @@ class ClusterFaults:
             return next(name for name in self._servers() if name != leader)
         return target
 
-    def _new_leader(self, old: str) -> float:
+    def _new_leader(self) -> float:
         name = self._cluster.leader()
         self._note(f"{name} leads")
         return time.monotonic()
@@ -153,17 +163,23 @@ class Writes:
         members: dict[str, Member],
         ledger: Ledger,
         note: Note,
+        writing: threading.Lock,
     ) -> None:
         self._nodes = nodes
         self._prefix = prefix
         self._members = members
         self._ledger = ledger
         self._note = note
+        self._writing = writing
 
     def __call__(self, event: Event) -> None:
-        if event.kind in ("fail", "pass"):
-            self.check(event.target, "critical" if event.kind == "fail" else "passing")
-            return
+        with self._writing:
+            if event.kind in ("fail", "pass"):
+                self.check(event.target, "critical" if event.kind == "fail" else "passing")
+            else:
+                self._take_away(event)
+
+    def _take_away(self, event: Event) -> None:
         member = self._members[event.target]
         node = answering(self._nodes)[0]
         self._note(f"{event.kind} of {event.target} ({member.plan.topic}, {member.host})")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from . import bounds
@@ -75,6 +75,7 @@ class _Life:
     """A host may be listed from *up_at* on, must be from *due_at* until *down_at*, and never after
     *gone_at*."""
 
+    came: str
     up_at: float
     due_at: float
     down_from: float = float("inf")
@@ -102,7 +103,7 @@ class Ledger:
         """From *at* on it may be listed; and must be after what `bounds.LISTED` says of *how*."""
         seconds = bounds.LISTED[how, self.places[host].liveness].seconds
         with self._lock:
-            self._lives[host].append(_Life(at, at + seconds + extra_seconds + MACHINE_SECONDS))
+            self._lives[host].append(_Life(how, at, at + seconds + extra_seconds + MACHINE_SECONDS))
 
     def due(self, host: str, at: float, how: str) -> None:
         """It was made so only at *at*: what `up` said of *how* counts from then."""
@@ -137,12 +138,13 @@ class Truth:
         disturbances: Sequence[Disturbance],
     ) -> None:
         self._places = places
-        self._lives = lives
+        self._lives = {host: [replace(life) for life in all_of] for host, all_of in lives.items()}
         self._disturbances = sorted(disturbances, key=lambda each: (each.begin, each.end))
         self._excused: dict[str, list[tuple[float, float]]] = {}
         for host, place in places.items():
             self._excused[host] = list(self._excuses(place))
-            for life in lives[host]:
+            for life in self._lives[host]:
+                life.due_at = self._due_at(place, life)
                 life.gone_at = self._gone_at(place, life)
         self._lagging = [
             (each.begin, each.end + bounds.LAGS[each.kind].seconds + MACHINE_SECONDS)
@@ -194,6 +196,15 @@ class Truth:
             if each.end - each.begin > excuse.survived:
                 yield each.begin, each.end + excuse.after.seconds + MACHINE_SECONDS
 
+    def _due_at(self, place: Place, life: _Life) -> float:
+        seconds = bounds.LISTED[life.came, place.liveness].seconds
+        due_at = life.due_at
+        for each in self._disturbances:
+            is_unheard = each.kind in bounds.UNHEARD and each.concerns(place)
+            if is_unheard and each.begin <= due_at and each.end >= life.up_at:
+                due_at = max(due_at, each.end + seconds + MACHINE_SECONDS)
+        return due_at
+
     def _gone_at(self, place: Place, life: _Life) -> float:
         if not life.how:
             return float("inf")
@@ -202,7 +213,7 @@ class Truth:
         for each in self._disturbances:
             if not each.concerns(place) or each.begin > gone_at or each.end < life.down_from:
                 continue
-            if life.how == "left" and each.kind in bounds.LEFT_UNSAID:
+            if life.how == "left" and each.kind in bounds.UNHEARD:
                 seconds = bounds.GONE["killed", place.liveness].seconds
                 gone_at = max(gone_at, life.down_at + seconds + MACHINE_SECONDS)
             later = bounds.LATER.get((each.kind, place.liveness))
