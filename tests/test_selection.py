@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given
@@ -106,9 +107,11 @@ def test_threads_share_one_turn() -> None:
 def test_turns_take_bounded_memory() -> None:
     """A flood of topics does not grow for ever."""
     chooser = selector()
+    most = 0
     for number in range(MAX_TURNS + 10):
         chooser.pick(answer(*hosts(1), topic=f"topic{number}"))
-    assert len(chooser._turns) <= MAX_TURNS
+        most = max(most, len(chooser._turns))
+    assert most == MAX_TURNS
 
 
 # -- by priority and weight
@@ -373,3 +376,172 @@ def test_a_forked_child_knows_what_its_parent_learnt() -> None:
     bench.quarantine.forget()
     bench.chooser.forget()
     assert bench.round()[bench.bad] == 0
+
+
+# -- what others can ask of a quarantine
+
+
+def test_quarantines_are_counted() -> None:
+    """Those that began; a rejection during one begins none."""
+    bench = Bench()
+    assert bench.quarantine.begun == 0
+    for host in (*bench.hosts[:3], bench.bad):
+        bench.reject(host)
+    assert bench.quarantine.begun == 3
+    bench.clock.advance(1)
+    bench.reject()
+    assert bench.quarantine.begun == 4
+
+
+def test_forgiving_one_host_forgives_no_other() -> None:
+    """Nor the same host of another topic; a host that was never rejected is nothing to forgive."""
+    bench = Bench()
+    other = bench.hosts[1]
+    for host in (bench.bad, other):
+        bench.reject(host)
+    bench.quarantine.reject("mails", bench.bad)
+    bench.quarantine.acknowledge("scheduler", bench.hosts[5])
+    bench.quarantine.acknowledge("scheduler", bench.bad)
+    assert bench.quarantine.status() == {"scheduler": [str(other)], "mails": [str(bench.bad)]}
+    assert bench.quarantine.avoided("scheduler", bench.hosts) == {other}
+    bench.quarantine.acknowledge("scheduler", other)
+    assert bench.quarantine.status() == {"mails": [str(bench.bad)]}
+    assert bench.quarantine.avoided("scheduler", bench.hosts) is None
+    bench.quarantine.acknowledge("never asked for", other)
+
+
+def test_a_rejection_is_forgotten_at_its_time() -> None:
+    """The longest quarantine after its own or its trial's end: then the next one is a first one."""
+    for wait, seconds in ((30.99, 2.0), (31.0, 1.0)):
+        bench = Bench()
+        bench.reject()
+        bench.clock.advance(wait)
+        bench.reject()
+        bench.clock.advance(seconds - 0.01)
+        assert bench.quarantine.status() == {"scheduler": [str(bench.bad)]}
+        bench.clock.advance(0.01)
+        assert bench.quarantine.status() == {}
+    bench = Bench()
+    bench.reject()
+    bench.clock.advance(10)
+    assert bench.quarantine.begin_trial("scheduler", bench.bad)  # until 11
+    bench.clock.advance(30)
+    bench.reject()
+    bench.clock.advance(1.5)
+    assert bench.quarantine.status() == {"scheduler": [str(bench.bad)]}
+
+
+def test_whether_rejections_are_heeded() -> None:
+    """They are, as long as others can be used instead; and where there are none."""
+    bench = Bench()
+    assert bench.quarantine.is_heeded("scheduler", bench.hosts)
+    bench.reject()
+    assert bench.quarantine.is_heeded("scheduler", bench.hosts)
+    assert bench.quarantine.is_heeded("mails", [bench.bad])
+    for host in bench.hosts:
+        bench.reject(host)
+    assert not bench.quarantine.is_heeded("scheduler", bench.hosts)
+
+
+def test_a_trial_is_for_one_caller() -> None:
+    """None during the quarantine; then one, for as long as that had been; anybody elsewhere."""
+    bench = Bench()
+    assert bench.quarantine.begin_trial("scheduler", bench.bad)
+    bench.reject()
+    assert not bench.quarantine.begin_trial("scheduler", bench.bad)
+    assert bench.quarantine.begin_trial("scheduler", bench.hosts[1])
+    assert bench.quarantine.begin_trial("mails", bench.bad)
+    bench.clock.advance(1)
+    assert bench.quarantine.begin_trial("scheduler", bench.bad)
+    assert not bench.quarantine.begin_trial("scheduler", bench.bad)
+    bench.clock.advance(1)
+    assert bench.quarantine.begin_trial("scheduler", bench.bad)
+
+
+# -- details of a pick
+
+
+def test_a_selector_draws_from_its_own_chance() -> None:
+    """Two with the same seed pick the same; one without any begins somewhere too."""
+    snapshot = answer(*(Instance(host, weight=1 + place) for place, host in enumerate(hosts(9))))
+    one, other = (picks(selector(seed=5), snapshot, 20) for _ in range(2))
+    assert one == other
+    assert Selector(Quarantine(kv())).pick(snapshot) in snapshot
+
+
+def test_the_heaviest_entry_of_a_host_counts() -> None:
+    """Wherever it stands among the host's others."""
+    one, two = hosts(2)
+    for weights in ((9, 1, 2), (1, 9, 2), (1, 2, 9)):
+        snapshot = answer(*(Instance(one, weight=weight) for weight in weights), Instance(two))
+        counts = Counter(picks(selector(), snapshot, 10_000))
+        assert abs(counts[one] - 9000) < 4 * math.sqrt(10_000 * 0.9 * 0.1)
+
+
+def test_each_server_has_its_own_turn_beside_rejected_hosts() -> None:
+    """As it has where none is rejected."""
+    quarantine = Quarantine(kv())
+    chooser, five = selector(quarantine=quarantine), answer(*hosts(5), topic="jobs")
+    quarantine.reject("jobs", hosts(5)[0])
+    order = [chooser.pick(five, server=name) for name in "abababab"]
+    assert set(order[::2]) == set(order[1::2]) == set(hosts(5)[1:])
+
+
+def test_a_key_may_be_any_text_and_so_may_a_host() -> None:
+    """Also one that cannot be encoded, such as an opaque host out of damaged bytes."""
+    odd = answer(Host.opaque("\ud800"), Host.opaque("b"))
+    assert {selector().pick(odd, key=f"{number}\ud800") for number in range(50)} == set(odd)
+
+
+class TakenMeanwhile(Quarantine):
+    """Between looking and picking, other threads took all hosts but one."""
+
+    def __init__(self, rejected: Host, free: Host) -> None:
+        super().__init__(kv())
+        self.rejected, self.free = rejected, free
+        self.tried: list[Host] = []
+
+    def avoided(self, topic: str, hosts: Sequence[Host]) -> frozenset[Host] | None:
+        return frozenset({self.rejected})
+
+    def begin_trial(self, topic: str, host: Host) -> bool:
+        self.tried.append(host)
+        return host == self.free
+
+
+def test_hosts_that_others_took_meanwhile_are_passed_over() -> None:
+    """Each is tried once, and the one that is left is picked; never the one known as bad."""
+    five = hosts(5)
+    for free in five[1:]:
+        quarantine = TakenMeanwhile(five[0], free)
+        assert selector(quarantine=quarantine).pick(answer(*five)) == free
+        assert len(set(quarantine.tried)) == len(quarantine.tried) <= 4
+        assert five[0] not in quarantine.tried
+    quarantine = TakenMeanwhile(five[0], Host("10.9.9.9", 1))
+    assert selector(quarantine=quarantine).pick(answer(*five)) in five
+
+
+class CountedInstances(tuple[Instance, ...]):
+    """Counts how often somebody goes through them."""
+
+    count = 0
+
+    def __iter__(self) -> Iterator[Instance]:
+        type(self).count += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("is_one_rejected", [False, True])
+def test_an_answer_is_put_in_order_once(is_one_rejected: bool) -> None:
+    """However often it is picked from, as long as the same hosts are avoided."""
+    quarantine = Quarantine(kv(), clock=ManualClock())
+    if is_one_rejected:
+        quarantine.reject("scheduler", hosts(3)[0])
+    chooser = selector(quarantine=quarantine)
+    snapshot = Snapshot("scheduler", CountedInstances(map(Instance, hosts(3))), "memory")
+    chooser.pick(snapshot)
+    before = CountedInstances.count
+    for number in range(20):
+        chooser.pick(snapshot)
+        chooser.pick(snapshot, key=str(number))
+    assert CountedInstances.count == before
