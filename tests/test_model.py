@@ -221,6 +221,7 @@ def test_registrations_are_equal_by_what_they_say() -> None:
     one = Registration("scheduler", Host.parse("a:1"), "node7", Owner())
     assert one == Registration("scheduler", Host.parse("a:1"), "node7")
     assert str(one) == "scheduler at a:1 as node7"
+    assert str(Registration("scheduler", Host.parse("a:1"))) == "scheduler at a:1"
     assert "Owner" not in repr(one)
 
 

@@ -45,6 +45,15 @@ def test_every_python_version_we_name_is_tried() -> None:
     assert set(re.findall(r"Python :: (3\.\d+)", PROJECT)) <= set(tried)
 
 
+def test_every_environment_that_a_workflow_runs_exists() -> None:
+    """`tox run -e NAME` names sections of tox.ini."""
+    sections = re.findall(r"^\[testenv:(.*)\]", (ROOT / "tox.ini").read_text(), re.MULTILINE)
+    there = {name for section in sections for name in section.strip("{}").split(",")}
+    for path in WORKFLOWS:
+        for names in re.findall(r"tox run -e (\S+)", path.read_text()):
+            assert set(names.split(",")) <= there
+
+
 def test_commit_hooks_have_the_versions_of_the_project() -> None:
     """A hook judges as `tox -e lint,types` does, with no repository of its own."""
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
