@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -412,16 +412,23 @@ def process(
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # no terminal: signals are forwarded
-        # A shell's background jobs ignore SIGINT, and so would this one.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and so would this one.
+        preexec_fn=lambda: [
+            signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)
+        ],
     )
-    timer = threading.Timer(WAIT_SECONDS, started.kill)  # no test hangs
+
+    def kill() -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)  # and its command, which has our pipes too
+
+    timer = threading.Timer(WAIT_SECONDS, kill)  # no test hangs
     timer.start()
     try:
         yield started
     finally:
         timer.cancel()
-        started.kill()
+        kill()
         started.communicate()
 
 
