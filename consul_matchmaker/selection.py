@@ -24,6 +24,10 @@ QUARANTINE_SPREAD = 0.2
 """A quarantine is up to this part shorter, at random: processes that met the same failure together
 must not come back together."""
 _NOBODY: frozenset[Host] = frozenset()
+LARGE_POOL = 10
+"""From so many hosts on, ``panic_fraction`` counts: there the load of the many rejected ones would
+fall on few; in a smaller pool the hosts that are left can bear it, and a try at a rejected host is
+likely to fail."""
 SMALLEST_WEIGHT = 0.001
 """Weight 0 means "only a very small chance" where others have more (RFC 2782)."""
 
@@ -78,8 +82,9 @@ class Quarantine:
     def avoided(self, topic: str, hosts: Sequence[Host]) -> frozenset[Host] | None:
         """Which of *hosts* not to use now.
 
-        None when rejections do not matter: there are none, or ``panic_fraction`` of the hosts or
-        more are rejected, for then the fault is more likely ours, or everywhere.
+        None when rejections do not matter: there are none; or all hosts are rejected; or, of
+        `LARGE_POOL` hosts or more, ``panic_fraction`` or more are, for then the fault is more
+        likely ours, or everywhere, and the few that are left would be overloaded.
         """
         if topic not in self._records:
             return None
@@ -89,7 +94,10 @@ class Quarantine:
             bad = frozenset(
                 host for host in hosts if host in records and records[host].is_avoided(now)
             )
-        is_panic = bad and len(bad) >= self._panic_fraction * len(hosts)
+        is_panic = bad and (
+            len(bad) == len(hosts)
+            or (len(hosts) >= LARGE_POOL and len(bad) >= self._panic_fraction * len(hosts))
+        )
         return None if is_panic else bad
 
     def is_heeded(self, topic: str, hosts: Sequence[Host]) -> bool:

@@ -551,7 +551,8 @@ def test_explaining_an_answer(memory: Memory) -> None:
     assert told["answer"]["source"] == "memory"
     assert [each["host"] for each in told["answer"]["hosts"]][:2] == [str(ONE), str(TWO)]
     assert told["rejected"] == {str(ONE): "avoided by pick"}
-    mm.reject("scheduler", TWO)
+    for other in (TWO, "10.0.0.3:5000"):
+        mm.reject("scheduler", other)
     assert "too many" in str(mm.explain("scheduler")["rejected"])
     memory.is_available = False
     told = json.loads(json.dumps(mm.explain("mails")))

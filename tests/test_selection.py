@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consul_matchmaker.model import Host, Instance, Snapshot
-from consul_matchmaker.selection import MAX_TURNS, Quarantine, Selector
+from consul_matchmaker.selection import LARGE_POOL, MAX_TURNS, Quarantine, Selector
 from consul_matchmaker.settings import Settings
 
 from .doubles import DEADLINE_SECONDS, ManualClock, in_thread, kv
@@ -332,12 +332,29 @@ def test_too_many_rejections_are_not_heeded(rejected: int, is_panic: bool) -> No
     assert sum(counts.values()) == 100
 
 
-def test_of_two_hosts_the_good_one_is_used_if_the_fraction_allows() -> None:
-    """With one of two rejected it depends on panic_fraction: 0.5 says panic, 0.6 does not."""
-    for fraction, used in ((0.5, 2), (0.6, 1)):
-        bench = Bench(kv(panic_fraction=fraction), count=2)
-        bench.reject()
-        assert len(bench.round()) == used
+@pytest.mark.finding("A3")
+@pytest.mark.parametrize(
+    ("count", "rejected"), [(2, 1), (3, 1), (3, 2), (5, 4), (LARGE_POOL - 1, LARGE_POOL - 2)]
+)
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_in_a_small_pool_no_rejected_host_is_picked(
+    count: int, rejected: int, fraction: float
+) -> None:
+    """While any host of a small pool is not rejected, pick takes one of those."""
+    bench = Bench(kv(panic_fraction=fraction), count=count)
+    for host in bench.hosts[:rejected]:
+        bench.reject(host)
+    assert set(bench.round()) == set(bench.hosts[rejected:])
+
+
+@pytest.mark.finding("A3")
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+def test_where_all_are_rejected_all_are_used(count: int) -> None:
+    """pick always has a host: where every one is rejected, the fault is elsewhere."""
+    bench = Bench(count=count)
+    for host in bench.hosts:
+        bench.reject(host)
+    assert set(bench.round()) == set(bench.hosts)
 
 
 def test_quarantines_are_jittered() -> None:
