@@ -122,8 +122,8 @@ class Matchmaker:
         self, topic: str, server: str | None = None, *, key: str | bytes | None = None
     ) -> Host:
         """One live host of *topic* that is not rejected."""
-        await self.hosts(topic, server)  # from now on at hand
-        return self.sync.pick(topic, server, key=key)
+        # Out of this very answer: to look once more could ask Consul, on the event loop.
+        return self.sync.picked(await self.hosts(topic, server), server, key=key)
 
     @asynccontextmanager
     async def using(
@@ -131,8 +131,8 @@ class Matchmaker:
     ) -> AsyncIterator[Host]:
         """A picked host, for an ``async with`` block: rejected if the block raises, else
         acknowledged.  A cancellation says nothing of the host."""
-        await self.hosts(topic, server)
-        with self.sync.using(topic, server, key=key) as host:
+        host = await self.pick(topic, server, key=key)
+        with self.sync.judging(topic, host):
             yield host
 
     async def wait_for_hosts(
@@ -145,8 +145,8 @@ class Matchmaker:
 
     async def is_alive(self, topic: str, host: str | Host) -> bool:
         """Whether *host* serves *topic*, by what `hosts` says."""
-        await self.hosts(topic)
-        return self.sync.is_alive(topic, host)
+        wanted = host if isinstance(host, Host) else Host.parse(host)
+        return wanted in await self.hosts(topic)
 
     async def watch(self, topic: str, server: str | None = None) -> AsyncIterator[Snapshot]:
         """The hosts of *topic* now, and again at every change, until `close`."""

@@ -109,10 +109,17 @@ class Matchmaker:
         Raises NoLiveHosts when there is none, and what `hosts` raises.
         """
         # One of them is enough, but who has a key must choose among the same hosts as the others.
-        snapshot = self._lookup(topic, server, complete=key is not None)
+        return self.picked(self._lookup(topic, server, complete=key is not None), server, key=key)
+
+    def picked(
+        self, snapshot: Snapshot, server: str | None = None, *, key: str | bytes | None = None
+    ) -> Host:
+        """As `pick`, out of an answer that `hosts` gave, also for *server*: asks nobody."""
+        self._check_open()
         host = self._selector.pick(snapshot, server=server, key=key)
         if host is None:
-            raise NoLiveHosts(f"no host serves {_named(topic, server)} now: try wait_for_hosts()")
+            name = _named(snapshot.topic, server)
+            raise NoLiveHosts(f"no host serves {name} now: try wait_for_hosts()")
         return host
 
     def wait_for_hosts(
@@ -274,8 +281,14 @@ class Matchmaker:
         Exception (an interrupt, a cancelled task) says nothing of the host.  Raises like `pick`.
         """
         host = self.pick(topic, server, key=key)
-        try:
+        with self.judging(topic, host):
             yield host
+
+    @contextmanager
+    def judging(self, topic: str, host: Host) -> Iterator[None]:
+        """As `using`, for a host that was picked already."""
+        try:
+            yield
         except Exception:
             self._quarantine.reject(topic, host)
             raise

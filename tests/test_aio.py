@@ -82,7 +82,7 @@ def test_every_method_of_the_matchmaker_is_there() -> None:
     def names(of: type) -> set[str]:
         return {name for name in dir(of) if not name.startswith("_")}
 
-    helpers = {"forget", "hosts_at_hand", "next_change"}
+    helpers = {"forget", "hosts_at_hand", "next_change", "picked", "judging"}
     assert names(Matchmaker) - names(aio.Matchmaker) == helpers
     assert names(aio.Matchmaker) - names(Matchmaker) == set()
 
@@ -105,6 +105,38 @@ def test_an_answer_at_hand_does_not_leave_the_loop() -> None:
             assert (await mm.explain("scheduler"))["topic"] == "scheduler"
 
     run(work())
+
+
+@pytest.mark.finding("D2")
+@pytest.mark.parametrize("verb", ["hosts", "pick", "using", "is_alive"])
+def test_no_awaited_call_asks_consul_on_the_event_loop(verb: str) -> None:
+    """Also where no answer is kept: what was awaited is used, and not looked up once more."""
+    threads: list[str] = []
+
+    class Noting(FakeResolver):
+        def lookup(
+            self, topic: str, server: str | None = None, *, complete: bool = True
+        ) -> Snapshot:
+            threads.append(threading.current_thread().name)
+            return super().lookup(topic, server, complete=complete)
+
+    consul = Noting()
+    consul.say("scheduler", str(ONE))
+    settings = catalog(ttl_seconds=0, ttl_min_seconds=0, empty_ttl_seconds=0, max_stale_seconds=0)
+
+    async def work() -> None:
+        async with aio.Matchmaker(Matchmaker(settings, backend=consul)) as mm:
+            for _ in range(3):
+                if verb == "using":
+                    async with mm.using("scheduler") as host:
+                        assert host == ONE
+                else:
+                    arguments = ("scheduler", ONE) if verb == "is_alive" else ("scheduler",)
+                    await getattr(mm, verb)(*arguments)
+
+    run(work())
+    assert len(threads) >= 3
+    assert set(threads) <= {"consul-matchmaker-awaited", "consul-matchmaker-refresher"}
 
 
 def test_a_topic_that_hangs_holds_up_neither_loop_nor_others() -> None:
