@@ -147,13 +147,26 @@ _REPLACED = re.compile(r"[!-,./:-@\[-^`{-~ ]")  # the rest of printable ASCII
 _QUERY = ".query"
 
 
-def service_of(topic: str, template: str, service_map: Mapping[str, str]) -> str:
+def is_translated(topic: str, template: str) -> bool:
+    """Whether *topic* has characters that the name of its service cannot have, by *template*.
+
+    Capitals do not count: DNS does not tell them from small letters, and finds either service.
+    """
+    name = template.replace("{topic}", topic)
+    return bool(_REPLACED.search(name[: -len(_QUERY)] if template.endswith(_QUERY) else name))
+
+
+def service_of(
+    topic: str, template: str, service_map: Mapping[str, str], *, strict: bool = False
+) -> str:
     """The Consul service that serves *topic*; the prepared query if the rule ends in ``.query``.
 
     What *service_map* says of the topic, else *template* with the topic for ``{topic}``, in which
     capitals become small letters (DNS does not tell them apart) and every character but letters,
     digits, ``_`` and ``-`` becomes ``-``: ``notifications.info`` is the service
-    ``notifications-info``.  So two topics can meet on one service; whoever asks for both says so.
+    ``notifications-info``.  So two topics can meet on one service; whoever asks says so.  With
+    *strict* such a topic is refused instead.  That is not the default, because topics of
+    oslo.messaging have dots (``notifications.info``) and its users cannot choose others.
 
     Raises InvalidTopic where that cannot be asked for: longer than 62 characters, or not ASCII.
     Nothing is shortened or left out, because operators have to be able to tell the name.
@@ -165,6 +178,11 @@ def service_of(topic: str, template: str, service_map: Mapping[str, str]) -> str
     if is_query:
         name = name[: -len(_QUERY)]
     label = (_REPLACED.sub("-", name) if mapped is None else name).lower()
+    if strict and mapped is None and is_translated(topic, template):
+        raise InvalidTopic(
+            f"topic {topic!r} cannot be the name of a Consul service: ask for {label!r} if that is "
+            "the one, or name it with service_map (strict_names refuses to translate)"
+        )
     # A prepared query may have dots: Consul joins the labels again.
     if all(SERVICE_LABEL.match(part) for part in (label.split(".") if is_query else [label])):
         return label + _QUERY if is_query else label

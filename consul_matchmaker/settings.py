@@ -261,6 +261,12 @@ class Settings:
     service_map: Mapping[str, str] = _knob(
         _pairs, "services that the template does not give: topic=service,...", None
     )
+    strict_names: bool = _knob(
+        _yes_or_no,
+        "refuse a topic that cannot be the name of its Consul service (such as one with a dot) "
+        "instead of asking for the service with '-' in place of what cannot be there",
+        False,
+    )
     shards: int = _knob(
         _whole(0, 100),
         "for topics of thousands: how many tags s00, s01... to ask for one by one; 0 asks for none",
@@ -294,7 +300,9 @@ class Settings:
     )
     panic_fraction: float = _knob(
         _number(0, 1),
-        "rejections are ignored when this fraction of a topic's hosts or more is rejected",
+        "in a topic of 10 hosts or more, rejections are ignored when this fraction of them or more "
+        "is rejected, as the few that are left would be overloaded; in a smaller one only when all "
+        "are",
         0.5,
     )
     max_topics: int = _knob(

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from consul_matchmaker.backends.dns_exchange import Channel
-from consul_matchmaker.backends.dns_srv import DnsSrv
+from consul_matchmaker.backends.dns_srv import NAME_THREADS, DnsSrv
 from consul_matchmaker.backends.traffic import Traffic
 from consul_matchmaker.errors import ConfigurationError, InvalidTopic, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Instance
@@ -356,8 +356,153 @@ def test_two_topics_that_meet_on_one_service_are_said_once(
         dns_srv = resolver(server, service_map={"x": "one", "y": "one"})
         for topic in ("notifications.info", "notifications-info", "notifications.info", "x", "y"):
             dns_srv.lookup(topic)
-    assert len(caplog.records) == 1
-    assert "service_map" in caplog.text
+    met = [record for record in caplog.records if "are both" in record.getMessage()]
+    assert len(met) == 1
+    assert "service_map" in met[0].getMessage()
+
+
+@pytest.mark.finding("A4")
+def test_a_translated_name_is_said(resolver: Lookup, caplog: pytest.LogCaptureFixture) -> None:
+    """A topic whose service has another name is never answered in silence: the log says so once,
+    and each answer names its service.  What was mapped by hand, or needs no translation, is not
+    said."""
+    fake = FakeConsul({("my-dotted", ""): many(1), ("scheduler", ""): many(1)})
+    with DnsServer(fake) as server:
+        dns_srv = resolver(server, service_map={"by.hand": "scheduler"})
+        for topic in ("my.dotted", "my.dotted", "Scheduler", "by.hand"):
+            snapshot = dns_srv.lookup(topic)
+            assert len(snapshot) == 1
+            assert snapshot.details["service"] == (
+                "my-dotted" if topic == "my.dotted" else "scheduler"
+            )
+    (said,) = caplog.messages
+    assert "'my.dotted'" in said
+    assert "'my-dotted'" in said
+    assert "service_map" in said
+    assert "strict_names" in said
+
+
+@pytest.mark.finding("A4")
+def test_strict_names_refuse_a_translation(resolver: Lookup) -> None:
+    """The error names the service that would have been asked for; nothing is asked."""
+    with DnsServer(consul(*many(1))) as server:
+        dns_srv = resolver(server, strict_names=True, service_map={"by.hand": "scheduler"})
+        with pytest.raises(InvalidTopic, match=r"'my\.dotted'.*'my-dotted'"):
+            dns_srv.lookup("my.dotted")
+        assert server.asked == []
+        for topic in ("scheduler", "Scheduler", "by.hand"):
+            assert len(dns_srv.lookup(topic)) == 1
+
+
+@pytest.mark.finding("C10")
+def test_the_queries_of_all_topics_in_use_are_remembered(resolver: Lookup) -> None:
+    """As many as `max_topics` says, and one more takes the place of the oldest, not of all."""
+    dns_srv = resolver("127.0.0.1:1", max_topics=6000)
+    first = dns_srv._query("topic0.service.consul", "SRV", 1232)
+    queries = [dns_srv._query(f"topic{n}.service.consul", "SRV", 1232) for n in range(6000)]
+    again = [dns_srv._query(f"topic{n}.service.consul", "SRV", 1232) for n in range(6000)]
+    assert queries[0] is first
+    assert all(one is other for one, other in zip(queries, again, strict=True))
+    for number in range(6000, 20_000):
+        dns_srv._query(f"topic{number}.service.consul", "SRV", 1232)
+    assert len(dns_srv._queries) == 12_000
+
+
+@pytest.mark.finding("C9")
+def test_host_names_are_remembered_for_a_ttl(clock: Clock) -> None:
+    """This machine's resolver is asked once a TTL for a name, however many lookups need it."""
+    asked: list[str] = []
+
+    def count(name: str) -> list[str]:
+        asked.append(name)
+        return ["192.0.2.1"]
+
+    with DnsServer(lambda query: [reply_to(query, ["SRV 1 1 1 db.example."])]) as server:
+        settings = Settings(mode="catalog", addresses=(server.address,), ttl_seconds=5)
+        dns_srv = DnsSrv(settings, clock=clock, resolve=count)
+        for _ in range(5):
+            assert dns_srv.lookup("scheduler").hosts == hosts("192.0.2.1:1")
+        assert asked == ["db.example"]
+        clock.now += 5
+        dns_srv.lookup("scheduler")
+        assert len(asked) == 2
+        dns_srv.forget()
+        dns_srv.lookup("scheduler")
+        assert len(asked) == 3
+        dns_srv.close()
+
+
+@pytest.mark.finding("C9")
+def test_a_resolver_that_hangs_holds_a_bounded_number_of_threads(clock: Clock) -> None:
+    """However many lookups meet host names that it does not answer."""
+    end, inside = threading.Event(), []
+
+    def hang(name: str) -> list[str]:
+        inside.append(name)
+        end.wait()
+        return ["192.0.2.1"]
+
+    answer = [f"SRV 1 1 1 db{number}.example." for number in range(3)]
+    with DnsServer(lambda query: [reply_to(query, answer)]) as server:
+        settings = Settings(
+            mode="catalog", addresses=(server.address,), request_timeout_seconds=0.05
+        )
+        dns_srv = DnsSrv(settings, clock=clock, resolve=hang)
+        try:
+            for _ in range(NAME_THREADS):
+                with pytest.raises(Unavailable):
+                    dns_srv.lookup("scheduler")
+            assert len(inside) == NAME_THREADS
+        finally:
+            end.set()
+        dns_srv.close()
+
+
+@pytest.mark.finding("A1")
+def test_an_answer_is_as_old_as_its_question(resolver: Lookup, clock: Clock) -> None:
+    """What Consul took to answer counts; of several questions the first one does, and what an
+    earlier agent wasted does not."""
+    fake = consul(*many(2))
+
+    def slow(asked: Asked) -> list[bytes]:
+        clock.now += 6
+        return fake(asked)
+
+    with DnsServer(slow) as server:
+        assert resolver(server).lookup("scheduler").age_seconds == 6
+        assert resolver(server, shards=2).lookup("scheduler").age_seconds == 12
+        assert resolver(server, datacenters="dc9,dc8").lookup("nobody").age_seconds == 12
+
+        def useless(asked: Asked) -> list[bytes]:
+            clock.now += 100
+            return [reply_to(asked, rcode="REFUSED")]
+
+        with DnsServer(useless) as bad:
+            assert resolver(bad, server).lookup("scheduler").age_seconds == 6
+
+
+@pytest.mark.finding("D3")
+def test_an_agent_due_for_a_try_is_not_kept_from_others_by_whoever_has_no_time(
+    resolver: Lookup, clock: Clock
+) -> None:
+    """A caller whose deadline has passed, or whose question is wrong, tries nobody: the next one
+    finds the agent that came back."""
+    fake = consul(*many(1))
+    rcodes = ["REFUSED"]
+    with DnsServer(
+        lambda asked: [reply_to(asked, rcode=rcodes[0])] if rcodes else fake(asked)
+    ) as server:
+        dns_srv = resolver(server, domain=".".join(["d" * 60] * 3))
+        with pytest.raises(Unavailable):
+            dns_srv.lookup("scheduler")
+        clock.now += PATIENCE + 60
+        with pytest.raises(TimedOut):
+            dns_srv.lookup_within(-1, "scheduler")
+        assert dns_srv.status()["agents_away"] == []
+        rcodes.clear()
+        with pytest.raises(InvalidTopic):
+            dns_srv.lookup("t" * 60)
+        assert dns_srv.status()["agents_away"] == []
 
 
 def test_server_by_tag(resolver: Lookup) -> None:

@@ -83,6 +83,7 @@ CASES: dict[str, Case] = {
         ("a", "a=", "=b", "a=b,a=c"),
         "catalog",
     ),
+    "strict_names": Case("yes", True, "off", False, ("", "maybe"), "catalog"),
     "shards": Case("100", 100, "0", 0, ("-1", "101", "1.5", "x", ""), "catalog"),
     "prefix": Case("a/b_c-d", "a/b_c-d", "/x/", "x", ("", "/", "a//b", "a.b", "a b", "é")),
     "session_ttl_seconds": seconds("1", "86400", "0.9", "86401"),

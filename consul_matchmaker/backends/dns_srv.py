@@ -7,14 +7,17 @@ a service is `naming.service_of`.
 from __future__ import annotations
 
 import collections
+import contextlib
 import ipaddress
 import itertools
 import logging
+import math
 import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import dns.exception
 import dns.message
@@ -23,7 +26,7 @@ import dns.name
 from ..backoff import Backoff
 from ..errors import ConfigurationError, InvalidTopic, TimedOut, Unavailable
 from ..model import Host, Instance, Snapshot
-from ..naming import SERVICE_LABEL, service_of, shard_tag
+from ..naming import SERVICE_LABEL, is_translated, service_of, shard_tag
 from ..settings import Settings
 from ..srv_coverage import MAX_ANSWERS, TCP_LIMIT, is_covered, may_be_cut
 from ..srv_wire import NOERROR, NXDOMAIN, REFUSED, SERVFAIL, BadReply, Reply, Srv
@@ -32,6 +35,9 @@ from .dns_exchange import Channel, Stream, resolve_by_system
 from .traffic import Traffic
 
 logger = logging.getLogger(__name__)
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 
 EXCHANGES_PER_LOOKUP = 3
 """A lookup ends after this many times ``request_timeout_seconds``, whatever it still lacks."""
@@ -49,8 +55,9 @@ connection one by one, and those of two at the same time.  Measured with 1,000 h
 cores: 6.5-7.2 bare exchanges for all of them, where one connection took 8.0."""
 FIRST_REST_SECONDS, LONGEST_REST_SECONDS = 1.0, 60.0
 """How long an agent that could not be asked is left alone, doubling, when there are others."""
-MAX_REMEMBERED = 4_096
-"""Names whose query bytes, size and log lines are remembered."""
+NAME_THREADS = 4
+"""How many host names this machine's resolver is asked for at a time: it may hang, and its threads
+with it."""
 
 _RCODES = {1: "FORMERR", SERVFAIL: "SERVFAIL", 4: "NOTIMP", REFUSED: "REFUSED"}
 _REMEDIES = {
@@ -78,8 +85,11 @@ class _Found:
     asked: list[dict[str, object]] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     """Targets whose records name no usable host, and why."""
+    asked_at: float = math.inf
+    """When the agent that answered was first asked, of several names the earliest."""
 
     def add(self, other: _Found) -> None:
+        self.asked_at = min(self.asked_at, other.asked_at)
         self.instances.update(other.instances)
         self.asked += other.asked
         self.left_out.update(other.left_out)
@@ -124,6 +134,9 @@ class DnsSrv:
             raise ConfigurationError("tag: DNS takes 'tcp' for no tag at all: give it another name")
         self._udp, self._tcp = Traffic(), Traffic()
         self._agents = _Agents(settings.addresses, self._udp, self._tcp, clock, jitter)
+        # Names whose query bytes, size, addresses and log lines are remembered: two of each topic
+        # in use, so that none is made anew for each lookup.
+        self._max_remembered = 2 * settings.max_topics
         self._queries: dict[tuple[str, str, int], bytes] = {}
         self._forget_names()
 
@@ -132,6 +145,8 @@ class DnsSrv:
         self._topic_of: dict[str, str] = {}
         self._said: set[tuple[str, str]] = set()
         self._large: set[str] = set()  # names whose answer did not fit UDP the last time
+        self._resolved: dict[str, tuple[list[str], float]] = {}  # host names, and until when
+        self._name_threads = threading.Semaphore(NAME_THREADS)
 
     def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's.
@@ -165,6 +180,7 @@ class DnsSrv:
     ) -> Snapshot:
         service = self._service(topic)
         found, failure = _Found(), None
+        asked_at = math.inf
         for datacenter in self._settings.datacenters or ("",):
             lookup = _Lookup(self, service, datacenter, until, complete, is_hurried)
             try:
@@ -172,6 +188,8 @@ class DnsSrv:
             except Unavailable as error:
                 failure = failure or error
                 continue
+            # That one datacenter has none is part of the answer that another one has some.
+            asked_at = min(asked_at, found.asked_at)
             if found.instances:
                 break
             if found.left_out and not found.is_complete:  # an outage, and not "nobody"
@@ -184,9 +202,9 @@ class DnsSrv:
             "dns",
             is_complete=found.is_complete,
             ttl_seconds=float(found.ttl_seconds) if found.ttl_seconds else None,
-            taken_at=self._clock(),
+            taken_at=asked_at,
             clock=self._clock,
-            details={"asked": found.asked, "left_out": found.left_out},
+            details={"service": service, "asked": found.asked, "left_out": found.left_out},
         )
 
     def probe(self, agent: Host, labels: str, kind: str, *, by_tcp: bool) -> Reply:
@@ -226,12 +244,22 @@ class DnsSrv:
 
     def _service(self, topic: str) -> str:
         settings = self._settings
-        service = service_of(topic, settings.service_template, settings.service_map)
+        service = service_of(
+            topic, settings.service_template, settings.service_map, strict=settings.strict_names
+        )
         if topic in settings.service_map:
             return service  # whoever mapped two topics to one service meant it
+        if is_translated(topic, settings.service_template) and self._is_first("name", topic):
+            logger.warning(
+                "topic %r is asked for as the Consul service %r, as DNS cannot carry its name: "
+                "are that service's hosts meant? service_map says which service a topic has, and "
+                "strict_names refuses this",
+                topic,
+                service,
+            )
         other = self._topic_of.get(service)
         if other is None:
-            if len(self._topic_of) < MAX_REMEMBERED:
+            if len(self._topic_of) < self._max_remembered:
                 self._topic_of[service] = topic
         elif other != topic and self._is_first("service", service):
             logger.warning(
@@ -245,7 +273,7 @@ class DnsSrv:
     def _is_first(self, what: str, name: str) -> bool:
         """Whether this is the first time to say *what* about *name*; the caller says it then."""
         with self._lock:
-            if (what, name) in self._said or len(self._said) >= MAX_REMEMBERED:
+            if (what, name) in self._said or len(self._said) >= self._max_remembered:
                 return False
             self._said.add((what, name))
             return True
@@ -258,10 +286,41 @@ class DnsSrv:
                 query = dns.message.make_query(name, kind, use_edns=0, payload=size).to_wire()
             except dns.exception.DNSException as error:
                 raise InvalidTopic(f"{name!r} cannot be asked for over DNS: {error}") from None
-            if len(self._queries) >= MAX_REMEMBERED:
-                self._queries.clear()
-            self._queries[name, kind, size] = query
+            _remember(self._queries, (name, kind, size), query, self._max_remembered)
         return query
+
+    def _by_system(self, name: str, until: float) -> list[str]:
+        """The addresses that this machine's resolver has for the host *name*, remembered as long as
+        answers are fresh; raises OSError when it cannot tell by *until*."""
+        settings = self._settings
+        known = self._resolved.get(name)
+        if known is not None and self._clock() < known[1]:
+            return known[0]
+        asked_at, threads = self._clock(), self._name_threads
+        is_running = False
+
+        def resolve() -> list[str]:
+            nonlocal is_running
+            is_running = True
+            try:
+                return self._resolve(name)
+            finally:
+                threads.release()
+
+        if not threads.acquire(timeout=max(0.0, until - time.monotonic())):
+            raise TimeoutError("no time was left to resolve it, the system's resolver hangs")
+        try:
+            seconds = max(0.0, until - time.monotonic())
+            addresses = call_within(seconds, resolve, "consul-matchmaker-names")
+        except RuntimeError as error:
+            if is_running:
+                raise
+            threads.release()
+            raise OSError(f"no thread to be had: {error}") from error
+        seconds = settings.ttl_seconds if addresses else settings.empty_ttl_seconds
+        held = addresses, asked_at + seconds
+        _remember(self._resolved, name, held, self._max_remembered)
+        return addresses
 
 
 class _Lookup:
@@ -307,6 +366,7 @@ class _Lookup:
             if tagged.instances and self._settings.tag is None:
                 return _named(server, tagged, tagged.instances)
         whole = self.topic()
+        whole.asked_at = min(whole.asked_at, tagged.asked_at)
         hosts = {instance.host for instance in tagged.instances}
         return _named(
             server,
@@ -329,9 +389,11 @@ class _Lookup:
         """What the first agent that can be asked says of *name*."""
         reasons: list[str] = []
         timed_out = True
-        for agent in self._resolver._agents.in_order():
-            began = time.monotonic()
-            if began >= self._until:
+        agents = self._resolver._agents.in_order()
+        # The time first: an agent that this yields after a rest is ours to try.
+        while (began := time.monotonic()) < self._until:
+            agent = next(agents, None)
+            if agent is None:
                 break
             try:
                 found = self._ask_agent(agent, name)
@@ -342,6 +404,9 @@ class _Lookup:
                     agent.failed(_reason(error), self._timeout_seconds)
                 timed_out = timed_out and isinstance(error, TimeoutError)
                 reasons.append(f"{agent.channel.agent} {_reason(error)}")
+            except BaseException:
+                agent.was_not_asked()
+                raise
             else:
                 agent.worked()
                 return found
@@ -366,6 +431,7 @@ class _Lookup:
         """What *agent* says of *name*, completed if it could have been cut."""
         channel = agent.channel
         limit = channel.udp_limit(min(time.monotonic() + self._timeout_seconds, self._until))
+        asked_at = self._resolver._clock()
         query = self._resolver._query(name, "SRV", limit)
         large = self._resolver._large
         reply, is_tcp = self._exchange(channel, query, tcp_first=name in large)
@@ -374,7 +440,7 @@ class _Lookup:
         union = _Union()
         union.add(reply)
         if may_be_cut(reply, TCP_LIMIT if is_tcp else limit, is_tcp=is_tcp):
-            if len(large) < MAX_REMEMBERED:
+            if len(large) < self._resolver._max_remembered:
                 large.add(name)
             if self._complete:
                 union.was_completed = True
@@ -384,6 +450,7 @@ class _Lookup:
         elif is_tcp and not may_be_cut(reply, limit, is_tcp=False):
             large.discard(name)
         found = self._found(name, channel, union)
+        found.asked_at = asked_at
         found.asked.append(
             {
                 "name": name,
@@ -538,14 +605,8 @@ class _Lookup:
         Raises ConfigurationError for what is no host name, OSError when the resolver cannot tell.
         """
         name = Host.parse(f"{target.rstrip('.').lower()}:1").address
-        if name not in self._addresses:
-            seconds = min(self._timeout_seconds, self._until - time.monotonic())
-            if seconds <= 0:
-                raise TimeoutError("no time was left to resolve it")
-            self._addresses[name] = call_within(
-                seconds, lambda: self._resolver._resolve(name), "consul-matchmaker-names"
-            )
-        return self._addresses[name]
+        until = min(time.monotonic() + self._timeout_seconds, self._until)
+        return self._resolver._by_system(name, until)
 
 
 class _Union:
@@ -603,6 +664,10 @@ class _Agent:
         if self.failures:
             self.failures = 0
             logger.info("Consul DNS at %s answers again", self.channel.agent)
+
+    def was_not_asked(self) -> None:
+        """Whoever took it for a try gave up: let others try it."""
+        self.rest_until = 0.0
 
     def failed(self, reason: str, timeout_seconds: float) -> None:
         self.failures += 1
@@ -672,6 +737,14 @@ class _Agents:
         return ", ".join(states)
 
 
+def _remember(table: dict[_K, _V], key: _K, value: _V, most: int) -> None:
+    """Put it into *table*, in place of the oldest entry where there is no more room."""
+    if len(table) >= most:
+        with contextlib.suppress(StopIteration, RuntimeError):  # another thread was faster
+            table.pop(next(iter(table)), None)
+    table[key] = value
+
+
 def _with_records(stream: Stream, query: bytes) -> Reply:
     """The next reply of *stream* that has records; one that fails is asked for again."""
     for tries_left in range(SERVFAIL_TRIES - 1, -1, -1):
@@ -699,7 +772,9 @@ def _named(server: str, found: _Found, instances: Iterable[Instance]) -> _Found:
         Instance(instance.host, server, instance.priority, instance.weight): None
         for instance in instances
     }
-    return _Found(named, found.is_complete, found.ttl_seconds, found.asked, found.left_out)
+    return _Found(
+        named, found.is_complete, found.ttl_seconds, found.asked, found.left_out, found.asked_at
+    )
 
 
 def _unusable(service: str, found: _Found) -> Unavailable:
