@@ -7,20 +7,22 @@ its own thread, while others who want the same topic wait for that one answer.
 
 What replaces a held answer:
 
-- A complete answer does, at once.  Unless its source can lie (DNS, or KV read with
-  ``consistency=stale``: a restarted Consul server denies live services for up to 5 s, fact A9) and
-  it is empty or less than half the held one: that must repeat for ``confirm_empty_seconds``
-  without a better answer in between.  Meanwhile the held answer is served.
+- A complete answer does, at once.  Unless it is doubted (`Cache._doubt_seconds`): then it must
+  repeat for some seconds without a better answer in between.  Meanwhile the held one is served.
 - An incomplete answer says who is there, and says nothing about who is not.  It is united with what
   is held; a host leaves when it was in no answer for `UNSEEN_TTLS` TTLs.
 - An answer read from disk at a cold start (`state_file`) is like a stale one, marked ``disk``; the
   first answer that is believed replaces it.
 - An outage or a refused token replaces nothing: the held answer becomes stale, and is given up
-  ``max_stale_seconds`` after it came.
+  ``max_stale_seconds`` after it was asked for.
+
+All ages count from when a question was sent; Consul may answer at any moment after that.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import enum
 import itertools
 import logging
@@ -51,6 +53,10 @@ SECONDS_BETWEEN_REFRESHES = 0.1
 """The least between two background questions for one topic, whatever its TTL says."""
 SECONDS_BETWEEN_DOUBTS = 1.0
 """While an answer is doubted, Consul is asked again this often (the lie lasts up to 5 s)."""
+RETURN_SECONDS = 2.0
+"""So long several hosts that left at once are waited for in kv mode: when the leader dies or a
+quorum comes back, Consul may end the sessions of living processes, which are all back after 1.7 s
+(fact B15)."""
 SECONDS_BETWEEN_KNOCKS = 1.0
 """While a stale answer is served, a caller looks this often whether a refresh is on its way."""
 SECONDS_A_FAILURE_IS_REMEMBERED = 1.0
@@ -70,6 +76,9 @@ UNSEEN_TTLS = 3
 and the backend has united several of them before it calls an answer incomplete."""
 SHORTEST_WAIT_SECONDS = 0.05
 """Who waits for an answer for less gets as long: so a timeout of 0 means "as it is now"."""
+SECOND_CHANCES = 16
+"""Of topics in use, when room is made for another one: so that costs the same however many are
+kept."""
 SECONDS_FOR_A_REAL_ANSWER = 0.02
 """At a cold start, Consul has this long before an answer from disk is given: it needs 0.2 to 2 ms
 where it is well, and no caller must wait where it is not."""
@@ -101,8 +110,8 @@ class _Flight:
 
     __slots__ = ("_answer", "_done", "_error", "complete", "offers")
 
-    def __init__(self, offers: int, complete: bool) -> None:
-        self.offers = offers
+    def __init__(self, complete: bool = True) -> None:
+        self.offers = 0  # of the entry, when it began
         self.complete = complete  # whether all hosts were asked for, or some
         self._done = threading.Event()
         self._answer: Snapshot | None = None
@@ -151,6 +160,8 @@ class _Entry:
         "failing_since",
         "failures",
         "flight",
+        "full",
+        "full_until",
         "gone_at",
         "is_slow",
         "landed_at",
@@ -165,6 +176,7 @@ class _Entry:
         "snapshot",
         "tally",
         "topic",
+        "version",
     )
 
     def __init__(
@@ -179,7 +191,7 @@ class _Entry:
         self.gone_at = -_NEVER  # from then on it is not returned any more
         self.asked_at = now  # by a caller
         self.placed_at = now  # in the order of eviction
-        self.landed_at = now  # when the last answer or failure came
+        self.landed_at = -_NEVER  # when the last answer or failure came
         self.refresh_at = _NEVER  # when the background thread looks at it
         self.retry_at = -_NEVER  # not to be asked before
         self.offers = 0  # answers that came from the watcher
@@ -191,6 +203,9 @@ class _Entry:
         self.doubt: Snapshot | None = None  # an answer that is not believed yet
         self.doubt_since = 0.0
         self.empty_since: float | None = None  # since when every answer is without hosts
+        self.full: Snapshot | None = None  # held before hosts began to leave
+        self.full_until = -_NEVER
+        self.version = 0  # of the last answer that was believed
         # Who was in which answer, while answers are incomplete.
         self.seen: dict[tuple[Host, str | None], tuple[float, Instance]] | None = None
 
@@ -238,7 +253,7 @@ class _Entries(cachetools.LRUCache[_Key, _Entry]):
 
     def popitem(self) -> tuple[_Key, _Entry]:
         self.evictions += 1
-        for _ in range(len(self) - 1):
+        for _ in range(min(len(self) - 1, SECOND_CHANCES)):
             key, entry = super().popitem()
             if entry.asked_at <= entry.placed_at:
                 return key, entry
@@ -308,6 +323,8 @@ class Cache:
         self._changed = threading.Condition()
         self._version = 0  # answers that came, of any topic
         self._watched_until = -_NEVER  # until then the watcher tells of every change
+        # What is to be logged once the lock is given back: a handler may take long.
+        self._notes: collections.deque[tuple[int, str, tuple[object, ...]]] = collections.deque()
 
     # -- what callers ask
 
@@ -318,11 +335,12 @@ class Cache:
         Else asks, and raises Unavailable or Denied.  With *complete* False some of the hosts will
         do where nothing is held: the rest is asked for in the background.
         """
+        now = self._clock()  # before a new entry is made: that one was not asked for again
         try:
             entry = self._at_hand[topic]
         except (KeyError, TypeError):  # TypeError: not a text at all
             entry = self._entry(topic)
-        entry.asked_at = now = self._clock()
+        entry.asked_at = now
         snapshot = entry.snapshot
         if server is None and snapshot is not None and now < entry.quiet_until:
             tally = entry.tally  # in two steps it is faster: it is no method
@@ -337,20 +355,22 @@ class Cache:
 
     def at_hand(self, topic: str, server: str | None = None) -> Snapshot | None:
         """What `lookup` returns, where that takes no question and no wait; else None."""
+        now = self._clock()  # of all that follows: nothing may be given up in between
         entry = self._at_hand.get(topic)
-        if not self._has_answer(entry):
+        if entry is None or not _has_answer(entry, now):
             return None
-        if server is not None and self.narrows:
-            assert entry is not None and entry.snapshot is not None
-            is_known = self._has_answer(self._at_hand.get((topic, server)))
-            if not is_known and not entry.snapshot.for_server(server):
-                return None
-        return self.lookup(topic, server)
-
-    def _has_answer(self, entry: _Entry | None) -> bool:
-        if entry is None or entry.snapshot is None or self._clock() >= entry.gone_at:
-            return False
-        return entry.snapshot.source != "disk" or entry.quiet_until != -_NEVER
+        entry.asked_at = now
+        snapshot, tally = self._look_closer(entry, now)
+        if server is not None:
+            snapshot = snapshot.for_server(server)
+            if not snapshot.instances and self.narrows:
+                entry = self._at_hand.get((topic, server))
+                if entry is None or not _has_answer(entry, now):
+                    return None
+                entry.asked_at = now
+                snapshot, tally = self._look_closer(entry, now)
+        tally()
+        return snapshot
 
     def refresh(self, topic: str, server: str | None = None) -> Snapshot:
         """Ask Consul now, or wait for the answer somebody asked for already.
@@ -433,22 +453,34 @@ class Cache:
 
     # -- what the watcher tells
 
-    def offer(self, snapshots: Mapping[str, Snapshot], fresh_seconds: float) -> None:
-        """Take the whole truth, fresh for *fresh_seconds*: a topic that is not in it has no hosts.
+    def offer(
+        self,
+        snapshots: Mapping[str, Snapshot],
+        *,
+        taken_at: float,
+        version: int,
+        fresh_until: float,
+    ) -> None:
+        """Take the whole truth of *taken_at*, fresh until *fresh_until*: a topic that is not in it
+        has no hosts.  A *version* that went back was doubted by who offers it.
 
         Topics that nobody asked for are not kept.
         """
         with self._changed:
             now = self._clock()
-            self._watched_until = now + fresh_seconds
+            self._watched_until = fresh_until
             for entry in self._at_hand.values():
                 if entry.server is None:
-                    answer = snapshots.get(entry.topic) or Snapshot(entry.topic, (), "kv")
+                    answer = snapshots.get(entry.topic)
+                    if answer is None:
+                        answer = Snapshot(entry.topic, (), "kv", taken_at=taken_at, version=version)
                     entry.offers += 1
-                    self._take(entry, answer, now, fresh_seconds)
+                    entry.version = min(entry.version, version)
+                    self._take(entry, answer, now, fresh_until)
             self._counts["offered"] += 1
             is_doubting = any(entry.doubt is not None for entry in self._at_hand.values())
             self._tell()
+        self._log_notes()
         if is_doubting or self._is_unsaved:
             self._start_refreshers()
 
@@ -460,8 +492,7 @@ class Cache:
             for entry in self._at_hand.values():
                 held = entry.snapshot
                 if held is not None and held.fresh_until > now + self._ttl_seconds(held):
-                    seconds = self._ttl_seconds(held)
-                    self._hold(entry, held, held.taken_at, now, seconds, held.confirmed)
+                    self._hold(entry, held, now, now + self._ttl_seconds(held), held.confirmed)
         self._wake_refreshers()
 
     # -- its own life
@@ -599,24 +630,29 @@ class Cache:
 
     def _ask(self, entry: _Entry, complete: bool = True) -> Snapshot:
         """Ask the resolver, or wait for whoever asks already; no lock is held meanwhile."""
+        flight = _Flight(complete)
         while True:
-            with self._changed:
-                other = entry.flight
-                if other is None:
-                    flight = self._take_off(entry, complete)
-                    break
+            try:
+                with self._changed:
+                    other = self._take_off(entry, flight)
+                if other is flight:
+                    return self._fly(entry, flight)
+            except BaseException as error:
+                # Also an interrupt before `_fly` could have noted it: nobody could ask any more.
+                if entry.flight is flight:
+                    self._land_failure(entry, flight, error, 0.0)
+                raise
             answer = other.wait(entry.name, self._patience_seconds)
-            if answer is None:
-                continue
-            if other.complete or answer.is_complete or not complete:
+            if answer is not None and (other.complete or answer.is_complete or not complete):
                 return answer
-        return self._fly(entry, flight)
 
-    def _take_off(self, entry: _Entry, complete: bool = True) -> _Flight:
-        """The lock is held."""
-        entry.flight = flight = _Flight(entry.offers, complete)
-        entry.refresh_at = _NEVER  # its answer or failure sets the next time
-        return flight
+    def _take_off(self, entry: _Entry, flight: _Flight) -> _Flight:
+        """The question that is on its way: *flight* if there is no other.  The lock is held."""
+        if entry.flight is None:
+            flight.offers = entry.offers
+            entry.refresh_at = _NEVER  # its answer or failure sets the next time
+            entry.flight = flight
+        return entry.flight
 
     def _fly(self, entry: _Entry, flight: _Flight, *, is_hurried: bool = False) -> Snapshot:
         began = self._clock()
@@ -634,6 +670,8 @@ class Cache:
             else:
                 self._land_failure(entry, flight, error, self._clock() - began)
             raise
+        if answer.clock is not self._clock:  # stamped by another clock, or not at all
+            answer = replace(answer, taken_at=began, clock=self._clock)
         if not (flight.complete or answer.is_complete) and answer and entry.snapshot is None:
             return self._land_part(entry, flight, answer)
         return self._land_answer(entry, flight, answer, self._clock() - began)
@@ -657,10 +695,12 @@ class Cache:
         with self._changed:
             now = self._clock()
             self._note_success(entry, now)
-            entry.part = part = replace(answer, fresh_until=now + self._ttl_seconds(answer))
+            fresh_until = answer.taken_at + self._ttl_seconds(answer)
+            entry.part = part = replace(answer, fresh_until=fresh_until)
             entry.flight = None
             entry.refresh_at, entry.landed_at = now, -_NEVER
             flight.land(part)
+        self._log_notes()
         return part
 
     def _land_answer(
@@ -679,6 +719,7 @@ class Cache:
             entry.flight = None
             flight.land(held)
             self._tell()
+        self._log_notes()
         if self._is_unsaved or (entry.is_slow and self._refresher.is_running):
             self._start_refreshers()
         return held
@@ -697,6 +738,7 @@ class Cache:
                 self._entries.pop(_key(entry), None)  # a wrong topic is nothing to remember
             elif isinstance(error, Exception):  # an interrupt of the caller says nothing of Consul
                 self._note_failure(entry, error, now)
+        self._log_notes()
 
     # -- what answers and failures do to an entry; the lock is held
 
@@ -704,15 +746,27 @@ class Cache:
         self._version += 1
         self._changed.notify_all()
 
+    def _note(self, level: int, message: str, *arguments: object) -> None:
+        self._notes.append((level, message, arguments))
+
+    def _log_notes(self) -> None:
+        """Log what was noted; the lock is not held."""
+        while self._notes:
+            with contextlib.suppress(IndexError):  # another thread was faster
+                level, message, arguments = self._notes.popleft()
+                logger.log(level, message, *arguments)
+
     def _take(
-        self, entry: _Entry, answer: Snapshot, now: float, fresh_seconds: float | None = None
+        self, entry: _Entry, answer: Snapshot, now: float, fresh_until: float | None = None
     ) -> None:
+        """*answer* has come; the watch says until when it is fresh, else its TTL does."""
         self._note_success(entry, now)
         if now >= entry.gone_at:  # given up: no answer is doubted for it, or united with it
             entry.snapshot = entry.seen = None
         held = entry.snapshot
+        asked_at = answer.taken_at
         if not answer.is_complete:
-            answer = answer.with_instances(self._united(entry, answer, now))
+            answer = self._united(entry, answer)
         elif held is not None and not self._is_believed(entry, held, answer, now):
             entry.retry_at = entry.refresh_at = now + SECONDS_BETWEEN_DOUBTS
             entry.landed_at = now
@@ -725,28 +779,30 @@ class Cache:
             entry.seen = None
         confirmed = self._is_confirmed(entry, answer, now)
         entry.doubt = None
+        entry.version = answer.version
+        if held is not None and len(answer) < len(held) and now >= entry.full_until:
+            entry.full, entry.full_until = held, now + RETURN_SECONDS
         is_watched = now < self._watched_until
-        if fresh_seconds is None:
-            fresh_seconds = self._ttl_seconds(answer)
+        if fresh_until is None:
+            fresh_until = asked_at + self._ttl_seconds(answer)
             # While all is watched, this answer was newer than the last offer and any change will be
             # offered.  But a stale read may have been older.
             if is_watched and self._settings.consistency != "stale":
-                fresh_seconds = max(fresh_seconds, self._watched_until - now)
+                fresh_until = max(fresh_until, self._watched_until)
         if self._state_file is not None and (held is None or not is_same(held, answer)):
             self._is_unsaved = True
-        self._hold(entry, answer, now, now, fresh_seconds, confirmed)
+        self._hold(entry, answer, now, fresh_until, confirmed)
         if is_watched:  # the watcher will offer again before it runs out
             entry.refresh_at = entry.quiet_until
-        entry.gone_at = now + max(self._settings.max_stale_seconds, fresh_seconds)
+        entry.gone_at = max(asked_at + self._settings.max_stale_seconds, fresh_until)
         entry.landed_at = now
 
     def _hold(
         self,
         entry: _Entry,
         answer: Snapshot,
-        taken_at: float,
         now: float,
-        fresh_seconds: float,
+        fresh_until: float,
         confirmed: bool,
     ) -> None:
         entry.snapshot = Snapshot(
@@ -755,18 +811,19 @@ class Cache:
             answer.source,
             answer.is_complete,
             answer.ttl_seconds,
-            taken_at,
-            now + fresh_seconds,
+            answer.taken_at,
+            fresh_until,
             self._clock,
             confirmed,
             answer.details,
+            answer.version,
         )
         entry.part = None
         share = AHEAD_FROM + (AHEAD_TO - AHEAD_FROM) * self._jitter()
         entry.retry_at = now + SECONDS_BETWEEN_REFRESHES
-        entry.refresh_at = max(entry.retry_at, now + fresh_seconds * share)
+        entry.refresh_at = max(entry.retry_at, now + (fresh_until - now) * share)
         entry.tally = self._fresh.add
-        entry.quiet_until = now + fresh_seconds
+        entry.quiet_until = fresh_until
 
     def _rest(self, entry: _Entry, now: float, until: float) -> None:
         """Let lookups return the held answer without a look, as long as it is worth the same."""
@@ -789,58 +846,96 @@ class Cache:
         return settings.ttl_seconds if answer.instances else settings.empty_ttl_seconds
 
     def _is_believed(self, entry: _Entry, held: Snapshot, answer: Snapshot, now: float) -> bool:
-        if not self._can_lie(answer) or not _is_suspicious(answer, held):
+        seconds = self._doubt_seconds(entry, held, answer, now)
+        if not seconds:
             if entry.doubt is not None:
-                logger.info("topic %s: it has %d hosts after all", entry.name, len(answer))
+                self._note(
+                    logging.INFO, "topic %s: it has %d hosts after all", entry.name, len(answer)
+                )
             return True
         # Even worse than what is doubted already: that has not been repeated yet.
         if entry.doubt is None or _is_suspicious(answer, entry.doubt):
             if entry.doubt is None:
-                logger.warning(
+                self._note(
+                    logging.WARNING,
                     "topic %s: %s suddenly says %d hosts instead of %d; keeping those unless it "
                     "says so for %g s",
                     entry.name,
                     answer.source,
                     len(answer),
                     len(held),
-                    self._settings.confirm_empty_seconds,
+                    seconds,
                 )
             entry.doubt, entry.doubt_since = answer, now
-        if now - entry.doubt_since < self._settings.confirm_empty_seconds:
+        if now - entry.doubt_since < seconds:
             return False
-        logger.warning("topic %s: confirmed, it has %d hosts", entry.name, len(answer))
+        self._note(logging.WARNING, "topic %s: confirmed, it has %d hosts", entry.name, len(answer))
         return True
+
+    def _doubt_seconds(self, entry: _Entry, held: Snapshot, answer: Snapshot, now: float) -> float:
+        """How long *answer* must repeat before it replaces *held*; 0: it is believed at once.
+
+        - From a source that can lie (DNS, or KV read with ``consistency=stale``: a restarted Consul
+          server denies live services for up to 5 s, fact A9): ``confirm_empty_seconds``, where it
+          is empty or has less than half of the held hosts.
+        - From KV otherwise: as long, where it lacks hosts and its version went back, so that it
+          is older than what is held, or Consul has lost its data.  And `RETURN_SECONDS`, where
+          within so long two hosts or more left, and less than half or none are there.
+        """
+        if self._can_lie(answer):
+            return self._settings.confirm_empty_seconds if _is_suspicious(answer, held) else 0.0
+        if answer.source != "kv" or held.source == "disk":
+            return 0.0
+        if answer.version < entry.version and not set(held.hosts) <= set(answer.hosts):
+            return self._settings.confirm_empty_seconds
+        full = entry.full if entry.full is not None and now < entry.full_until else held
+        has_lost = len(full) - len(answer) >= 2 and len(answer) < len(held)
+        return RETURN_SECONDS if has_lost and _is_suspicious(answer, full) else 0.0
 
     def _is_confirmed(self, entry: _Entry, answer: Snapshot, now: float) -> bool:
         """Whether *answer*, which is believed, has hosts or was repeated long enough without."""
-        if answer.instances or not self._can_lie(answer):
+        seconds = self._settings.confirm_empty_seconds
+        if not self._can_lie(answer):
+            seconds = RETURN_SECONDS if answer.source == "kv" else 0.0
+        if answer.instances or not seconds:
             entry.empty_since = None
             return True
         if entry.empty_since is None:
+            if not self._can_lie(answer) and not entry.snapshot:
+                return True  # Consul is sure of it, and nobody has just left
             entry.empty_since = now if entry.doubt is None else entry.doubt_since
-        return now - entry.empty_since >= self._settings.confirm_empty_seconds
+        return now - entry.empty_since >= seconds
 
     def _can_lie(self, answer: Snapshot) -> bool:
         return answer.source == "dns" or (
             answer.source == "kv" and self._settings.consistency == "stale"
         )
 
-    def _united(self, entry: _Entry, answer: Snapshot, now: float) -> tuple[Instance, ...]:
-        """*answer* and what earlier answers had, without what was in none for a while."""
+    def _united(self, entry: _Entry, answer: Snapshot) -> Snapshot:
+        """*answer* and what earlier answers had, without what was in none for a while; as old as
+        the oldest of them that it needs."""
+        now = answer.taken_at
         if entry.seen is None:
             held = entry.snapshot
             # What was read from disk ends with the first real answer, even a cut one.
-            before = () if held is None or held.source == "disk" else held.instances
-            entry.seen = {(one.host, one.server): (now, one) for one in before}
+            if held is None or held.source == "disk":
+                entry.seen = {}
+            else:
+                seen_at = held.taken_at
+                entry.seen = {(one.host, one.server): (seen_at, one) for one in held.instances}
         entry.seen.update({(one.host, one.server): (now, one) for one in answer.instances})
         oldest = now - self._unseen_seconds
         entry.seen = {name: seen for name, seen in entry.seen.items() if seen[0] >= oldest}
-        return tuple(instance for _, instance in entry.seen.values())
+        instances = tuple(instance for _, instance in entry.seen.values())
+        taken_at = min((seen_at for seen_at, _ in entry.seen.values()), default=now)
+        return replace(answer.with_instances(instances), taken_at=taken_at)
 
     def _note_success(self, entry: _Entry, now: float) -> None:
         if entry.failures and entry.snapshot is not None:
             since = now - entry.failing_since
-            logger.info("topic %s: Consul answers again, after %.1f s", entry.name, since)
+            self._note(
+                logging.INFO, "topic %s: Consul answers again, after %.1f s", entry.name, since
+            )
             if self._is_away:
                 self._is_away = False
                 # It may answer for the others too: they need not wait for their next attempt.
@@ -878,7 +973,7 @@ class Cache:
                 # One outage, one warning; the other topics it concerns are details.
                 level = logging.INFO if self._is_away else logging.WARNING
                 self._is_away = True
-                logger.log(
+                self._note(
                     level,
                     "topic %s: answered from the last good answer, %.1f s old: %s",
                     entry.name,
@@ -954,10 +1049,10 @@ class Cache:
 
     def _refresh(self, entry: _Entry, *, is_hurried: bool = False) -> None:
         """Ask for *entry*, unless somebody does; that it failed is noted where it is kept."""
+        flight = _Flight()
         with self._changed:
-            if entry.flight is not None:
+            if self._take_off(entry, flight) is not flight:
                 return
-            flight = self._take_off(entry)
         try:
             self._fly(entry, flight, is_hurried=is_hurried)
         except MatchmakerError as error:
@@ -1027,6 +1122,13 @@ def _again(error: BaseException) -> MatchmakerError:
     if isinstance(error, MatchmakerError):
         return type(error)(*error.args)
     return Unavailable(f"the thread that asked failed: {error!r}: retry")
+
+
+def _has_answer(entry: _Entry, now: float) -> bool:
+    """Whether *entry* has one that is given without a wait."""
+    if entry.snapshot is None or now >= entry.gone_at:
+        return False
+    return entry.snapshot.source != "disk" or entry.quiet_until != -_NEVER
 
 
 def _is_suspicious(answer: Snapshot, held: Snapshot) -> bool:

@@ -273,16 +273,19 @@ class Snapshot(Sequence[Host]):
     ttl_seconds: float | None = None
     """What the answer itself says of its life (a DNS TTL above 0); None when it says nothing."""
     taken_at: float = field(default=0.0, compare=False)
-    """When Consul gave it, on *clock*."""
+    """When the question that it answers was sent, on *clock*: it is no older than that."""
     fresh_until: float = field(default=float("inf"), compare=False)
     """When it becomes stale, on *clock*; set by the cache."""
     clock: Callable[[], float] = field(default=_no_clock, compare=False, repr=False)
     confirmed: bool = field(default=True, compare=False)
     """False for an answer that may well be wrong: read from disk; kept although Consul's newest
-    answer denies most of it; or the first empty one of a source that has denied live services
-    before (DNS, stale KV reads), until it was repeated for ``confirm_empty_seconds``."""
+    answer denies most of it; or empty and not repeated yet, for ``confirm_empty_seconds`` from a
+    source that has denied live services before (DNS, stale KV reads), else for 2 s after the last
+    host left."""
     details: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
     """How the backend got it, fit for json; `Matchmaker.explain` shows it."""
+    version: int = field(default=0, compare=False, repr=False)
+    """A number that only grows while Consul keeps its data (its index); 0 where there is none."""
 
     @_computed_once
     def hosts(self) -> tuple[Host, ...]:
@@ -301,7 +304,7 @@ class Snapshot(Sequence[Host]):
 
     @property
     def age_seconds(self) -> float:
-        """Seconds since Consul gave this answer."""
+        """Seconds since Consul was asked for this answer: what it says is no older."""
         return max(0.0, self.clock() - self.taken_at)
 
     @property
@@ -326,6 +329,7 @@ class Snapshot(Sequence[Host]):
             self.clock,
             self.confirmed,
             self.details,
+            self.version,
         )
 
     def __len__(self) -> int:

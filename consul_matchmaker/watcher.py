@@ -32,6 +32,8 @@ class Pollable(Protocol):
 
     polled_bytes: int
     """The size of the last poll's answer."""
+    polled_at: float
+    """When the last poll was sent, on the watcher's clock: what it brought is no older."""
 
     def poll(self, index: int, wait_seconds: float) -> tuple[int, Mapping[str, Snapshot]]: ...
     def poll_timeout_seconds(self, wait_seconds: float) -> float: ...
@@ -41,7 +43,14 @@ class Pollable(Protocol):
 class Listener(Protocol):
     """What a watcher tells; `cache.Cache` is one."""
 
-    def offer(self, snapshots: Mapping[str, Snapshot], fresh_seconds: float) -> None: ...
+    def offer(
+        self,
+        snapshots: Mapping[str, Snapshot],
+        *,
+        taken_at: float,
+        version: int,
+        fresh_until: float,
+    ) -> None: ...
     def watch_lost(self) -> None: ...
 
 
@@ -51,7 +60,9 @@ class Watcher:
     One request waits at Consul for all topics, for ``ttl_seconds`` at most; what it costs is
     bounded by `BlockingQuery`.  What it offers counts as fresh until the next answer is overdue,
     `LATEST_ANSWER_SECONDS` after its wait, or until the watch is lost: so an agent that goes silent
-    on an open connection makes answers stale although nothing tells us of it.
+    on an open connection makes answers stale although nothing tells us of it.  Its age counts from
+    the sending of the poll, so one that was under way for longer than Consul may hold it is fresh
+    for so much less.
     Starts nothing before `start`; all methods are thread-safe.
     """
 
@@ -116,13 +127,15 @@ class Watcher:
 
     def _step(self) -> float | None:
         query, cpu_started = self._query, self._cpu_clock()
+        wait_seconds, asked_at = self._wait_seconds(query), self._clock()
         try:
-            index, snapshots = self._kv.poll(query.index, self._wait_seconds(query))
+            index, snapshots = self._kv.poll(query.index, wait_seconds)
         except (Unavailable, Denied) as error:
             return None if self._worker.is_stopping else self._on_failure(error)
         now = self._clock()
         self._answers, self._answered_at = self._answers + 1, now
-        self._query = query.answered(index, snapshots, now)
+        has_waited = now - asked_at >= wait_seconds
+        self._query = query.answered(index, snapshots, now, has_waited=has_waited)
         if self._query.is_believed:
             self._on_answer(snapshots, now)
         elif query.doubted_since is None:
@@ -142,8 +155,14 @@ class Watcher:
     def _on_answer(self, snapshots: Mapping[str, Snapshot], now: float) -> None:
         # An answer that confirms the last one is offered too: it makes it fresh again.
         longest_wait = self._longest_wait_seconds * (1 + WAIT_OVERRUN)
-        fresh_seconds = longest_wait + LATEST_ANSWER_SECONDS
-        self._cache.offer(snapshots, fresh_seconds)
+        came_at = min(now, self._kv.polled_at + longest_wait)
+        fresh_until = came_at + longest_wait + LATEST_ANSWER_SECONDS
+        self._cache.offer(
+            snapshots,
+            taken_at=self._kv.polled_at,
+            version=self._query.believed_index,
+            fresh_until=fresh_until,
+        )
         if self._lost_at is not None:
             logger.info("watching again after %.1f s", now - self._lost_at)
             self._lost_at = None

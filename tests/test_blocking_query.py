@@ -149,7 +149,9 @@ def test_wakes_for_nothing_rest_ever_longer():
 
 def test_a_wait_that_ran_out_is_no_wake_for_nothing():
     """A quiet cluster is asked again at once: a change right after is seen at once."""
-    query = after(*[(9, "a", 25 * n) for n in range(20)])
+    query = after((9, "a", 0))
+    for number in range(1, 20):
+        query = query.answered(9, "a", 25 * number, has_waited=True)
     assert query.gap_seconds(0) == MIN_GAP_SECONDS
 
 
@@ -162,3 +164,21 @@ def test_only_a_wait_that_ended_early_wakes_for_nothing():
 def test_a_doubted_answer_is_asked_for_again_after_a_rest():
     """Without an index polls come back at once, so doubting must not become a busy loop."""
     assert after((9, "a", 0), (1, "", 1)).gap_seconds(0) == DOUBT_GAP_SECONDS
+
+
+@pytest.mark.finding("E16")
+@pytest.mark.parametrize(
+    "index_of",
+    [lambda n: 9, lambda n: 1000 - n, lambda n: 2**62, lambda n: 9 + n],
+    ids=["same", "falling", "huge", "rising"],
+)
+def test_an_agent_that_answers_at_once_with_the_same_is_asked_less_and_less(index_of):
+    """Whatever index it gives: who does not wait, and has nothing new, is not asked in a loop."""
+    query = BlockingQuery(6.0)
+    gaps = []
+    for number in range(20):
+        query = query.answered(index_of(number), "a", number / 1000)
+        gaps.append(query.gap_seconds(0))
+    assert gaps == sorted(gaps)
+    assert gaps[-1] == MAX_IDLE_GAP_SECONDS
+    assert query.answered(2**63, "b", 1).gap_seconds(0) == MIN_GAP_SECONDS

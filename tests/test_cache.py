@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 from consul_matchmaker import cache as cache_module
 from consul_matchmaker.cache import (
     HURRY_SECONDS,
+    RETURN_SECONDS,
+    SECOND_CHANCES,
     SECONDS_BETWEEN_DOUBTS,
     UNSEEN_TTLS,
     Cache,
@@ -109,6 +112,16 @@ def made(
     )
 
 
+def offer(cache: Cache, snapshots: dict[str, Snapshot], seconds: float, version: int = 0) -> None:
+    """The watch brings *snapshots*, asked for just now, which are fresh for *seconds*."""
+    now = cache._clock()
+    stamped = {
+        topic: replace(answer, taken_at=now, clock=cache._clock, version=version)
+        for topic, answer in snapshots.items()
+    }
+    cache.offer(stamped, taken_at=now, version=version, fresh_until=now + seconds)
+
+
 def shown(answer: Snapshot) -> list[str]:
     return [str(host) for host in answer]
 
@@ -128,6 +141,155 @@ def test_a_fresh_answer_is_not_asked_for_again(
     assert not answer.is_stale
     assert answer.age_seconds == pytest.approx(4.9)
     assert consul.count("scheduler") == 1
+
+
+@pytest.mark.finding("A1")
+@pytest.mark.parametrize("settings", [kv(), catalog()])
+def test_an_answer_is_as_old_as_its_question(clock: ManualClock, settings: Settings) -> None:
+    """Its age and its freshness count from when it was asked for: one that took longer than its
+    TTL is stale when it comes, and is asked for again."""
+    consul = SlowConsul(clock)
+    consul.takes["scheduler"] = 3
+    consul.say("scheduler", A)
+    cache = made(consul, clock, settings)
+    assert cache.lookup("scheduler").age_seconds == 3
+    clock.advance(1.9)
+    assert not cache.lookup("scheduler").is_stale
+    clock.advance(0.1)
+    assert cache.lookup("scheduler").is_stale
+    consul.takes["scheduler"] = 6
+    cache.step()
+    answer = cache.lookup("scheduler")
+    assert (answer.age_seconds, answer.is_stale) == (6, True)
+    consul.takes["scheduler"] = 0
+    clock.advance(1)
+    cache.lookup("scheduler")
+    cache.step()
+    answer = cache.lookup("scheduler")
+    assert (answer.age_seconds, answer.is_stale) == (0, False)
+
+
+@pytest.mark.finding("A1")
+def test_what_a_resolver_says_of_its_answers_age_is_kept(clock: ManualClock) -> None:
+    """A resolver knows best which of its questions was answered; the cache is one itself."""
+    consul = FakeResolver()
+    consul.say("scheduler", A)
+    below = made(consul, clock)
+    below.lookup("scheduler")
+    clock.advance(4)
+    answer = made(below, clock).lookup("scheduler")  # type: ignore[arg-type]
+    assert answer.age_seconds == 4
+    clock.advance(1)
+    assert answer.is_stale
+
+
+@pytest.mark.finding("A1")
+def test_an_incomplete_answer_is_as_old_as_the_oldest_that_it_needs(clock: ManualClock) -> None:
+    """Hosts that only an earlier answer had are no younger in a later one."""
+    dns = FakeResolver("dns")
+    cache = made(dns, clock, catalog())
+    dns.say("scheduler", A, is_complete=False)
+    cache.lookup("scheduler")
+    clock.advance(4)
+    dns.say("scheduler", B, is_complete=False)
+    answer = cache.refresh("scheduler")
+    assert (shown(answer), answer.age_seconds) == ([A, B], 4)
+
+
+@pytest.mark.finding("A1")
+def test_an_offer_is_as_old_as_the_watch_says(
+    cache: Cache, consul: FakeResolver, clock: ManualClock
+) -> None:
+    """Also for a topic that the watch found without hosts."""
+    for topic in ("scheduler", "mails"):
+        consul.say(topic, A)
+        cache.lookup(topic)
+    clock.advance(10)
+    asked_at = clock()
+    clock.advance(7)
+    found = snapshot("scheduler", [A], "kv")
+    cache.offer(
+        {"scheduler": replace(found, taken_at=asked_at, clock=clock)},
+        taken_at=asked_at,
+        version=1,
+        fresh_until=asked_at + 8,
+    )
+    for topic in ("scheduler", "mails"):
+        assert cache.lookup(topic).age_seconds == 7
+        assert not cache.lookup(topic).is_stale
+    clock.advance(1)
+    for topic in ("scheduler", "mails"):
+        assert cache.lookup(topic).is_stale
+
+
+@pytest.mark.finding("A2")
+@pytest.mark.xfail(strict=True, reason="A2: mended by the rebuild of the cache")
+def test_an_old_answer_is_not_given_before_consul_could_answer(
+    consul: FakeResolver, clock: ManualClock
+) -> None:
+    """Beyond a few TTLs Consul, which is well, is asked first: nobody gets the hosts of half an
+    hour ago."""
+    cache = made(consul, clock)
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    consul.say("scheduler", B)
+    clock.advance(1800)
+    assert shown(cache.lookup("scheduler")) == [B]
+
+
+@pytest.mark.finding("A2")
+def test_an_old_answer_is_given_where_consul_cannot_be_asked(
+    consul: FakeResolver, clock: ManualClock
+) -> None:
+    """Up to max_stale_seconds the last good answer is what there is in an outage."""
+    cache = made(consul, clock)
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    consul.fail("scheduler")
+    clock.advance(1800)
+    answer = cache.lookup("scheduler")
+    assert (shown(answer), answer.is_stale) == ([A], True)
+
+
+@pytest.mark.finding("D1")
+def test_nothing_is_logged_while_topics_are_locked(
+    dns: FakeResolver, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A log handler that takes long holds up nobody: in it, another thread can look up and ask."""
+    caplog.set_level(logging.DEBUG)
+    cache = made(dns, clock, catalog())
+    dns.say("other", B)
+    said: list[str] = []
+
+    class LooksUp(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+            asked = in_thread(lambda: (cache.refresh("other"), cache.status()))
+            asked.result(DEADLINE_SECONDS)
+
+    handler = LooksUp()
+    logger = logging.getLogger("consul_matchmaker.cache")
+    logger.addHandler(handler)
+    try:
+        dns.say("scheduler", A, B)
+        cache.lookup("scheduler")
+        dns.say("scheduler")
+        cache.refresh("scheduler")
+        dns.say("scheduler", A, B)
+        cache.refresh("scheduler")
+        dns.say("scheduler")
+        cache.refresh("scheduler")
+        clock.advance(6)
+        cache.refresh("scheduler")
+        dns.fail("scheduler")
+        with pytest.raises(Unavailable):
+            cache.refresh("scheduler")
+        dns.say("scheduler", A)
+        cache.refresh("scheduler")
+    finally:
+        logger.removeHandler(handler)
+    for told in ("suddenly", "after all", "confirmed", "last good answer", "answers again"):
+        assert any(told in each for each in said), said
 
 
 def test_past_its_ttl_an_answer_is_returned_while_it_is_asked_for_again(
@@ -737,6 +899,43 @@ def test_an_interrupted_caller_does_not_block_the_others(consul: FakeResolver) -
     assert shown(cache.lookup("scheduler")) == [A]
 
 
+@pytest.mark.finding("D4")
+def test_an_interrupt_between_two_lines_does_not_block_the_others(consul: FakeResolver) -> None:
+    """Wherever a signal's exception meets the thread that asks: the topic can be asked for again,
+    and nobody waits for a question that has ended."""
+    clock = ManualClock()
+    outcomes: set[str] = set()
+    for line in range(1, 60):
+        cache = made(consul, clock, kv(request_timeout_seconds=0.05))
+        consul.say("scheduler", A)
+        left = line
+
+        def interrupt(frame: Any, event: str, _: object) -> Any:
+            nonlocal left
+            # `_ask` and all it calls up to the resolver; the landing is not traced.
+            if frame.f_code.co_name not in ("lookup", "_look_closer", "_ask", "_take_off", "_fly"):
+                return None
+            if frame.f_code.co_filename != cache_module.__file__:
+                return None
+            if event == "line":
+                left -= 1
+                if left == 0:
+                    raise KeyboardInterrupt
+            return interrupt
+
+        before = sys.gettrace()
+        sys.settrace(interrupt)
+        try:
+            cache.lookup("scheduler")
+            outcomes.add("answered")
+        except KeyboardInterrupt:
+            outcomes.add("interrupted")
+        finally:
+            sys.settrace(before)
+        assert shown(cache.lookup("scheduler")) == [A], line
+    assert outcomes == {"answered", "interrupted"}
+
+
 def test_an_interrupted_caller_is_no_outage(
     cache: Cache, consul: FakeResolver, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -893,7 +1092,7 @@ def test_what_gets_better_is_confirmed_by_the_worse(dns: FakeResolver, clock: Ma
 
 
 @pytest.mark.parametrize(("consistency", "is_doubted"), [("default", False), ("stale", True)])
-def test_kv_is_doubted_only_where_it_reads_stale(
+def test_one_host_that_leaves_kv_is_doubted_only_where_it_reads_stale(
     clock: ManualClock, consistency: str, is_doubted: bool
 ) -> None:
     """The leader does not lie: a clean exit is seen at once.  A stale read may."""
@@ -903,6 +1102,138 @@ def test_kv_is_doubted_only_where_it_reads_stale(
     cache.lookup("scheduler")
     consul.say("scheduler")
     assert shown(cache.refresh("scheduler")) == ([A] if is_doubted else [])
+
+
+class WatchedTopic:
+    """A topic of kv mode that is watched; `see` is what the watch then brings of it."""
+
+    def __init__(self, *hosts: str) -> None:
+        self.clock = ManualClock()
+        self.consul = FakeResolver("kv")
+        self.cache = made(self.consul, self.clock)
+        self.consul.say("scheduler", *hosts)
+        self.cache.lookup("scheduler")
+        self.see(*hosts)
+
+    def see(self, *hosts: str, after: float = 0.0) -> tuple[list[str], bool]:
+        """Which hosts are answered then, and whether they are confirmed."""
+        self.clock.advance(after)
+        self.consul.say("scheduler", *hosts)
+        answer = {"scheduler": snapshot("scheduler", hosts, "kv")} if hosts else {}
+        offer(self.cache, answer, 8)
+        return self.now()
+
+    def now(self, after: float = 0.0) -> tuple[list[str], bool]:
+        """The same after so long, in which the background works twice a second."""
+        for _ in range(round(after * 2)):
+            self.clock.advance(0.5)
+            self.cache.lookup("scheduler")
+            self.cache.step()
+        held = self.cache.lookup("scheduler")
+        return shown(held), held.confirmed
+
+
+@pytest.mark.finding("F1")
+@pytest.mark.parametrize(("before", "after"), [([A, B], []), ([A, B, C], [A]), ([A, B, C], [])])
+def test_several_hosts_that_leave_at_once_are_waited_for(
+    before: list[str], after: list[str]
+) -> None:
+    """Where two hosts or more leave and less than half are left, those that are held are served on,
+    unconfirmed, for the time in which Consul has living ones back; then it is believed."""
+    topic = WatchedTopic(*before)
+    assert topic.see(*after) == (before, False)
+    assert topic.now(after=1.5) == (before, False)
+    assert topic.now(after=1.0) == (after, True)
+
+
+@pytest.mark.finding("F1")
+def test_hosts_that_return_were_never_away() -> None:
+    """Nobody sees a topic without its hosts when they are all back within 1.7 s."""
+    topic = WatchedTopic(A, B, C)
+    assert topic.see() == ([A, B, C], False)
+    assert topic.see(A, B, C, after=1.7) == ([A, B, C], True)
+    assert topic.now(after=5) == ([A, B, C], True)
+
+
+@pytest.mark.finding("F1")
+def test_hosts_that_leave_one_by_one_within_seconds_leave_at_once() -> None:
+    """Consul ends the sessions of one agent one after the other: what is left when less than half
+    are there is served on."""
+    topic = WatchedTopic(A, B, C)
+    assert topic.see(B, C, after=0.1) == ([B, C], True)
+    assert topic.see(C, after=0.1) == ([B, C], False)
+    assert topic.see(after=0.1) == ([B, C], False)
+    assert topic.see(A, B, C, after=1.0) == ([A, B, C], True)
+
+
+@pytest.mark.finding("F1")
+def test_a_host_that_leaves_alone_is_believed_at_once() -> None:
+    """A crash is seen at once, and half of the hosts may leave; the last one that leaves makes an
+    answer that is not confirmed until it was repeated."""
+    topic = WatchedTopic(A, B, C, D)
+    assert topic.see(A, B) == ([A, B], True)
+    assert topic.see(A, after=3) == ([A], True)
+    assert topic.see(after=3) == ([], False)
+    assert topic.see(after=1) == ([], False)
+    assert topic.see(after=1) == ([], True)
+    assert topic.see(B, after=0.1) == ([B], True)
+
+
+@pytest.mark.finding("F1")
+def test_a_direct_lookup_waits_for_hosts_too(clock: ManualClock) -> None:
+    """The rule is one, whoever asks."""
+    consul = FakeResolver("kv")
+    cache = made(consul, clock)
+    consul.say("scheduler", A, B)
+    cache.lookup("scheduler")
+    consul.say("scheduler")
+    assert shown(cache.refresh("scheduler")) == [A, B]
+    clock.advance(RETURN_SECONDS)
+    assert shown(cache.refresh("scheduler")) == []
+
+
+class VersionedConsul(FakeResolver):
+    """Answers with an index, as Consul's KV store does."""
+
+    version = 100
+
+    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+        answer = super().lookup(topic, server, complete=complete)
+        return replace(answer, version=self.version)
+
+
+@pytest.mark.finding("E11")
+@pytest.mark.parametrize("left", [[], [B]])
+def test_an_older_answer_is_doubted_whoever_asks(clock: ManualClock, left: list[str]) -> None:
+    """Consul's index went back: an agent that came back without its data, or a server that lags
+    behind.  What it lacks is not believed until it was repeated, in a direct lookup too."""
+    consul = VersionedConsul("kv")
+    cache = made(consul, clock)
+    consul.say("scheduler", A, B)
+    cache.lookup("scheduler")
+    consul.version = 1
+    consul.say("scheduler", *left)
+    for _ in range(6):
+        held = cache.refresh("scheduler")
+        assert (shown(held), held.confirmed) == ([A, B], False)
+        clock.advance(1)
+    assert shown(cache.refresh("scheduler")) == left
+    consul.version = 2
+    consul.say("scheduler", A)
+    assert shown(cache.refresh("scheduler")) == [A]
+
+
+@pytest.mark.finding("E11")
+def test_an_older_answer_that_lacks_nothing_is_believed(clock: ManualClock) -> None:
+    """Consul's index goes back too when it forgets what was deleted long ago."""
+    consul = VersionedConsul("kv")
+    cache = made(consul, clock)
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    consul.version = 50
+    consul.say("scheduler", A, B)
+    assert cache.refresh("scheduler").confirmed
+    assert shown(cache.lookup("scheduler")) == [A, B]
 
 
 def test_what_was_given_up_is_no_reason_to_doubt(dns: FakeResolver, clock: ManualClock) -> None:
@@ -1000,7 +1331,7 @@ def test_an_offer_replaces_every_held_topic(
     consul.say("two", B)
     cache.lookup("one")
     cache.lookup("two")
-    cache.offer({"one": snapshot("one", [C]), "three": snapshot("three", [D])}, 60)
+    offer(cache, {"one": snapshot("one", [C]), "three": snapshot("three", [D])}, 60)
     assert shown(cache.lookup("one")) == [C]
     assert shown(cache.lookup("two")) == []
     assert cache.topics_in_use() == ["one", "two"]
@@ -1015,7 +1346,7 @@ def test_while_watched_a_new_topic_is_fresh_as_long_as_the_others(
     cache: Cache, consul: FakeResolver, clock: ManualClock
 ) -> None:
     """A watched topic is asked for once: after that every change is offered."""
-    cache.offer({}, 60)
+    offer(cache, {}, 60)
     consul.say("scheduler", A)
     cache.lookup("scheduler")
     clock.advance(50)
@@ -1033,7 +1364,7 @@ def test_a_question_older_than_an_offer_does_not_undo_it(
     consul.hold("scheduler")
     asking = in_thread(lambda: cache.refresh("scheduler"))
     consul.wait_until_asked("scheduler")
-    cache.offer({"scheduler": snapshot("scheduler", [B])}, 60)
+    offer(cache, {"scheduler": snapshot("scheduler", [B])}, 60)
     consul.let_go("scheduler")
     assert shown(asking.result(DEADLINE_SECONDS)) == [B]
     assert shown(cache.lookup("scheduler")) == [B]
@@ -1045,7 +1376,7 @@ def test_when_the_watch_is_lost_answers_are_fresh_for_one_ttl(
     """What was fresh until the next offer is asked for again by each topic's own TTL."""
     consul.say("scheduler", A)
     cache.lookup("scheduler")
-    cache.offer({"scheduler": snapshot("scheduler", [A])}, 60)
+    offer(cache, {"scheduler": snapshot("scheduler", [A])}, 60)
     clock.advance(20)
     cache.watch_lost()
     assert not cache.lookup("scheduler").is_stale
@@ -1082,9 +1413,9 @@ def test_waiting_ends_with_a_change(consul: FakeResolver) -> None:
     consul.say("scheduler", A)
     seen = cache.lookup("scheduler")
     waiting = in_thread(lambda: cache.wait_for_change("scheduler", seen, DEADLINE_SECONDS))
-    cache.offer({"scheduler": snapshot("scheduler", [A])}, 60)
+    offer(cache, {"scheduler": snapshot("scheduler", [A])}, 60)
     assert not waiting.done()
-    cache.offer({"scheduler": snapshot("scheduler", [A, B])}, 60)
+    offer(cache, {"scheduler": snapshot("scheduler", [A, B])}, 60)
     assert shown(waiting.result(DEADLINE_SECONDS)) == [A, B]
     assert cache.close(DEADLINE_SECONDS)
 
@@ -1184,6 +1515,104 @@ def test_a_topic_in_use_is_not_evicted_by_a_flood(consul: FakeResolver, clock: M
         clock.advance(0.001)
         cache.lookup("scheduler")
     assert consul.count("scheduler") == 1
+
+
+@pytest.mark.finding("C4")
+@pytest.mark.parametrize("max_topics", [50, 1000])
+def test_making_room_looks_at_few_topics(
+    consul: FakeResolver, clock: ManualClock, max_topics: int
+) -> None:
+    """However many topics are kept, and all of them in use."""
+    cache = made(consul, clock, max_topics=max_topics)
+    for round_ in range(2):
+        for number in range(max_topics):
+            cache.lookup(f"topic{number}")
+        clock.advance(1 + round_)
+    before = {id(entry): entry.placed_at for entry in cache._at_hand.values()}
+    cache.lookup("one more")
+    looked_at = sum(
+        entry.placed_at != before[id(entry)]
+        for entry in cache._at_hand.values()
+        if entry.topic != "one more"
+    )
+    assert looked_at <= SECOND_CHANCES
+    assert len(cache._at_hand) == max_topics
+
+
+@pytest.mark.finding("C3")
+@pytest.mark.xfail(strict=True, reason="C3: mended by the rebuild of the cache")
+def test_a_watch_that_brings_nothing_new_costs_nothing(
+    consul: FakeResolver, clock: ManualClock
+) -> None:
+    """An unchanged answer leaves each topic's as it is: no new Snapshot, no new turn of pick."""
+    cache = made(consul, clock)
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    offer(cache, {"scheduler": snapshot("scheduler", [A], "kv")}, 8)
+    before = cache.lookup("scheduler")
+    clock.advance(5)
+    offer(cache, {"scheduler": snapshot("scheduler", [A], "kv")}, 8)
+    assert cache.lookup("scheduler") is before
+
+
+@pytest.mark.finding("C3")
+@pytest.mark.xfail(strict=True, reason="C3: mended by the rebuild of the cache")
+def test_a_round_of_the_refresher_looks_at_what_is_due(
+    consul: FakeResolver, clock: ManualClock
+) -> None:
+    """One topic that is due costs the same beside ten others as beside a thousand."""
+
+    def reads(topics: int) -> int:
+        cache = made(consul, clock, max_topics=topics)
+        for number in range(topics):
+            cache.lookup(f"topic{number}")
+        looked_at = 0
+
+        class Counting(dict[Any, Any]):
+            def values(self) -> Any:
+                nonlocal looked_at
+                looked_at += len(self)
+                return super().values()
+
+        cache._at_hand = Counting(cache._at_hand)
+        clock.advance(1)
+        cache.step()
+        return looked_at
+
+    assert reads(1000) <= reads(10)
+
+
+@pytest.mark.finding("C5")
+@pytest.mark.xfail(strict=True, reason="C5: mended by the rebuild of the cache")
+def test_an_answer_wakes_only_those_who_wait_for_its_topic(consul: FakeResolver) -> None:
+    """Answers of one topic wake nobody who watches another."""
+
+    class Noting(Cache):
+        looks = 0
+
+        def lookup(
+            self, topic: str, server: str | None = None, *, complete: bool = True
+        ) -> Snapshot:
+            type(self).looks += topic == "scheduler"
+            return super().lookup(topic, server, complete=complete)
+
+    cache = Noting(consul, kv(ttl_seconds=60))
+    consul.say("scheduler", A)
+    consul.say("other", B)
+    seen = cache.lookup("scheduler")
+    waiting = in_thread(lambda: cache.wait_for_change("scheduler", seen, 60))
+    while not cache._changed._waiters:  # type: ignore[attr-defined]
+        pass
+    before = cache.looks
+    for _ in range(20):
+        cache.refresh("other")
+        while not waiting.done() and not cache._changed._waiters:  # type: ignore[attr-defined]
+            pass
+    woken = cache.looks - before
+    cache.close(0)
+    with pytest.raises(Closed):
+        waiting.result(DEADLINE_SECONDS)
+    assert woken == 0
 
 
 def test_one_topic_is_enough_room(consul: FakeResolver, clock: ManualClock) -> None:
@@ -1337,14 +1766,14 @@ def test_threads_and_topics_all_at_once(consul: FakeResolver) -> None:
     truth = {f"topic{number}": f"10.0.1.{number + 1}:80" for number in range(50)}
     for topic, host in truth.items():
         consul.say(topic, host)
-    offer = {topic: snapshot(topic, [host]) for topic, host in truth.items()}
+    watched = {topic: snapshot(topic, [host]) for topic, host in truth.items()}
 
     def work(start: int) -> int:
         for count in range(1500):
             topic = f"topic{(start * 7 + count) % 50}"
             assert shown(cache.lookup(topic)) == [truth[topic]]
             if count % 100 == start:
-                cache.offer(offer, 0.01)
+                offer(cache, watched, 0.01)
             if count % 250 == start:
                 cache.watch_lost()
         return start
@@ -1410,7 +1839,7 @@ def test_whatever_happens(steps: list[tuple[str, Any]], settings: Settings) -> N
         elif verb == "fail":
             consul.fail("scheduler")
         elif verb == "offer" and cache.topics_in_use():
-            cache.offer({"scheduler": snapshot("scheduler", truth, consul.source)}, value)
+            offer(cache, {"scheduler": snapshot("scheduler", truth, consul.source)}, value)
         elif verb == "watch_lost":
             cache.watch_lost()
         elif verb == "step":

@@ -5,6 +5,8 @@ That the real one behaves like this is shown in integration/test_kv_backend.py.
 
 import json
 import logging
+import time
+import tracemalloc
 import uuid
 from urllib.parse import unquote
 
@@ -14,6 +16,7 @@ from consul_matchmaker.backends.agent import Answer
 from consul_matchmaker.backends.kv import (
     CHECKS_PER_REQUEST,
     NOT_OURS,
+    PROOF_SECONDS,
     REMEMBERED_KEYS,
     REMEMBERED_LENGTH,
     Kv,
@@ -35,6 +38,7 @@ class FakeConsul:
     """Plays the Agent: the part of Consul that kv mode uses, as measured on 1.8.7."""
 
     def __init__(self):
+        self.clock = time.monotonic
         self.token_changes = 0
         self.sessions = {}
         self.services = {}  # id -> what was registered
@@ -51,7 +55,7 @@ class FakeConsul:
         self.forgets = self.closes = self.ends = 0
 
     def call(self, method, path, params=None, body=b"", *, accept=(), **how):
-        params = dict(params or {})
+        params, asked_at = dict(params or {}), self.clock()
         self.calls.append((method, path, params))
         self.bodies.append(body)
         self.hows.append(how)
@@ -65,7 +69,7 @@ class FakeConsul:
         if status != 200 and status not in accept:
             raise Unavailable(f"{where}: status {status}")
         raw = said if isinstance(said, bytes) else json.dumps(said).encode()
-        return Answer(status, raw, self.index, self.says_filtered, where, FAKE)
+        return Answer(status, raw, self.index, self.says_filtered, where, FAKE, asked_at=asked_at)
 
     def poll(self, path, params, wait_seconds, *, accept):
         return self.call("GET", path, {**params, "wait": str(wait_seconds)}, accept=accept)
@@ -167,7 +171,7 @@ class FakeConsul:
         def is_hidden(each):
             return bool(self.hidden) and each.startswith(self.hidden)
 
-        if not params:
+        if not set(params) - {"stale", "consistent"}:
             if is_hidden(key):
                 return 403, b"Permission denied"
             if key not in self.keys:
@@ -179,12 +183,6 @@ class FakeConsul:
         if "recurse" in params:
             entries = [self._get(each, {})[1][0] for each in found]
             return (200, entries) if entries else (404, b"")
-        if "separator" in params:
-            cut = {
-                each[: each.index("/", len(key)) + 1] if "/" in each[len(key) :] else each
-                for each in found
-            }
-            found = sorted(cut)
         return (200, found) if found else (404, b"")
 
 
@@ -194,7 +192,7 @@ def consul():
 
 
 def kv_over(consul, **settings):
-    clock = settings.pop("clock", ManualClock())
+    consul.clock = clock = settings.pop("clock", None) or ManualClock()
     return Kv(consul, Settings(mode="kv", **settings), clock=clock)
 
 
@@ -461,6 +459,94 @@ def test_answers_carry_time_and_source(consul):
     assert (snapshot.age_seconds, snapshot.source) == (3, "kv")
 
 
+class SlowConsul(FakeConsul):
+    """Every call takes its time, by the clock of whoever asks."""
+
+    def call(self, method, path, *rest, **how):
+        answer = super().call(method, path, *rest, **how)
+        self.clock.advance(6)
+        return answer
+
+
+@pytest.mark.finding("A1")
+@pytest.mark.parametrize("topics", [("scheduler",), ()])
+def test_an_answer_is_as_old_as_its_question(topics):
+    """What Consul took to answer counts, and so does every request that was needed besides: to
+    prove that nothing is hidden, and to write the sentinel."""
+    consul, clock = SlowConsul(), ManualClock()
+    kv = kv_over(consul, clock=clock)
+    for topic in topics:
+        kv.publish(kv.open(), Registration(topic, ONE))
+    asked_at = clock()
+    assert kv.lookup("scheduler").taken_at == asked_at
+    asked_at = clock()
+    _, snapshots = kv.poll(0, 1)
+    assert clock() == asked_at + 18
+    assert kv.polled_at == asked_at
+    assert [each.age_seconds for each in snapshots.values()] == [18] * len(topics)
+
+
+@pytest.mark.finding("A7")
+def test_a_stale_read_of_an_empty_topic_asks_nothing_of_the_leader(consul):
+    """The proof that nothing is hidden is read as the answer was."""
+    assert kv_over(consul, consistency="stale").lookup("scheduler").hosts == ()
+    assert [params for _, _, params in consul.calls] == [{"keys": "", "stale": ""}, {"stale": ""}]
+
+
+@pytest.mark.finding("D9")
+def test_a_reader_proves_its_rights_once_in_a_while(consul):
+    """Without a sentinel, a poll that lacks nothing of the last one costs no second request; what
+    is missing, another token and a minute do."""
+    clock = ManualClock()
+    kv = kv_over(consul, clock=clock)
+    consul.failures["PUT", "/v1/kv/matchmaker/_"] = Denied("read only")
+    lease = kv.open()
+    kv.publish(lease, Registration("scheduler", ONE))
+
+    def proofs(polls):
+        consul.calls.clear()
+        for _ in range(polls):
+            kv.poll(0, 1)
+        return sum(
+            (method, path) == ("GET", f"/v1/kv/{SENTINEL}") for method, path, _ in consul.calls
+        )
+
+    assert proofs(10) == 1
+    kv.publish(lease, Registration("scheduler", TWO))
+    assert proofs(10) == 0
+    kv.withdraw(lease, Registration("scheduler", TWO))
+    assert proofs(10) == 1
+    consul.token_changes += 1
+    assert proofs(10) == 1
+    clock.advance(PROOF_SECONDS)
+    assert proofs(10) == 1
+    consul.hidden = ("matchmaker/",)
+    for _ in range(3):
+        with pytest.raises(Denied):
+            kv.poll(0, 1)
+
+
+@pytest.mark.finding("E9")
+def test_long_foreign_keys_are_not_kept_in_memory(consul, kv, caplog):
+    """Whoever rewrites long keys under the prefix fills neither our memory nor our log."""
+    tracemalloc.start()
+    try:
+        for number in range(20):
+            consul.keys = {
+                f"matchmaker/{number}-{each}-{'x' * 20_000}": [b"", None] for each in range(10)
+            }
+            kv.poll(0, 1)
+            assert kv.lookup("scheduler").hosts == ()
+        consul.keys.clear()
+        consul.calls.clear()
+        consul.bodies.clear()
+        assert tracemalloc.get_traced_memory()[0] < 500_000
+    finally:
+        tracemalloc.stop()
+    assert caplog.records
+    assert len(caplog.text) < 500
+
+
 def test_foreign_keys_are_ignored_counted_and_said_once(consul, kv, caplog):
     """Somebody else's key under the prefix is no host, and no flood of log lines."""
     kv.publish(kv.open(), Registration("scheduler", ONE))
@@ -644,8 +730,8 @@ def test_polls_can_be_ended_and_connections_closed(consul, kv):
 # -- listing and removing -------------------------------------------------------------------------
 
 
-def test_topics_are_listed_by_folder(consul, kv):
-    """One request that does not grow with the hosts; foreign folders are left out."""
+def test_topics_are_listed_once_each(consul, kv):
+    """One request, whatever is registered; foreign folders are left out."""
     lease = kv.open()
     for topic in ("b", "a/b", "a"):
         for host in (ONE, TWO):
@@ -654,6 +740,15 @@ def test_topics_are_listed_by_folder(consul, kv):
     consul.calls.clear()
     assert kv.topics() == ["a", "a/b", "b"]
     assert len(consul.calls) == 1
+
+
+@pytest.mark.finding("A5")
+def test_only_topics_with_a_registration_are_listed(consul, kv):
+    """Keys of other programs under the prefix are no topics, however they are called."""
+    kv.publish(kv.open(), Registration("scheduler", ONE))
+    for key in ("foo", "foo/bar/baz", "scheduler", "mails/10.0.0.1:5/x"):
+        consul.keys[f"matchmaker/{key}"] = [b"", None]
+    assert kv.topics() == ["scheduler"]
 
 
 def test_orphans_are_keys_that_nobody_will_remove(consul, kv):

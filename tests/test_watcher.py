@@ -9,6 +9,7 @@ import pytest
 from consul_matchmaker.blocking_query import (
     DOUBT_GAP_SECONDS,
     MAX_GAP_SECONDS,
+    MAX_IDLE_GAP_SECONDS,
     MAX_WAIT_SECONDS,
     MIN_GAP_SECONDS,
 )
@@ -38,6 +39,7 @@ class Kv:
     """Gives the scripted answers, (index, snapshots) or an error, and notes the questions."""
 
     polled_bytes = 0
+    polled_at = 100.0
 
     def __init__(self, *script):
         self.script = list(script)
@@ -80,8 +82,9 @@ class Cache:
     def __init__(self):
         self.told = []
 
-    def offer(self, snapshots, fresh_seconds):
-        self.told.append((sorted(h.port for s in snapshots.values() for h in s), fresh_seconds))
+    def offer(self, snapshots, *, taken_at, version, fresh_until):
+        ports = sorted(h.port for s in snapshots.values() for h in s)
+        self.told.append((ports, fresh_until - taken_at, taken_at))
 
     def watch_lost(self):
         self.told.append("lost")
@@ -125,7 +128,7 @@ def test_an_offer_stays_fresh_until_the_next_answer_is_overdue():
     _, kv, cache, _ = watch((7, answer(1)), (7, answer(1)))
     longest = Settings(mode="kv").ttl_seconds
     assert all(0.8 * longest <= wait <= longest < MAX_WAIT_SECONDS for _, wait in kv.asked)
-    for _, fresh_seconds in cache.told:
+    for _, fresh_seconds, _ in cache.told[:1]:
         assert longest * (1 + 1 / 16) + 2 < fresh_seconds < longest + 4
 
 
@@ -256,3 +259,48 @@ def test_big_answers_are_asked_for_less_often():
     kv.polled_bytes = 200_000
     watcher = Watcher(kv, Cache(), SETTINGS, clock=Clock(), jitter=lambda: 0.5, cpu_clock=Clock())
     assert watcher._step() == 0.2
+
+
+@pytest.mark.finding("E16")
+def test_an_agent_that_does_not_wait_is_not_asked_in_a_loop():
+    """The same answer before its wait is over rests ever longer; after the wait it is no fault."""
+    _, _, _, pauses = watch(*[(7, answer(1))] * 8, seconds_between=0.0)
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == MAX_IDLE_GAP_SECONDS
+
+    clock = Clock()
+
+    class Waits(Kv):
+        def poll(self, index, wait_seconds):
+            clock.now += wait_seconds
+            return super().poll(index, wait_seconds)
+
+    kv = Waits(*[(7, answer(1))] * 8)
+    watcher = Watcher(kv, Cache(), SETTINGS, clock=clock, jitter=lambda: 0.5, cpu_clock=lambda: 0.0)
+    assert [watcher._step() for _ in range(8)] == [MIN_GAP_SECONDS] * 8
+
+
+@pytest.mark.finding("A1")
+def test_an_offer_is_as_old_as_its_poll():
+    """A poll that was under way for long, its agent suspended, makes nothing fresh: its answer may
+    be from when it was sent."""
+    clock, cache = Clock(), Cache()
+    longest = SETTINGS.ttl_seconds
+
+    class Suspended(Kv):
+        def poll(self, index, wait_seconds):
+            self.polled_at = clock.now
+            clock.now += seconds
+            return super().poll(index, wait_seconds)
+
+    kv = Suspended(*[(7, answer(1))] * 4)
+    watcher = Watcher(kv, cache, SETTINGS, clock=clock, jitter=lambda: 0.5)
+    fresh = []
+    for seconds in (0.0, longest, 10.0, 100.0):
+        watcher._step()
+        _, fresh_seconds, taken_at = cache.told[-1]
+        assert taken_at == clock.now - seconds
+        fresh.append(fresh_seconds)
+    assert fresh == sorted(fresh)
+    assert fresh[0] < longest + 4
+    assert fresh[-1] == fresh[-2] < 2 * longest + 4

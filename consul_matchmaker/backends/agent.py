@@ -86,6 +86,8 @@ class Answer:
     """The agent that answered."""
     said: str = ""
     """Beginning of the body, fit to be shown, where the status is not 200."""
+    asked_at: float = 0.0
+    """When the request that it answers was sent, by the agent's clock."""
 
     def json(self) -> Any:
         """The body, decoded; raises Unavailable when it is not JSON."""
@@ -352,6 +354,7 @@ class Agent:
         token: str | None,
         left: float,
     ) -> Answer:
+        asked_at = self._clock()
         response = client.session.request(
             request.method,
             client.uri(request.path, request.params),
@@ -376,6 +379,7 @@ class Agent:
             where,
             request.address,
             "" if response.status_code == 200 else _shown(body.decode("utf-8", "replace"), token),
+            asked_at,
         )
 
     def _client(self, place: int, is_poll: bool) -> consul.std.HTTPClient:

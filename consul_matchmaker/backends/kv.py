@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 
 from ..errors import Denied, LeaseLost, Unavailable
 from ..model import Host, Instance, Lease, Registration, Snapshot
-from ..naming import SENTINEL, Key, decode_segment, host_folder, topic_folder
+from ..naming import SENTINEL, Key, host_folder, topic_folder
 from ..settings import Settings
 from .agent import NO_PARAMETERS, Agent, Answer, go_duration
 from .service_check import ServiceCheck
@@ -35,8 +35,13 @@ REMEMBERED_KEYS = 16384
 """Keys whose parts are remembered from one answer to the next; about 10 MB when full."""
 REMEMBERED_LENGTH = 1000
 """Longer keys are taken apart each time: Consul takes keys of half a megabyte from anybody."""
+SHOWN_LENGTH = 80
+"""Of a key in a log line."""
 NOT_OURS = "not a key of ours, left alone"
 """Why a key that is not named as we name keys is among the orphans."""
+PROOF_SECONDS = 60.0
+"""How long a token that could read the prefix is taken to read all of it, where nothing that was
+there is missing: Consul up to 1.10 does not say that it hides something (fact D4)."""
 CONSUL_SESSION_TTL_MIN_SECONDS = 10
 """Consul's own floor, unless the servers' session_ttl_min lowers it (fact B1)."""
 LATE_SECONDS = 60.0
@@ -138,7 +143,11 @@ class Kv:
         self._parsed = _Remembered(self._parse, REMEMBERED_KEYS)
         self._unknown_keys = 0
         self.polled_bytes = 0
+        self.polled_at = -math.inf
         self._may_write_sentinel = True
+        self._proven_keys: frozenset[str] = frozenset()  # of the last poll, where they proved less
+        self._proven_until = -math.inf
+        self._proven_for = -1  # token
 
     def close(self) -> None:
         """Close every connection, also a poll that waits; leases are left alone."""
@@ -155,7 +164,7 @@ class Kv:
         folder = topic_folder(self._prefix, topic)
         keys, answer = self._keys_under(folder)
         entries = [entry for entry in self._registrations(keys) if entry.topic == topic]
-        snapshot = self._snapshot(topic, entries, _details(answer, keys))
+        snapshot = self._snapshot(topic, entries, answer, _details(answer, keys))
         return snapshot if server is None else snapshot.for_server(server)
 
     def poll(self, index: int, wait_seconds: float) -> tuple[int, Mapping[str, Snapshot]]:
@@ -164,21 +173,25 @@ class Kv:
         With *index* 0 at once.  Returns the index the answer is from, and a snapshot for each topic
         that has a host.  Raises Unavailable, also when `end_polls` was called, and Denied, also
         when the token may read only some topics: the others would look as if nobody served them.
+
+        `polled_at` is then when it was sent, and not when Consul answered.  Of an answer that came
+        after a wait nothing else is proven: an agent may be suspended with it, and a leader that
+        was cut off from the other servers lets the wait end without knowing of their changes.
         """
         keys, answer = self._keys_under(self._prefix + "/", (index, wait_seconds))
-        self.polled_bytes = len(answer.body)
+        self.polled_bytes, self.polled_at = len(answer.body), answer.asked_at
         if answer.is_filtered:
             raise self._hidden(self._prefix + "/", answer)
         if f"{self._prefix}/{SENTINEL}" not in keys:
-            if keys:  # else it is proven already
-                self._prove_readable(self._prefix + "/", answer)
+            self._prove_all_readable(keys, answer)
             self._write_sentinel()
         by_topic: dict[str, list[_Entry]] = {}
         for entry in self._registrations(keys):
             by_topic.setdefault(entry.topic, []).append(entry)
         details = _details(answer, keys)
         return answer.index, {
-            topic: self._snapshot(topic, found, details) for topic, found in by_topic.items()
+            topic: self._snapshot(topic, found, answer, details)
+            for topic, found in by_topic.items()
         }
 
     def poll_timeout_seconds(self, wait_seconds: float) -> float:
@@ -187,14 +200,8 @@ class Kv:
 
     def topics(self) -> list[str]:
         """Every topic that has a registration, sorted."""
-        keys, _ = self._keys_under(self._prefix + "/", separator="/")
-        found = []
-        for folder in keys:
-            try:
-                found.append(decode_segment(folder[len(self._prefix) + 1 :].rstrip("/")))
-            except ValueError:  # the sentinel, or not ours
-                continue
-        return sorted(found)
+        keys, _ = self._keys_under(self._prefix + "/")
+        return sorted({entry.topic for entry in self._registrations(keys)})
 
     def orphans(self) -> dict[str, str]:
         """Keys under the prefix that nobody will remove, each with the reason.
@@ -399,15 +406,9 @@ class Kv:
         self,
         folder: str,
         after: tuple[int, float] | None = None,
-        *,
-        separator: str | None = None,
     ) -> tuple[list[str], Answer]:
         """The keys that begin with *folder*, and the answer they are from."""
-        params = {"keys": ""}
-        if separator is not None:
-            params["separator"] = separator
-        if self._settings.consistency != "default":
-            params[self._settings.consistency] = ""
+        params = {"keys": "", **self._consistency()}
         if after is None:
             answer = self._agent.call("GET", _kv(folder), params, accept=(404,))
         else:
@@ -418,9 +419,29 @@ class Kv:
             if not answer.index:  # without one the next poll would not wait
                 raise answer.unexpected()
         keys = _keys_of(answer)
-        if not keys:
+        if not keys and after is None:
             self._prove_readable(folder, answer)
         return keys, answer
+
+    def _consistency(self) -> dict[str, str]:
+        asked = self._settings.consistency
+        return {} if asked == "default" else {asked: ""}
+
+    def _prove_all_readable(self, keys: list[str], answer: Answer) -> None:
+        """As `_prove_readable`, of the whole prefix, by a question of its own only once in a while:
+        what a token may no longer read is missing."""
+        now = self._clock()
+        if (
+            self._proven_for == self._agent.token_changes
+            and now < self._proven_until
+            and self._proven_keys.issubset(keys)
+        ):
+            self._proven_keys = frozenset(keys)
+            return
+        self._proven_for = -1
+        self._prove_readable(self._prefix + "/", answer)
+        self._proven_keys, self._proven_until = frozenset(keys), now + PROOF_SECONDS
+        self._proven_for = self._agent.token_changes
 
     def _prove_readable(self, folder: str, answer: Answer) -> None:
         """Raise Denied when *answer* lacks something because the token may not read *folder*.
@@ -430,7 +451,7 @@ class Kv:
         """
         if answer.is_filtered:
             raise self._hidden(folder, answer)
-        self._agent.call("GET", _kv(folder + SENTINEL), accept=(404,))
+        self._agent.call("GET", _kv(folder + SENTINEL), self._consistency(), accept=(404,))
 
     def _hidden(self, folder: str, answer: Answer) -> Denied:
         return Denied(
@@ -450,10 +471,11 @@ class Kv:
                 unknown.append(text)
         if unknown and not self._unknown_keys:
             logger.warning(
-                "ignoring %d keys under %s/ that are not ours, such as %r",
+                "ignoring %d keys under %s/ that are not ours, such as %r%s",
                 len(unknown),
                 self._prefix,
-                unknown[0][:100],
+                unknown[0][:SHOWN_LENGTH],
+                "..." if len(unknown[0]) > SHOWN_LENGTH else "",
             )
         if unknown:
             self._unknown_keys = len(unknown)
@@ -468,7 +490,11 @@ class Kv:
         return _Entry(key.topic, place, Instance(key.host, key.server), key.lease_id)
 
     def _snapshot(
-        self, topic: str, entries: Iterable[_Entry], details: Mapping[str, object]
+        self,
+        topic: str,
+        entries: Iterable[_Entry],
+        answer: Answer,
+        details: Mapping[str, object],
     ) -> Snapshot:
         # Two incarnations of one host are one instance: the dead one's key leaves with its lease.
         found = {entry.place: entry.instance for entry in entries}
@@ -476,9 +502,10 @@ class Kv:
             topic,
             tuple(found[place] for place in sorted(found)),
             "kv",
-            taken_at=self._clock(),
+            taken_at=answer.asked_at,
             clock=self._clock,
             details=details,
+            version=answer.index,
         )
 
     def _held(self, lease: Lease, registrations: list[Registration]) -> list[Registration]:

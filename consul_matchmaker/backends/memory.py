@@ -51,6 +51,7 @@ class Memory:
     def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
         """Every live host of *topic*; with *server*, only that server's."""
         checked_topic(topic)
+        asked_at = self._clock()
         with self._lock:
             self._answer()
             found = {
@@ -60,8 +61,7 @@ class Memory:
                 if registration.topic == topic
             }
             instances = [*self._declared.get(topic, ()), *sorted(found, key=_order)]
-        now = self._clock()
-        snapshot = Snapshot(topic, tuple(instances), "memory", taken_at=now, clock=self._clock)
+        snapshot = Snapshot(topic, tuple(instances), "memory", taken_at=asked_at, clock=self._clock)
         return snapshot if server is None else snapshot.for_server(server)
 
     # -- Registrar
