@@ -1002,7 +1002,7 @@ class Cache:
             self._refresher.start()
             if self._has_slow:
                 self._slow_refresher.start()
-        except RuntimeError as error:  # the process has all the threads it may have, or is ending
+        except Unavailable as error:  # the process has all the threads it may have, or is ending
             logger.warning("answers grow old, no thread can be started to ask: %s", error)
         self._wake_refreshers()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import dataclasses
 import logging
+import math
 import os
 import random
 import threading
@@ -32,7 +34,7 @@ from .lease_state import (
 )
 from .model import Host, Registration, Standing
 from .settings import Settings
-from .worker import Worker, forget_in_child
+from .worker import Worker, forget_in_child, seconds_since_boot
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class Keeper:
         registrar: Registrar,
         settings: Settings,
         *,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = seconds_since_boot,
         jitter: Callable[[], float] = random.random,
         threaded: bool = True,
     ) -> None:
@@ -99,7 +101,7 @@ class Keeper:
         _keepers.add(self)
 
     def _make_clean(self) -> None:
-        self._changed = threading.Condition()  # re-entrant: a signal handler may call close()
+        self._changed = threading.Condition()
         self._reconciler = Reconciler(self._settings.session_ttl_seconds, self._jitter)
         self._events: collections.deque[tuple[float, Note]] = collections.deque(
             maxlen=RECENT_EVENTS
@@ -107,6 +109,7 @@ class Keeper:
         self._told: dict[Registration, Change] = {}
         self._own_listeners: dict[Registration, Listener] = {}
         self._beats: dict[Registration, _Beats] = {}
+        self._silence_at = math.inf  # when somebody may have fallen silent, at the earliest
         self._lease_is_beating = True
         self._stepping_thread: int | None = None
         self._may_give_up = self._gave_up = False  # the first is close's word, the second step's
@@ -126,7 +129,8 @@ class Keeper:
         Returns at once the same registration, owned by this keeper.  *on_change* is what `listen`
         takes, for this registration alone.  With *beat_seconds* it is taken back whenever the
         application has not called `beat` for so long, and is back with the next one.
-        Raises Closed.
+        Raises Closed, and Unavailable when the process cannot have the thread: then nothing is
+        registered.
         """
         owned = dataclasses.replace(registration, owner=self)
         with self._changed:
@@ -137,7 +141,12 @@ class Keeper:
                 self._own_listeners[owned] = on_change
             if beat_seconds is not None:
                 self._beats[owned] = _Beats(beat_seconds, now)
-        self._go_on()
+                self._silence_at = min(self._silence_at, now + beat_seconds)
+        try:
+            self._start()
+        except Unavailable:
+            self._unregister([owned])
+            raise
         return owned
 
     def unregister(self, registration: Registration) -> None:
@@ -156,7 +165,7 @@ class Keeper:
                 self._reconciler.unwant(registration, self._clock())
                 self._forget_promises(registration)
             self._changed.notify_all()
-        self._worker.wake()
+        self._wake()
 
     def drain(self, registration: Registration, seconds: float) -> None:
         """Unregister, wait until Consul has confirmed it, and *seconds* more, or until `close`.
@@ -181,8 +190,9 @@ class Keeper:
             was_silent, beats.is_silent = beats.is_silent, False
             if was_silent:
                 self._reconciler.want(registration, beats.at)
+                self._silence_at = min(self._silence_at, beats.at + beats.every_seconds)
         if was_silent:
-            self._worker.wake()
+            self._wake()
 
     def renew_now(self) -> None:
         """Renew the lease and verify every registration now instead of at the next renewal.
@@ -190,7 +200,7 @@ class Keeper:
         Does not wait for it.  However often it is called, Consul is asked about once a second."""
         with self._changed:
             self._reconciler.ask_renewal(self._clock())
-        self._worker.wake()
+        self._wake()
 
     def listen(self, listener: Listener) -> None:
         """Have ``listener(registration, "held" | "lost")`` called when either becomes true.
@@ -219,6 +229,11 @@ class Keeper:
             return "silent"
         return self._reconciler.standing(registration)
 
+    def _is_registered(self, registration: Registration) -> bool:
+        beats = self._beats.get(registration)
+        is_silent = beats is not None and beats.is_silent
+        return is_silent or self._reconciler.is_wanted(registration)
+
     def _registered(self) -> list[Registration]:
         """What the application wants, also what is taken back while it does not beat."""
         silent = [each for each, beats in self._beats.items() if beats.is_silent]
@@ -245,7 +260,7 @@ class Keeper:
             while not self._reconciler.is_published(registration):
                 if self._is_closing:
                     raise Closed(f"{registration} was not published: its Matchmaker was closed")
-                if registration not in self._registered():
+                if not self._is_registered(registration):
                     raise Closed(f"{registration} is not registered here: register it (again)")
                 error = self._reconciler.error_of(registration)
                 if isinstance(error, Denied):
@@ -285,6 +300,7 @@ class Keeper:
                 "margin_seconds": reconciler.margin_seconds(now),
                 "renews_in_seconds": reconciler.seconds_to_renewal(now),
                 "error": str(error) if error else None,
+                "thread_has_died": self._worker.has_died,
                 "registrations": [self._status_of(each) for each in self._registered()],
                 "counts": dict(reconciler.counts),
                 "events": [
@@ -322,11 +338,7 @@ class Keeper:
         on the keeper's own thread, by a listener, it does not wait.
         """
         deadline = time.monotonic() + timeout_seconds
-        with self._changed:
-            self._reconciler.close()
-            self._beats.clear()
-            self._changed.notify_all()
-        self._worker.wake()
+        self.begin_to_close()
         if self._stepping_thread == threading.get_ident():
             return False
         if not self._threaded:
@@ -345,10 +357,18 @@ class Keeper:
         self._worker.wake()
         return False
 
-    def leave_at_exit(self, timeout_seconds: float) -> None:
-        """Close, if this is the process that registered here and not a child that never knew."""
-        if self._pid == os.getpid() and not self._is_closed:
-            self.close(timeout_seconds)
+    def begin_to_close(self) -> None:
+        """Have the thread take everything back, without waiting for it.  Idempotent."""
+        with self._changed:
+            self._reconciler.close()
+            self._beats.clear()
+            self._changed.notify_all()
+        self._wake()
+
+    @property
+    def leaves_at_exit(self) -> bool:
+        """Whether this process may still have something registered here: a child never had."""
+        return self._pid == os.getpid() and not self._is_closed
 
     @property
     def _is_closing(self) -> bool:
@@ -368,10 +388,16 @@ class Keeper:
 
     # The thread
 
-    def _go_on(self) -> None:
+    def _start(self) -> None:
         if self._threaded:
             self._worker.start()
             self._worker.wake()
+
+    def _wake(self) -> None:
+        if self._worker.has_died:
+            with contextlib.suppress(Unavailable):  # then whoever comes next starts it
+                self._worker.start()
+        self._worker.wake()
 
     def step(self) -> float | None:
         """Do the next thing; return in how many seconds to come again, None: when woken.
@@ -445,27 +471,30 @@ class Keeper:
                 self._registrar.release(action.lease)
         except MatchmakerError as error:
             return error
-        except Exception as error:
+        except BaseException as error:  # else the action would stay under way for ever
             logger.exception("%s: unexpected error, trying on", type(action).__name__)
             return Unavailable(f"unexpected {type(error).__name__}: see the log")
         return None
 
     def _take_back_the_silent(self, now: float) -> tuple[list[Note], float | None]:
         """Stop wanting what is not beaten for; return the notes of it, and when to look again."""
-        notes, soonest = [], None
+        notes: list[Note] = []
+        if now < self._silence_at:
+            return notes, None if self._silence_at == math.inf else self._silence_at - now
+        self._silence_at = math.inf
         for registration, beats in self._beats.items():
             if beats.is_silent:
                 continue
-            left = beats.at + beats.every_seconds - now
-            if left > 0:
-                soonest = left if soonest is None else min(soonest, left)
+            silent_at = beats.at + beats.every_seconds
+            if silent_at > now:
+                self._silence_at = min(self._silence_at, silent_at)
                 continue
             beats.is_silent = True
             self._reconciler.unwant(registration, now)
             text = f"no beat for {registration} in {now - beats.at:.1f} s: taking it back until one"
             notes.append(Note(Kind.SILENT, text, (registration,)))
             self._events.append((now, notes[-1]))
-        return notes, soonest
+        return notes, None if self._silence_at == math.inf else self._silence_at - now
 
     def _forget_promises(self, registration: Registration) -> None:
         self._beats.pop(registration, None)
@@ -499,7 +528,7 @@ class Keeper:
             for listener in [*self._listeners, *([own] if own else [])]:
                 try:
                     listener(registration, change)
-                except (Exception, SystemExit):  # sys.exit() here would only end the keeping
+                except BaseException:  # sys.exit() or a cancelled task: no end of the keeping
                     logger.exception("the listener %r failed on %s", listener, registration)
 
 
@@ -509,8 +538,11 @@ _keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
 def _leave_at_exit() -> None:
     """The process ends and nobody called close(): leave now instead of when the lease runs out."""
     deadline = time.monotonic() + SECONDS_AT_EXIT
-    for keeper in list(_keepers):
-        keeper.leave_at_exit(max(0.0, deadline - time.monotonic()))
+    leaving = [keeper for keeper in list(_keepers) if keeper.leaves_at_exit]
+    for keeper in leaving:  # first all are told: one whose Consul hangs keeps no other from leaving
+        keeper.begin_to_close()
+    for keeper in leaving:
+        keeper.close(max(0.0, deadline - time.monotonic()))
 
 
 atexit.register(_leave_at_exit)

@@ -13,14 +13,17 @@ should know it leaves as notes: `take_notes`.
 from __future__ import annotations
 
 import enum
+import heapq
+import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from .backoff import Backoff
 from .errors import Closed, Denied, LeaseLost, MatchmakerError
-from .model import Lease, Registration, Standing
+from .model import Held, Lease, Registration, Standing
 
 RENEWALS_PER_TTL = 3  # two renewals may fail before the lease runs out
 RENEWAL_JITTER = 0.1  # a renewal comes up to a tenth early, so that processes drift apart
@@ -153,8 +156,8 @@ Call = Open | Publish | Withdraw | Renew | Release
 """What somebody with a connection to Consul has to carry out."""
 Action = Call | Wait | Stop
 Outcome = Lease | Collection[Registration] | MatchmakerError | None
-"""What a call brought: Open a Lease, Renew the registrations held, the others nothing; or an
-error."""
+"""What a call brought: Open a Lease, Renew the registrations held (a `Held` when some could not be
+checked), the others nothing; or an error."""
 
 
 class Kind(enum.Enum):
@@ -197,7 +200,8 @@ class _Trouble:
 class _Repair:
     cause: str
     began_at: float
-    pending: dict[Registration, None] = field(default_factory=dict)
+    pending: dict[Registration, None] = field(default_factory=dict)  # all that it is about
+    missing: OrderedDict[Registration, None] = field(default_factory=OrderedDict)  # wanted, not yet
 
 
 class Reconciler:
@@ -220,6 +224,13 @@ class Reconciler:
         self._published: set[Registration] = set()  # Consul confirmed it
         self._perhaps: set[Registration] = set()  # Consul may show it; more than _published when
         #                                           a publish, withdraw or release is unanswered
+        # The differences between wanted and published, kept up by `_compare`; what failed rests on
+        # the heap, with when it is tried again, so that the next step is found without a search.
+        # Ordered ones, because the first of a plain dict is searched for behind what has left it.
+        self._to_withdraw: OrderedDict[Registration, None] = OrderedDict()
+        self._to_publish: OrderedDict[Registration, None] = OrderedDict()
+        self._resting: list[tuple[float, int, Registration]] = []
+        self._rests = itertools.count()
         self._in_flight: Call | None = None
         self._sent_at = 0.0
         self._renew_at = math.inf
@@ -237,17 +248,25 @@ class Reconciler:
         if self.state in (State.CLOSING, State.CLOSED):
             raise Closed("this keeper is closed: make a new Matchmaker")
         self._wanted[registration] = None
+        self._compare(registration, now)
 
     def unwant(self, registration: Registration, now: float) -> None:
         """From now on *registration* should not be visible; idempotent."""
         self._wanted.pop(registration, None)
+        self._compare(registration, now)
         self._settle_repair(now)
+        if not self._wanted and self.lease is not None:  # what releases it waits for no renewal
+            self._hurry(now)
 
     def ask_renewal(self, now: float) -> None:
         """Renew, and so verify, at once; again and again asked for, about once a second."""
         at_earliest = max(now, self._confirmed_at + ASKED_RENEWAL_SECONDS)
         self._renew_at = min(self._renew_at, at_earliest)
-        if self._lease_trouble is not None:  # do not rest until the next retry either
+        self._hurry(now)
+
+    def _hurry(self, now: float) -> None:
+        """Do not rest until the next retry of the lease."""
+        if self._lease_trouble is not None:
             soon = max(now, self._sent_at + ASKED_RENEWAL_SECONDS)
             self._lease_trouble.retry_at = min(self._lease_trouble.retry_at, soon)
 
@@ -354,38 +373,53 @@ class Reconciler:
             if self.state is State.IDLE:
                 self._on(Event.WANTED)
             return self._unless_it_is_too_early(now, Open())
+        wake_at = self._renew_at
+        if self._lease_trouble is not None:  # SUSPECT: changes go on, the renewal comes first
+            wake_at = self._lease_trouble.retry_at
         if self.state is State.SUSPECT:
             self._note_when_overdue(now)
-            return self._unless_it_is_too_early(now, Renew(lease))
-        if now >= self._renew_at:
+        if now >= wake_at:
             return Renew(lease)
-        return self._next_difference(lease, now)
+        if self.state is State.SUSPECT and not self._is_overdue:
+            wake_at = min(wake_at, now + self.margin_seconds(now))
+        return self._next_difference(lease, wake_at, now)
 
-    def _next_difference(self, lease: Lease, now: float) -> Action:
+    def _next_difference(self, lease: Lease, wake_at: float, now: float) -> Action:
         """The next step from what is published to what is wanted; withdrawals first, since a host
         that is shown without serving is worse than one that serves without being shown."""
-        wake_at = self._renew_at
-        differences: list[Withdraw | Publish] = [
-            Withdraw(lease, each) for each in self._perhaps if each not in self._wanted
-        ]
-        differences += [
-            Publish(lease, each) for each in self._wanted if each not in self._published
-        ]
-        for action in differences:
-            trouble = self._troubles.get(action.registration)
-            if trouble is None or now >= trouble.retry_at:
-                return action
-            wake_at = min(wake_at, trouble.retry_at)
-        return Wait(wake_at - now)
+        while self._resting and self._resting[0][0] <= now:
+            self._compare(heapq.heappop(self._resting)[2], now)
+        for registration in self._to_withdraw:
+            return Withdraw(lease, registration)
+        for registration in self._to_publish:
+            return Publish(lease, registration)
+        if self._resting:
+            wake_at = min(wake_at, self._resting[0][0])
+        return Wait(max(0.0, wake_at - now))
 
-    def _unless_it_is_too_early(self, now: float, action: Open | Renew | Release) -> Action:
+    def _compare(self, registration: Registration, now: float) -> None:
+        """Note what is to be done about *registration*: call it after anything of it changed."""
+        is_wanted, is_published = registration in self._wanted, registration in self._published
+        is_to_withdraw = not is_wanted and registration in self._perhaps
+        is_to_publish = is_wanted and not is_published
+        repair, trouble = self._repair, self._troubles.get(registration)
+        if repair is not None and registration in repair.pending:
+            _place(repair.missing, registration, is_to_publish)
+        rests = trouble is not None and trouble.retry_at > now
+        _place(self._to_withdraw, registration, is_to_withdraw and not rests)
+        _place(self._to_publish, registration, is_to_publish and not rests)
+
+    def _compare_all(self, now: float) -> None:
+        self._to_withdraw.clear()
+        self._to_publish.clear()
+        for registration in [*self._perhaps, *self._wanted]:
+            self._compare(registration, now)
+
+    def _unless_it_is_too_early(self, now: float, action: Open | Release) -> Action:
         trouble = self._lease_trouble
         if trouble is None or now >= trouble.retry_at:
             return action
-        wake_at = trouble.retry_at
-        if isinstance(action, Renew) and not self._is_overdue:
-            wake_at = min(wake_at, now + self.margin_seconds(now))
-        return Wait(max(0.0, wake_at - now))
+        return Wait(trouble.retry_at - now)
 
     # What came of it
 
@@ -434,12 +468,18 @@ class Reconciler:
         self.counts["renewed"] += 1
         self._confirmed_at = self._sent_at
         self._renew_at = now + _interval(self.lease) * (1 - RENEWAL_JITTER * self._jitter())
+        # A check that was not made proves nothing: what was known before stays known.
+        unchecked = held.unchecked if isinstance(held, Held) else frozenset[Registration]()
         held = set(held)
-        missing = [each for each in self._wanted if each in self._published - held]
+        gone = self._published - unchecked - held
+        missing = [each for each in self._wanted if each in gone]
         strays = held - self._perhaps - self._wanted.keys()
-        self._published, self._perhaps = held, set(held)
-        for each in [each for each in self._troubles if (each in held) == (each in self._wanted)]:
-            del self._troubles[each]
+        self._published = held | (self._published & unchecked)
+        self._perhaps = held | (self._perhaps & unchecked)
+        for each in [each for each in self._troubles if each not in unchecked]:
+            if (each in held) == (each in self._wanted):
+                del self._troubles[each]
+        self._compare_all(now)
         self._note_recovery(now)
         if strays:
             self._note(Kind.STRAY, f"Consul shows {_names(strays)}, not wanted: withdrawing it")
@@ -451,7 +491,7 @@ class Reconciler:
     def _released(self, now: float) -> None:
         self._on(Event.RELEASED)
         lease, gone = self.lease, tuple(self._perhaps)
-        self._drop_lease()
+        self._drop_lease(now)
         assert lease is not None
         self._note(Kind.WITHDRAWN, f"released lease {_short(lease)}: nothing is wanted", gone)
 
@@ -462,7 +502,7 @@ class Reconciler:
         missing = [each for each in self._wanted if each in self._published]
         cause = f"lease {_short(self.lease)} lost (Consul does not know it any more)"
         since = self._lease_trouble.since if self._lease_trouble else now
-        self._drop_lease()
+        self._drop_lease(now)
         if missing:
             self._begin_repair(cause, since, missing)
 
@@ -471,10 +511,12 @@ class Reconciler:
         trouble = self._troubles.pop(registration, None)
         if isinstance(action, Withdraw):
             self._perhaps.discard(registration)
+            self._compare(registration, now)
             self.counts["withdrawn"] += 1
             self._note(Kind.WITHDRAWN, f"withdrew {registration}", (registration,))
             return
         self._published.add(registration)
+        self._compare(registration, now)
         self.counts["published"] += 1
         if self._repair is None or registration not in self._repair.pending:
             text = f"published {registration} under lease {_short(action.lease)}"
@@ -488,11 +530,15 @@ class Reconciler:
             return  # the release takes everything with it
         trouble = self._failed_again(self._troubles.get(action.registration), error, now)
         self._troubles[action.registration] = trouble
+        self._compare(action.registration, now)
+        rest = trouble.retry_at, next(self._rests), action.registration
+        heapq.heappush(self._resting, rest)
         if not trouble.is_refusal:
             # Perhaps the lease is gone: only a renewal tells.  It also tells what really happened.
             self._renew_at = min(self._renew_at, now)
-        # One silence is the renewal's to report; a second one means that the lease is well.
-        if not trouble.is_told and (trouble.is_refusal or trouble.failures > 1):
+        # One silence is the renewal's to report; a second one may mean that the lease is well.
+        is_own = trouble.failures > 1 and self.state is State.HELD
+        if not trouble.is_told and (trouble.is_refusal or is_own):
             verb = "published" if isinstance(action, Publish) else "withdrawn"
             self._note_trouble(trouble, f"{action.registration} cannot be {verb}")
 
@@ -526,12 +572,14 @@ class Reconciler:
         except KeyError:
             raise ImpossibleEvent(f"{self.state}: {event.value}") from None
 
-    def _drop_lease(self) -> None:
+    def _drop_lease(self, now: float) -> None:
         self.lease = self._lease_trouble = None
         self._renew_at, self._confirmed_at, self._is_overdue = math.inf, -math.inf, False
         self._published.clear()
         self._perhaps.clear()
         self._troubles.clear()
+        self._resting.clear()
+        self._compare_all(now)
 
     def _failed_again(
         self, trouble: _Trouble | None, error: MatchmakerError, now: float
@@ -575,16 +623,15 @@ class Reconciler:
         else:  # a loss during a repair is one more cause of the same repair
             self._repair.cause += f", then {cause}"
         self._repair.pending.update(dict.fromkeys(missing))
+        self._repair.missing.update(dict.fromkeys(missing))
         self._note(Kind.LOST, cause, missing)
 
     def _settle_repair(self, now: float) -> None:
         """Note a repair, once, when the last registration it is about is published again."""
         repair = self._repair
-        if repair is None:
+        if repair is None or repair.missing:
             return
         pending = tuple(each for each in repair.pending if each in self._wanted)
-        if not all(each in self._published for each in pending):
-            return
         self._repair = None
         self.counts["repaired"] += 1
         what = "nothing of it is wanted any more"
@@ -592,6 +639,15 @@ class Reconciler:
             seconds = now - repair.began_at
             what = f"published {_count(pending)} again after {seconds:.1f} s"
         self._note(Kind.REPAIRED, f"{repair.cause}; {what}", pending)
+
+
+def _place(
+    where: OrderedDict[Registration, None], registration: Registration, belongs: bool
+) -> None:
+    if belongs:
+        where[registration] = None
+    else:
+        where.pop(registration, None)
 
 
 def _interval(lease: Lease) -> float:

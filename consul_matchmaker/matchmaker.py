@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from .model import Host, Registration, Snapshot, Standing, checked_topic
 from .naming import checked_registration
 from .selection import Quarantine, Selector
 from .settings import Settings
-from .worker import call_within, forget_in_child
+from .worker import call_within, forget_in_child, seconds_since_boot
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
     from .backends.kv import Kv
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_ASKS = 0.5
 """While somebody waits for the first host of a topic, Consul is asked this often."""
+SECONDS_TO_CLOSE = 5.0
 SECONDS_OF_GRACE = 0.1
 """So much later than asked for a wait may end when Consul hangs: with a timeout of 0 it is what
 Consul has to answer an unknown topic."""
@@ -72,7 +74,9 @@ class Matchmaker:
         self._keeper: Keeper | None = None
         self._watcher: Watcher | None = None
         if self._registrar is not None:
-            self._keeper = Keeper(self._registrar, settings, clock=clock, jitter=jitter)
+            # Consul's clocks go on while this machine is suspended: so must that of the leases.
+            lasting = seconds_since_boot if clock is time.monotonic else clock
+            self._keeper = Keeper(self._registrar, settings, clock=lasting, jitter=jitter)
         if settings.watch and backend is None:
             self._watcher = _watcher(self._resolver, self._cache, settings, clock, jitter)
         # Replaced by the cache's own at the first lookup: a cached answer costs one call less.
@@ -199,7 +203,8 @@ class Matchmaker:
         Returns at once, whether or not Consul is up; the registration can be waited for, and
         unregisters as a context manager.  A text must be ``ADDRESS:PORT``; for anything else pass
         ``Host.opaque(text)``.  In catalog mode accepted without effect: operators register there.
-        Raises ConfigurationError for a malformed host or topic.
+        Raises ConfigurationError for a malformed host or topic, or one too long to be a key, and
+        Unavailable, with nothing registered, when the process cannot have the thread for it.
 
         *on_change* is called with the registration and ``"held"`` or ``"lost"``, on a thread of
         the library that renews nothing meanwhile: it has to return at once.  With *beat_seconds*
@@ -334,12 +339,20 @@ class Matchmaker:
             "wire": {} if count is None else count(),
         }
 
-    def close(self, timeout_seconds: float = 5.0) -> None:
+    def close(self, timeout_seconds: float = SECONDS_TO_CLOSE) -> None:
         """Withdraw every registration, end every thread, close every connection; idempotent.
 
         Returns within *timeout_seconds* even when Consul hangs; registrations then leave with
         their lease, 2 x ``session_ttl_seconds`` later at the latest.
+
+        Raises RuntimeError, with nothing done, in a signal handler that interrupted another call
+        of this library: that call may hold what closing needs.  Let handlers set a flag instead.
         """
+        if not self._closing.is_set():
+            _refuse_to_interrupt_ourselves()
+        self._close(timeout_seconds)
+
+    def _close(self, timeout_seconds: float) -> None:
         with self._lock:
             if self._closing.is_set():
                 return
@@ -390,7 +403,7 @@ class Matchmaker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self._close(SECONDS_TO_CLOSE)
 
     def __repr__(self) -> str:
         addresses = ",".join(map(str, self.settings.addresses))
@@ -403,9 +416,12 @@ class Matchmaker:
     def _first_lookup(self, topic: str, server: str | None, *, complete: bool = True) -> Snapshot:
         with self._lock:
             self._check_open()
-            if self._watcher is not None:
-                self._watcher.start()
-            self._lookup = self._cache.lookup
+            try:
+                if self._watcher is not None:
+                    self._watcher.start()
+                self._lookup = self._cache.lookup
+            except Unavailable as error:  # the next lookup tries again
+                logger.warning("topics are not watched yet: %s", error)
         return self._cache.lookup(topic, server, complete=complete)
 
     def _refuse(self, topic: str, server: str | None, *, complete: bool = True) -> Snapshot:
@@ -538,6 +554,32 @@ def _watcher(
 
     assert isinstance(resolver, Kv)
     return Watcher(resolver, cache, settings, clock=clock, jitter=jitter)
+
+
+def _refuse_to_interrupt_ourselves() -> None:
+    """Raise RuntimeError when this thread is inside another public call already.
+
+    On the main thread only a signal handler does that: it runs on top of whatever was being done.
+    A listener that closes does so on the keeper's thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    frame = sys._getframe(2)  # whoever called close
+    while True:
+        code = frame.f_code
+        if code.co_filename in _PUBLIC_CALLS:
+            raise RuntimeError(
+                f"close() interrupts {code.co_name}() of the same thread, which may hold what it "
+                "needs: let the signal handler set a flag, and close when that call has returned"
+            )
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+
+
+_PUBLIC_CALLS = frozenset([__file__, sys.modules[Registration.__module__].__file__])
+"""Where every public call has a frame on the stack: the methods of Matchmaker and of what it
+gives out."""
 
 
 def _host(host: str | Host) -> Host:

@@ -231,6 +231,18 @@ class Lease:
         return self.id
 
 
+class Held(frozenset["Registration"]):
+    """What a renewal found Consul to hold; nothing was found out about those in `unchecked`."""
+
+    unchecked: frozenset[Registration] = frozenset()
+
+    @classmethod
+    def in_part(cls, held: Iterable[Registration], unchecked: Iterable[Registration]) -> Held:
+        found = cls(held)
+        found.unchecked = frozenset(unchecked)
+        return found
+
+
 def _no_clock() -> float:
     return 0.0
 

@@ -26,6 +26,10 @@ _OPAQUE = "_-"
 _LEASE_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
 _LEASE_ID_LENGTH = 36
 
+MAX_KEY_BYTES = 7500
+"""Of a key after its prefix.  It is part of a request line, of which any HTTP program has to take
+8,000 bytes (RFC 9112, section 3); the rest is for the method, the prefix and the parameters."""
+
 SENTINEL = "_"
 """A last segment that no text encodes to: such a key is ours, but no registration."""
 
@@ -102,18 +106,26 @@ def checked_registration(registration: Registration) -> Registration:
     """Return *registration* unchanged; raise ConfigurationError when no reader could tell it.
 
     That is text which is not Unicode, an empty server name, or a Host made without `Host.parse`
-    that it would not have made: not an address, or not in its one spelling.
+    that it would not have made: not an address, or not in its one spelling.  Also a registration
+    whose key were too long for a request (MAX_KEY_BYTES).
     """
     checked_topic(registration.topic)
     lease_id = "00000000-0000-0000-0000-000000000000"
     try:
-        key = Key.parse("x", Key.of(registration, lease_id).under("x"))
+        text = Key.of(registration, lease_id).under("x")
+        key = Key.parse("x", text)
     except ConfigurationError:
         raise
     except ValueError as error:
         raise ConfigurationError(f"{registration}: {error}") from None
     if key.registration != registration:
         raise ConfigurationError(f"{registration}: the server name is empty; leave it out")
+    if len(text) > MAX_KEY_BYTES:
+        raise ConfigurationError(
+            f"{str(registration)[:60]}...: its key has {len(text)} bytes, and {MAX_KEY_BYTES} is "
+            "the most that a request surely carries; use a shorter topic, host or server name "
+            "(what is not a letter, a digit or '-' takes 3 bytes or more)"
+        )
     return registration
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import threading  # never `from threading import ...`: eventlet may patch it after our import
+import time
 import weakref
 from collections.abc import Callable
 from typing import Protocol, TypeVar, cast
+
+from .errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +22,18 @@ T = TypeVar("T")
 
 SECONDS_AFTER_A_BUG = 1.0
 """How long a worker rests after its step raised something nobody expected."""
+
+
+def seconds_since_boot() -> float:
+    """Monotonic seconds that also count while the machine is suspended (Linux), as the clocks of
+    Consul's servers do; elsewhere `time.monotonic`."""
+    return time.clock_gettime(_LASTING_CLOCK)
+
+
+if hasattr(time, "CLOCK_BOOTTIME"):
+    _LASTING_CLOCK = time.CLOCK_BOOTTIME
+else:
+    seconds_since_boot = time.monotonic
 
 
 class Forgetful(Protocol):
@@ -36,7 +51,10 @@ def forget_in_child(owner: Forgetful) -> None:
 
 def _forget_all() -> None:
     for owner in list(_forgetful):
-        owner.forget()
+        try:
+            owner.forget()
+        except Exception:  # the others have their own locks and threads to forget
+            logger.exception("%r could not start clean in this forked child", owner)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
@@ -70,9 +88,10 @@ def call_within(timeout_seconds: float, call: Callable[[], T], name: str) -> T:
 class Worker:
     """A daemon thread that runs *step* until it is stopped.
 
-    *step* returns the seconds until it wants to run again, or None to rest until `wake`.  An error
-    out of it is logged, and the step runs again after a pause: the thread outlives every error.
-    Nothing is started and no lock is made before `start`.  All methods are thread-safe.
+    *step* returns the seconds until it wants to run again, or None to rest until `wake`.  Whatever
+    is raised out of it is logged, and the step runs again after a pause: only `stop` ends the
+    thread.  Should it end all the same, that is logged, `has_died` says so, and `start` starts
+    another.  Nothing is started and no lock is made before `start`.  All methods are thread-safe.
     """
 
     def __init__(self, name: str, step: Callable[[], float | None]) -> None:
@@ -83,10 +102,16 @@ class Worker:
     def _make_clean(self) -> None:
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self.has_died = False
+        """Whether the thread ended though nobody stopped it, and no other was started since."""
         self._wake: threading.Event | None = None
 
     def start(self) -> None:
-        """Start the thread if it is not running; does nothing after `stop`."""
+        """Start the thread if it is not running; does nothing after `stop`.
+
+        Raises Unavailable when the process cannot have another thread; the next `start` tries
+        again.
+        """
         if self._thread is not None or self._stopping:
             return
         with self._own_lock():
@@ -94,8 +119,14 @@ class Worker:
                 return
             self._wake = threading.Event()
             thread = threading.Thread(target=self._run, name=self.name, daemon=True)
-            thread.start()
-            self._thread = thread
+            try:
+                thread.start()
+            except RuntimeError as error:  # the limit of threads is reached, or Python is ending
+                raise Unavailable(
+                    f"{self.name}: no thread can be started ({error}); "
+                    "allow the process more threads, and call again"
+                ) from error
+            self._thread, self.has_died = thread, False
 
     def _own_lock(self) -> threading.RLock:
         # setdefault is atomic in CPython, so two first callers agree on one lock; re-entrant, since
@@ -134,13 +165,23 @@ class Worker:
         self._make_clean()
 
     def _run(self) -> None:
+        try:
+            self._run_until_stopped()
+        finally:
+            if not self._stopping:
+                with self._own_lock():  # the start that made this thread has noted it by now
+                    if self._thread is threading.current_thread():
+                        self._thread, self.has_died = None, True
+                logger.error("%s: the thread has ended; the next start makes another", self.name)
+
+    def _run_until_stopped(self) -> None:
         wake = self._wake
         assert wake is not None
         while not self._stopping:
             wake.clear()
             try:
                 pause = self._step()
-            except Exception:
+            except BaseException:  # sys.exit() or a cancelled task in a callback: not our end
                 logger.exception("%s: unexpected error, going on", self.name)
                 pause = SECONDS_AFTER_A_BUG
             if not self._stopping:
@@ -148,4 +189,6 @@ class Worker:
 
     def __repr__(self) -> str:
         state = "running" if self.is_running else "stopped" if self._stopping else "not started"
+        if self.has_died:
+            state = "died"
         return f"<Worker {self.name}, {state}>"

@@ -135,7 +135,13 @@ class FakeConsul:
 
     def _txn(self, operations):
         assert len(operations) <= 64
-        errors = []
+        errors = [
+            {"OpIndex": number, "What": "Permission denied"}
+            for number, operation in enumerate(operations)
+            if self.hidden and operation["KV"]["Key"].startswith(self.hidden)
+        ]
+        if errors:  # and none of the others is done
+            return 409, {"Errors": errors}
         for number, operation in enumerate(operations):
             check = operation["KV"]
             assert check["Verb"] == "check-session"
@@ -408,12 +414,58 @@ def test_a_publication_of_unknown_outcome_is_verified_too(consul, kv):
 
 @pytest.mark.parametrize("body", [b"", b"null", b'{"Errors": null}', b'{"Errors": [{}]}', b"[1]"])
 def test_a_strange_verification_proves_nothing(consul, kv, body):
-    """A 409 that does not say which keys failed is no answer."""
+    """A 409 that does not say which keys failed is no answer: neither held nor lost."""
     lease = kv.open()
-    kv.publish(lease, Registration("scheduler", ONE))
+    registration = Registration("scheduler", ONE)
+    kv.publish(lease, registration)
     consul._txn = lambda operations: (409, body)
-    with pytest.raises(Unavailable):
-        kv.renew(lease)
+    found = kv.renew(lease)
+    assert (set(found), found.unchecked) == (set(), {registration})
+
+
+@pytest.mark.finding("E2")
+@pytest.mark.parametrize("error", [Unavailable("status 413"), TimedOut("late"), Denied("403")])
+def test_a_failed_check_after_a_good_renewal_is_no_failed_renewal(consul, kv, error, caplog):
+    """The lease is renewed, of the keys nothing is known; said once until checks work again."""
+    lease = kv.open()
+    mine = {Registration(f"t{number}", ONE) for number in range(CHECKS_PER_REQUEST + 1)}
+    for registration in mine:
+        kv.publish(lease, registration)
+    consul.failures["PUT", "/v1/txn"] = error
+    for _ in range(2):
+        found = kv.renew(lease)
+        assert (set(found), found.unchecked) == (set(), mine)
+    assert len(caplog.records) == 1
+    consul.failures.clear()
+    assert set(kv.renew(lease)) == mine
+
+
+@pytest.mark.finding("E2")
+def test_checks_are_split_by_their_bytes(consul, kv):
+    """No transaction is larger than the 512 KiB that Consul takes, however long the keys are."""
+    lease = kv.open()
+    mine = {
+        Registration(f"{number:03}" + "x" * 20_000, ONE) for number in range(CHECKS_PER_REQUEST)
+    }
+    for registration in mine:
+        kv.publish(lease, registration)
+    consul.bodies.clear()
+    assert set(kv.renew(lease)) == mine
+    assert max(map(len, consul.bodies)) <= 512 * 1024
+    assert len(consul.bodies) <= 5
+
+
+@pytest.mark.finding("E1")
+def test_a_check_beside_one_that_may_not_be_made_is_asked_again(consul, kv):
+    """Consul names only what the token may not read and looks at nothing else: a key that was
+    deleted beside it is found all the same."""
+    lease = kv.open()
+    forbidden, deleted, well = (Registration(topic, ONE) for topic in ("a", "b", "c"))
+    for registration in (forbidden, deleted, well):
+        kv.publish(lease, registration)
+    consul.hidden = (f"{PREFIX}/a/",)
+    del consul.keys[Key.of(deleted, lease.id).under(PREFIX)]
+    assert set(kv.renew(lease)) == {well}
 
 
 def test_a_forked_child_has_published_nothing(consul, kv):

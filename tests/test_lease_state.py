@@ -31,7 +31,7 @@ from consul_matchmaker.lease_state import (
     Wait,
     Withdraw,
 )
-from consul_matchmaker.model import Host, Lease, Registration
+from consul_matchmaker.model import Held, Host, Lease, Registration
 
 TTL = 9.0
 INTERVAL = TTL / 3
@@ -50,6 +50,8 @@ class Consul:
         self.late: list[Callable[[], Outcome]] = []  # arrives after the caller gave up
 
     def carry_out(self, call: Call) -> Outcome:
+        if self.answer == "fails renewing" and isinstance(call, Renew):
+            return Unavailable("status 500")
         if self.answer == "silent":  # did nothing, and did not say so
             return Unavailable("connection refused")
         if self.answer == "denied" or (
@@ -83,6 +85,8 @@ class Consul:
         if isinstance(call, Publish):
             held.add(call.registration)
             return None
+        if self.answer == "checks nothing":
+            return Held.in_part((), held)
         return set(held)
 
     @property
@@ -135,6 +139,16 @@ class Play:
                 return
             self.now += pause
         raise AssertionError("busy loop")
+
+    def run_for_many(self, seconds: float) -> None:
+        """As `run_for`, however much there is to do."""
+        until = self.now + seconds
+        while not isinstance(action := self.step(), Stop):
+            if isinstance(action, Wait):
+                if action.seconds is None or self.now + action.seconds > until:
+                    self.now = until
+                    return
+                self.now += action.seconds
 
     def take_calls(self) -> list[str]:
         calls, self.calls = self.calls, []
@@ -1140,3 +1154,103 @@ def test_random_histories_use_every_cell_of_the_table_and_no_other() -> None:
     for seed in range(1500):
         live_randomly(random.Random(seed), seen, closes=True)
     assert seen == {(state, event) for state, row in TRANSITIONS.items() for event in row}
+
+
+# --- while the lease is only suspected
+
+
+@pytest.mark.finding("E3")
+def test_changes_go_on_while_the_lease_is_only_suspected(held: Play) -> None:
+    """Renewals fail, other calls do not: what is wanted is published and withdrawn at once."""
+    held.consul.answer = "fails renewing"
+    held.run_for(INTERVAL + 0.1)
+    assert held.is_in(State.SUSPECT)
+    held.want(C)
+    held.unwant(B)
+    held.run()
+    assert held.is_in(State.SUSPECT)
+    assert held.consul.visible == {A, C}
+    assert held.reconciler.is_published(C)
+    assert held.reconciler.is_withdrawn(B)
+
+
+@pytest.mark.finding("E3")
+def test_the_last_one_unregistered_leaves_a_suspected_lease_soon(held: Play) -> None:
+    """Its release does not wait for the next retry of the renewal."""
+    held.consul.answer = "fails renewing"
+    held.run_for(TTL)
+    held.unwant(A, B)
+    held.run_for(ASKED_RENEWAL_SECONDS)
+    assert held.consul.visible == set()
+
+
+@pytest.mark.finding("E3")
+def test_renewals_come_first_while_nothing_is_answered(held: Play) -> None:
+    """Among many changes that all fail, a due renewal is the next thing that is tried; the outage
+    is told once, as the lease's."""
+    held.consul.answer = "silent"
+    held.run_for(INTERVAL)
+    held.take_notes()
+    held.want(C)
+    held.take_calls()
+    held.run_for(TTL)
+    calls = held.take_calls()
+    assert calls.count("Renew") >= 3
+    assert "Publish" in calls
+    assert held.take_notes() == [Kind.OVERDUE]
+    held.consul.answer = "yes"
+    held.run_for(INTERVAL)
+    assert held.consul.visible == {A, B, C}
+
+
+@pytest.mark.finding("E2")
+def test_a_renewal_that_checked_nothing_changes_nothing(held: Play) -> None:
+    """What was published counts as published; what was doubtful is done again."""
+    held.consul.answer = "checks nothing"
+    held.want(C)
+    held.unwant(B)
+    held.run_for(2 * INTERVAL)
+    assert held.is_in(State.HELD)
+    assert held.consul.visible == {A, C}
+    assert held.take_notes() == [Kind.WITHDRAWN, Kind.PUBLISHED]
+    assert held.reconciler.is_published(A)
+
+
+# --- many of them
+
+
+class Counted(Registration):
+    """A registration that counts how often any of them is looked for in a set or dict."""
+
+    __slots__ = ()
+    looks = 0
+
+    def __hash__(self) -> int:
+        Counted.looks += 1
+        return super().__hash__()
+
+
+def looks_for(count: int) -> int:
+    """How many a life of *count* registrations takes: published, lost, repaired, withdrawn."""
+    play = Play()
+    many = [Counted("scheduler", Host("10.0.0.5", 1 + number)) for number in range(count)]
+    Counted.looks = 0
+    for each in many:
+        play.want(each)
+        play.step()
+    while not isinstance(play.step(), Wait):
+        pass
+    play.consul.leases.clear()
+    play.run_for_many(INTERVAL)
+    assert len(play.consul.visible) == count
+    for each in many[1:]:
+        play.unwant(each)
+    play.run_for_many(0)
+    assert play.consul.visible == {many[0]}
+    return Counted.looks
+
+
+@pytest.mark.finding("C7")
+def test_the_work_grows_with_the_number_of_registrations_and_not_with_its_square() -> None:
+    """Four times as many cost about four times as much, also when all are lost."""
+    assert looks_for(400) < 6 * looks_for(100)

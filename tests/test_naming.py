@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from consul_matchmaker.errors import ConfigurationError, InvalidTopic
 from consul_matchmaker.model import Host, Registration
 from consul_matchmaker.naming import (
+    MAX_KEY_BYTES,
     SENTINEL,
     Key,
     checked_registration,
@@ -314,3 +315,15 @@ def test_the_sentinel_is_no_text():
     """No topic can be named so that its folder is the sentinel."""
     with pytest.raises(ValueError, match="not an encoded"):
         decode_segment(SENTINEL)
+
+
+@pytest.mark.finding("E2")
+def test_a_registration_whose_key_is_too_long_is_refused() -> None:
+    """Before anything is sent, with the bound, and without repeating the whole name."""
+    host = Host("10.0.0.5", 9501)
+    longest = "x" * (MAX_KEY_BYTES - len(Key("y", host, "0" * 36).under("x")) + 1)
+    assert checked_registration(Registration(longest, host))
+    for too_long in (Registration(longest + "x", host), Registration("t", host, "\u4e16" * 900)):
+        with pytest.raises(ConfigurationError, match=str(MAX_KEY_BYTES)) as caught:
+            checked_registration(too_long)
+        assert len(str(caught.value)) < 400

@@ -59,6 +59,7 @@ class Registrar(Protocol):
     def renew(self, lease: Lease) -> Collection[Registration]:
         """Keep *lease* alive; return every registration that Consul really holds under it.
 
+        A `Held` when some could not be checked: the lease is renewed all the same.
         Raises LeaseLost when Consul says that the lease is gone: the only proof of a loss."""
 
     def release(self, lease: Lease) -> None:

@@ -16,12 +16,12 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from ..errors import Denied, LeaseLost, Unavailable
-from ..model import Host, Instance, Lease, Registration, Snapshot
+from ..errors import Denied, LeaseLost, TimedOut, Unavailable
+from ..model import Held, Host, Instance, Lease, Registration, Snapshot
 from ..naming import SENTINEL, Key, host_folder, topic_folder
 from ..settings import Settings
 from .agent import NO_PARAMETERS, Agent, Answer, go_duration
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 CHECKS_PER_REQUEST = 64
 """Operations that Consul takes in one transaction: 64 until 1.14, 128 since (fact B12)."""
+CHECK_BYTES_PER_REQUEST = 500_000
+"""Bytes of such a transaction: Consul refuses more than 512 KiB (fact B12)."""
 REMEMBERED_KEYS = 16384
 """Keys whose parts are remembered from one answer to the next; about 10 MB when full."""
 REMEMBERED_LENGTH = 1000
@@ -144,6 +146,7 @@ class Kv:
         self._unknown_keys = 0
         self.polled_bytes = 0
         self.polled_at = -math.inf
+        self._checks_fail = False  # whether that was said
         self._may_write_sentinel = True
         self._proven_keys: frozenset[str] = frozenset()  # of the last poll, where they proved less
         self._proven_until = -math.inf
@@ -354,6 +357,7 @@ class Kv:
         Renewing alone proves nothing of the keys: Consul goes on answering 200 when one was deleted
         (fact B7).  So each is checked, 64 a request, by a transaction that only reads: it costs
         what this process has published, however big the cluster is, and writes nothing to Raft.
+        A check that fails leaves the lease renewed, and its keys unchecked in what is returned.
         """
         answer = self._write("PUT", f"/v1/session/renew/{lease.id}", accept=(404,))
         if answer.status == 404:
@@ -366,9 +370,23 @@ class Kv:
                 del known[late]
             published = sorted(known, key=str)
         held: set[Registration] = set()
-        for start in range(0, len(published), CHECKS_PER_REQUEST):
-            held.update(self._held(lease, published[start : start + CHECKS_PER_REQUEST]))
-        return held
+        unchecked: list[Registration] = []
+        error: Unavailable | Denied | None = None
+        for some in _in_requests([self._check_of(lease, each) for each in published]):
+            try:
+                if not isinstance(error, TimedOut):  # hanging, it would hold up the next renewal
+                    held.update(self._held(some))
+                    continue
+            except (Unavailable, Denied) as failure:
+                error = error or failure
+            unchecked += [registration for registration, _ in some]
+        self._tell_of_checks(error, len(unchecked))
+        return Held.in_part(held, unchecked) if unchecked else held
+
+    def _tell_of_checks(self, error: Unavailable | Denied | None, count: int) -> None:
+        if error is not None and not self._checks_fail:
+            logger.warning("lease renewed, %d registrations not verified: %s", count, error)
+        self._checks_fail = error is not None
 
     def release(self, lease: Lease) -> None:
         """Destroy the session; Consul deletes its keys with it, in the same Raft entry."""
@@ -508,25 +526,31 @@ class Kv:
             version=answer.index,
         )
 
-    def _held(self, lease: Lease, registrations: list[Registration]) -> list[Registration]:
-        checks = [
-            {
-                "KV": {
-                    "Verb": "check-session",
-                    "Key": Key.of(registration, lease.id).under(self._prefix),
-                    "Session": lease.id,
-                }
-            }
-            for registration in registrations
-        ]
-        answer = self._write("PUT", "/v1/txn", body=_json(checks), accept=(409,))
-        if answer.status == 200:
-            return registrations
-        try:
-            failed = {int(error["OpIndex"]) for error in answer.json()["Errors"]}
-        except (TypeError, KeyError, ValueError):
-            raise answer.unexpected() from None
-        return [each for number, each in enumerate(registrations) if number not in failed]
+    def _check_of(self, lease: Lease, registration: Registration) -> _Check:
+        key = Key.of(registration, lease.id).under(self._prefix)
+        return registration, {"Verb": "check-session", "Key": key, "Session": lease.id}
+
+    def _held(self, checks: list[_Check]) -> list[Registration]:
+        """Those of *checks* that Consul holds.
+
+        One that fails makes the transaction fail, and Consul need not have made the others: where
+        the token may not read a key it names that key and looks at no other.  So they are asked
+        again without those that failed, until what is left all holds.
+        """
+        while checks:
+            body = _json([{"KV": check} for _, check in checks])
+            answer = self._write("PUT", "/v1/txn", body=body, accept=(409,))
+            if answer.status == 200:
+                break
+            try:
+                failed = {int(error["OpIndex"]) for error in answer.json()["Errors"]}
+            except (TypeError, KeyError, ValueError):
+                raise answer.unexpected() from None
+            left = [each for number, each in enumerate(checks) if number not in failed]
+            if len(left) == len(checks):
+                raise answer.unexpected()
+            checks = left
+        return [registration for registration, _ in checks]
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -614,6 +638,27 @@ def _failed_operations(answer: Answer, count: int) -> set[int]:
     if not failed or not failed <= set(range(count)):
         raise answer.unexpected()
     return failed
+
+
+_Check = tuple[Registration, Mapping[str, str]]
+"""A registration, and the operation that checks it."""
+
+
+def _in_requests(checks: Iterable[_Check]) -> Iterator[list[_Check]]:
+    """*checks* in as few requests as Consul's limits allow."""
+    some: list[_Check] = []
+    size = 0
+    for check in checks:
+        bytes_of_it = len(_json({"KV": check[1]})) + len(", ")
+        if len(some) == CHECKS_PER_REQUEST or (
+            some and size + bytes_of_it > CHECK_BYTES_PER_REQUEST
+        ):
+            yield some
+            some, size = [], 0
+        some.append(check)
+        size += bytes_of_it
+    if some:
+        yield some
 
 
 def _kv(key: str) -> str:
