@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -564,17 +565,16 @@ def _refuse_to_interrupt_ourselves() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    frame = sys._getframe(2)  # whoever called close
-    while True:
+    interrupted = None
+    for frame, _ in traceback.walk_stack(sys._getframe(2)):  # from whoever called close
         code = frame.f_code
         if code.co_filename in _PUBLIC_CALLS:
-            raise RuntimeError(
-                f"close() interrupts {code.co_name}() of the same thread, which may hold what it "
-                "needs: let the signal handler set a flag, and close when that call has returned"
-            )
-        if frame.f_back is None:
-            return
-        frame = frame.f_back
+            interrupted = code.co_name  # in the end the call that the application made
+    if interrupted is not None:
+        raise RuntimeError(
+            f"close() interrupts {interrupted}() of the same thread, which may hold what it "
+            "needs: let the signal handler set a flag, and close when that call has returned"
+        )
 
 
 _PUBLIC_CALLS = frozenset([__file__, sys.modules[Registration.__module__].__file__])

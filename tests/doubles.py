@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -146,3 +147,13 @@ NO_TRAFFIC = {
     "received_bytes": 0,
 }
 """What a transport's counters begin with."""
+
+
+@contextlib.contextmanager
+def no_thread_to_be_had() -> Iterator[None]:
+    """Every thread that is started meanwhile asks for more memory than there is addresses."""
+    before = threading.stack_size(1 << 46)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)

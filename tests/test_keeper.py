@@ -20,6 +20,8 @@ from consul_matchmaker.keeper import Keeper
 from consul_matchmaker.model import Host, Lease, Registration
 from consul_matchmaker.settings import Settings
 
+from .doubles import no_thread_to_be_had
+
 TTL = 9.0
 INTERVAL = TTL / 3
 LONG = 10.0  # a deadline that is only reached when the test fails
@@ -186,6 +188,44 @@ def test_holds_is_about_wishes(by_hand: ByHand) -> None:
     assert not by_hand.keeper.holds("conductor", A.host)
     by_hand.keeper.unregister(A7)
     assert not by_hand.keeper.holds("scheduler", A.host)
+
+
+@pytest.mark.finding("B6")
+def test_without_a_thread_nothing_is_registered(threaded: Callable[[Memory], Keeper]) -> None:
+    """register says so with an error of ours, and the next one is as if it had not been."""
+    memory = Memory()
+    keeper = threaded(memory)
+    with no_thread_to_be_had(), pytest.raises(Unavailable, match="no thread can be started"):
+        keeper.register(A)
+    assert not keeper.holds(A.topic, A.host)
+    keeper.register(B).wait_until_published(timeout_seconds=LONG)
+    assert memory.topics() == [B.topic]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.finding("B5")
+def test_a_thread_that_died_shows_in_the_status_and_is_replaced(
+    threaded: Callable[[Memory], Keeper],
+) -> None:
+    """Whatever is asked of the keeper next starts another."""
+    memory = Memory()
+    keeper = threaded(memory)
+    keeper.register(A).wait_until_published(timeout_seconds=LONG)
+    assert keeper.status()["thread_has_died"] is False
+    wake, thread = keeper._worker._wake, keeper._worker._thread
+    assert wake is not None and thread is not None
+
+    def fail(timeout: float | None = None) -> bool:
+        raise SystemExit
+
+    wake.wait = fail  # type: ignore[method-assign]
+    keeper.renew_now()
+    thread.join(LONG)
+    assert keeper.status()["thread_has_died"] is True
+    keeper.unregister(A)
+    keeper.wait_until_withdrawn(A, LONG)
+    assert keeper.status()["thread_has_died"] is False
+    assert memory.topics() == []
 
 
 # --- waiting
@@ -378,7 +418,12 @@ def test_listeners_hear_of_a_lease_that_may_have_run_out(by_hand: ByHand) -> Non
     assert heard == ["held", "lost", "held"]
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+class Cancelled(BaseException):
+    """What frameworks end their tasks with; no Exception."""
+
+
+@pytest.mark.finding("E5")
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit, Cancelled])
 def test_a_listener_that_fails_harms_nobody(
     by_hand: ByHand, caplog: pytest.LogCaptureFixture, error: type[BaseException]
 ) -> None:
@@ -395,10 +440,11 @@ def test_a_listener_that_fails_harms_nobody(
 
 
 @pytest.mark.parametrize(
-    "error", [ZeroDivisionError("a bug"), ConfigurationError("token_file cannot be read")]
+    "error",
+    [ZeroDivisionError("a bug"), ConfigurationError("token_file cannot be read"), Cancelled()],
 )
-def test_no_error_of_a_backend_ends_the_keeping(by_hand: ByHand, error: Exception) -> None:
-    """Even a bug, or a token file that is missing for a moment, is only a delay."""
+def test_no_error_of_a_backend_ends_the_keeping(by_hand: ByHand, error: BaseException) -> None:
+    """Even a bug, a cancelled task, or a token file that is missing for a moment, is a delay."""
 
     def fail() -> Lease:
         raise error
@@ -406,7 +452,7 @@ def test_no_error_of_a_backend_ends_the_keeping(by_hand: ByHand, error: Exceptio
     by_hand.memory.open = fail  # type: ignore[method-assign]
     registration = by_hand.keeper.register(A)
     by_hand.run()
-    with pytest.raises(TimedOut, match=r"ZeroDivisionError|token_file"):
+    with pytest.raises(TimedOut, match=r"ZeroDivisionError|token_file|Cancelled"):
         registration.wait_until_published(timeout_seconds=0)
     del by_hand.memory.open
     by_hand.run_for(INTERVAL)
@@ -597,6 +643,24 @@ def test_a_process_that_just_ends_leaves_at_once() -> None:
         "open parent",
         "release parent",
     ]
+
+
+@pytest.mark.system
+@pytest.mark.finding("B3")
+def test_at_exit_all_are_told_before_one_is_waited_for() -> None:
+    """One keeper whose Consul hangs keeps no other from leaving, whichever comes first."""
+    assert run_python("""
+        both = [keeper, Keeper(Telling(), Settings(mode="kv"))]
+        released = [threading.Event(), threading.Event()]
+        def after_the_other(number):
+            def release(lease):
+                released[number].set()
+                say("released" if released[1 - number].wait(5) else "in vain")
+            return release
+        for number, each in enumerate(both):
+            each.register(A).wait_until_published(timeout_seconds=10)
+            each._registrar.release = after_the_other(number)
+    """) == ["open parent", "open parent", "released", "released"]
 
 
 @pytest.mark.system

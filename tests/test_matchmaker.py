@@ -13,9 +13,18 @@ import pytest
 
 from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, errors
 from consul_matchmaker.backends.memory import Memory
+from consul_matchmaker.worker import seconds_since_boot
 
 from .contract import ONE, TWO, eventually, has
-from .doubles import DEADLINE_SECONDS, FakeResolver, ManualClock, catalog, in_thread, kv
+from .doubles import (
+    DEADLINE_SECONDS,
+    FakeResolver,
+    ManualClock,
+    catalog,
+    in_thread,
+    kv,
+    no_thread_to_be_had,
+)
 
 SECRET = "b1gs3cr3t-token"
 
@@ -594,3 +603,50 @@ def test_the_next_change(memory: Memory) -> None:
         memory.declare("scheduler", [TWO])
         changed = changing.result(2 * DEADLINE_SECONDS)
         assert changed is not None and changed.hosts == (TWO,)
+
+
+# -- what has no thread, and what interrupts a call
+
+
+@pytest.mark.system
+@pytest.mark.finding("B6")
+def test_a_lookup_is_answered_although_no_thread_can_watch() -> None:
+    """Consul is asked by the caller; the watch begins with a later lookup."""
+    with Matchmaker(kv(addresses="127.0.0.1:1", request_timeout_seconds=0.1)) as mm:
+        assert mm._watcher is not None
+        with no_thread_to_be_had(), pytest.raises(errors.Unavailable):
+            mm.hosts("scheduler")
+        assert not mm._watcher._worker.is_running
+        with pytest.raises(errors.Unavailable):
+            mm.hosts("conductor")
+        assert mm._watcher._worker.is_running
+
+
+@pytest.mark.finding("D6")
+def test_leases_are_timed_by_a_clock_that_goes_on_while_the_machine_is_suspended() -> None:
+    """Unless another is given: how long Consul surely shows us is a fence."""
+    clock = ManualClock()
+    with Matchmaker(kv(), backend=Memory()) as mm, Matchmaker(kv(), clock=clock) as other:
+        assert mm._keeper is not None and other._keeper is not None
+        assert mm._keeper._clock is seconds_since_boot
+        assert other._keeper._clock is clock
+
+
+@pytest.mark.finding("E4")
+def test_closing_inside_another_call_is_refused_at_once(mm: Matchmaker, memory: Memory) -> None:
+    """As a signal handler would that interrupts it; nothing is done, and it says what to do."""
+    interrupted: list[str] = []
+
+    def lookup(topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+        with pytest.raises(RuntimeError, match=r"interrupts hosts\(\) .* set a flag"):
+            mm.close()
+        interrupted.append(topic)
+        return Snapshot(topic, (), "memory")
+
+    memory.lookup = lookup  # type: ignore[method-assign]
+    mm.hosts("scheduler")
+    assert interrupted == ["scheduler"]
+    assert mm.status()["is_closed"] is False
+    mm.close()
+    mm.close()
+    assert mm.status()["is_closed"] is True

@@ -9,13 +9,17 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 
 import pytest
 
 from consul_matchmaker import worker
-from consul_matchmaker.worker import Worker, forget_in_child
+from consul_matchmaker.errors import Unavailable
+from consul_matchmaker.worker import Worker, forget_in_child, seconds_since_boot
+
+from .doubles import no_thread_to_be_had
 
 LONG = 10.0  # a deadline that is only reached when the test fails
 
@@ -287,3 +291,98 @@ def test_a_real_fork_leaves_threads_locks_and_stops_behind() -> None:
         check=False,
     )
     assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr
+
+
+class Cancelled(BaseException):
+    """What frameworks end their tasks with; no Exception, like SystemExit."""
+
+
+@pytest.mark.finding("B5")
+@pytest.mark.finding("E5")
+@pytest.mark.parametrize("error", [Cancelled, SystemExit, KeyboardInterrupt])
+def test_what_is_no_exception_ends_no_thread_either(
+    error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged, and the step runs again: only stop ends the thread."""
+    failed, went_on = threading.Event(), threading.Event()
+
+    def step() -> None:
+        if failed.is_set():
+            went_on.set()
+        else:
+            failed.set()
+            raise error
+
+    stubborn = Worker("stubborn", step)
+    stubborn.start()
+    assert failed.wait(LONG)
+    while stubborn.is_running and not went_on.wait(0.01):
+        stubborn.wake()
+    assert went_on.is_set()
+    assert not stubborn.has_died
+    assert stubborn.stop(LONG)
+    assert "stubborn: unexpected error, going on" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.finding("B5")
+def test_a_thread_that_ended_all_the_same_is_told_and_replaced(
+    resting: Worker, steps: Steps, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever ended it: an error in the log, `has_died`, and another thread by the next start."""
+    wake, died = resting._wake, resting._thread
+    assert wake is not None and died is not None
+
+    def fail(timeout: float | None = None) -> bool:
+        raise SystemExit
+
+    wake.wait = fail  # type: ignore[method-assign]
+    wake.set()
+    died.join(LONG)
+    assert resting.has_died
+    assert repr(resting) == "<Worker consul-matchmaker-test, died>"
+    assert "the thread has ended; the next start makes another" in caplog.text
+    count = steps.count
+    resting.start()
+    assert steps.wait_for(count + 1)
+    assert not resting.has_died
+
+
+@pytest.mark.finding("B6")
+def test_no_thread_to_be_had_is_an_error_of_ours(steps: Steps) -> None:
+    """Unavailable, and the next start tries again."""
+    starved = Worker("starved", steps)
+    with no_thread_to_be_had(), pytest.raises(Unavailable, match="no thread can be started"):
+        starved.start()
+    assert not starved.is_running
+    starved.start()
+    assert steps.wait_for(1)
+    assert starved.stop(LONG)
+
+
+@pytest.mark.finding("D7")
+def test_one_that_cannot_forget_keeps_no_other_from_it(caplog: pytest.LogCaptureFixture) -> None:
+    """In a forked child each starts clean, whatever the others do; the error is logged."""
+    forgot = []
+
+    class Owner:
+        def forget(self) -> None:
+            forgot.append(self)
+            raise ZeroDivisionError
+
+    owners = [Owner(), Owner()]
+    for owner in owners:
+        forget_in_child(owner)
+    worker._forget_all()
+    assert set(forgot) == set(owners)
+    assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.finding("D6")
+def test_the_lasting_clock_counts_while_the_machine_is_suspended() -> None:
+    """On Linux it is the clock that goes on then; it is never behind the other."""
+    before = time.monotonic()
+    now = seconds_since_boot()
+    assert now >= before - 0.001
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        assert now <= time.clock_gettime(time.CLOCK_BOOTTIME)

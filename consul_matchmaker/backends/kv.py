@@ -542,14 +542,8 @@ class Kv:
             answer = self._write("PUT", "/v1/txn", body=body, accept=(409,))
             if answer.status == 200:
                 break
-            try:
-                failed = {int(error["OpIndex"]) for error in answer.json()["Errors"]}
-            except (TypeError, KeyError, ValueError):
-                raise answer.unexpected() from None
-            left = [each for number, each in enumerate(checks) if number not in failed]
-            if len(left) == len(checks):
-                raise answer.unexpected()
-            checks = left
+            failed = _failed_operations(answer, len(checks))
+            checks = [each for number, each in enumerate(checks) if number not in failed]
         return [registration for registration, _ in checks]
 
     # -- writing -----------------------------------------------------------------------------
