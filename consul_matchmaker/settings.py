@@ -283,8 +283,14 @@ class Settings:
     liveness: str = _knob(
         _one_of("session", "node", "check"),
         "what ends a lease beside its TTL: session (nothing), node (the agent's node dies), "
-        "check (also the process itself, within about a second)",
+        "check (also the process itself, within about check_ttl_seconds)",
         "session",
+    )
+    check_ttl_seconds: float = _knob(
+        _seconds(0.5, 60),
+        "with liveness=check: how long a process may go without a beat before it counts as dead; "
+        "5 keeps its registrations through an ordinary election",
+        1.0,
     )
     watch: bool = _knob(
         _yes_or_no, "keep topics fresh by blocking queries; default on for kv", None

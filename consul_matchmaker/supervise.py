@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from .errors import Closed, Denied, MatchmakerError
@@ -32,6 +32,9 @@ class Holder:
     nobody is sent to a server that does not listen yet.  Whoever is told to stop withdraws first,
     and stops *drain_seconds* later, when peers have noticed, or with the next signal.  *say* tells
     the operator, a line a call.
+
+    From the end of `run` on SIGTERM, SIGINT and SIGHUP are ignored: what is left is to take
+    everything back, which is bounded, and to end the process with the code that `run` returned.
     """
 
     def __init__(
@@ -66,16 +69,20 @@ class Holder:
 
         Raises Denied when Consul refuses the token and there is no command to go on running.
         """
-        with self._signals():
-            try:
-                self._start()
-                while self._exit_code is None:
-                    self._events.get()()
-                    if self._error is not None:
-                        raise self._error
-            finally:
-                self._over.set()
-                self._leave()
+        numbers = _signals()
+        for number in numbers:
+            signal.signal(number, self._note_signal)
+        try:
+            self._start()
+            while self._exit_code is None:
+                self._events.get()()
+                if self._error is not None:
+                    raise self._error
+        finally:
+            for number in numbers:
+                signal.signal(number, signal.SIG_IGN)
+            self._over.set()
+            self._leave()
         return self._exit_code
 
     def _start(self) -> None:
@@ -211,20 +218,16 @@ class Holder:
     def _beside(self, name: str, wait: Callable[[], None]) -> None:
         threading.Thread(target=wait, name=name, daemon=True).start()
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        def note(number: int, _frame: FrameType | None) -> None:
-            self._events.put(functools.partial(self._on_signal, number))
+    def _note_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._events.put(functools.partial(self._on_signal, number))
 
-        numbers = [signal.SIGTERM, signal.SIGINT]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)  # else we were started by nohup
-        before = {number: signal.signal(number, note) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+def _signals() -> list[int]:
+    """The signals that end us."""
+    numbers: list[int] = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # else we were started by nohup
+    return numbers
 
 
 def _is_in_foreground() -> bool:

@@ -3,13 +3,15 @@
 import pytest
 
 from consul_matchmaker.backends.agent import Answer
-from consul_matchmaker.backends.service_check import BEAT_SECONDS, CHECK_TTL_SECONDS, ServiceCheck
+from consul_matchmaker.backends.service_check import BEAT_EVERY, ServiceCheck
 from consul_matchmaker.errors import Denied, Unavailable
 from consul_matchmaker.model import Host
 
 from .doubles import ManualClock
 
 HERE = Host("127.0.0.1", 8500)
+CHECK_TTL_SECONDS = 1.0
+BEAT_SECONDS = BEAT_EVERY * CHECK_TTL_SECONDS
 
 
 class FakeAgent:
@@ -18,12 +20,14 @@ class FakeAgent:
     def __init__(self) -> None:
         self.paths: list[str] = []
         self.error: Exception | None = None
+        self.timeouts: list[float] = []
         self.token_changes = 1
 
     def call(self, method, path, params=None, body=b"", *, at=None, timeout_seconds=10.0):
         self.paths.append(path)
         if "/check/pass/" in path:
-            assert (at, timeout_seconds < CHECK_TTL_SECONDS) == (HERE, True)
+            assert at == HERE
+            self.timeouts.append(timeout_seconds)
         if self.error is not None:
             raise self.error
         return Answer(200, b"", 0, False, path, HERE)
@@ -45,7 +49,7 @@ def clock():
 
 @pytest.fixture
 def check(agent, clock):
-    return ServiceCheck(agent, clock=clock)
+    return ServiceCheck(agent, CHECK_TTL_SECONDS, clock=clock)
 
 
 def test_nothing_is_beaten_for_before_it_is_registered(agent, check):
@@ -62,6 +66,7 @@ def test_beats_come_three_times_a_ttl(agent, clock, check):
         assert 0 < check.beat() <= BEAT_SECONDS
         clock.advance(BEAT_SECONDS / 10)
     assert agent.beats in (9, 10)
+    assert set(agent.timeouts) == {CHECK_TTL_SECONDS / 2}
 
 
 def test_a_failed_beat_is_said_until_one_succeeds(agent, clock, check):
@@ -135,3 +140,29 @@ def test_a_forked_child_has_no_check(agent, clock, check):
     clock.advance(BEAT_SECONDS)
     assert check.beat() is None
     assert check.id != before
+
+
+@pytest.mark.finding("D10")
+def test_each_failure_is_raised_as_an_object_of_its_own(agent, clock, check):
+    """One that is raised again and again would grow with every traceback."""
+    check.register()
+    agent.error = Unavailable("status 500")
+    clock.advance(BEAT_SECONDS)
+    raised = []
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="status 500") as caught:
+            check.beat()
+        raised.append(caught.value)
+    assert raised[0] is not raised[1]
+
+
+@pytest.mark.finding("F1")
+def test_a_longer_ttl_is_beaten_as_often_in_proportion(agent, clock):
+    """The deployment says how long a beat may be held up; nothing is late before that."""
+    check = ServiceCheck(agent, 5.0, clock=clock)
+    check.register()
+    clock.advance(4.9)
+    assert check.beat() == 5.0 * BEAT_EVERY
+    clock.advance(5.1)
+    with pytest.raises(Unavailable, match=r"0\.1 s late"):
+        check.beat()

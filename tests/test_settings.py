@@ -87,6 +87,7 @@ CASES: dict[str, Case] = {
     "shards": Case("100", 100, "0", 0, ("-1", "101", "1.5", "x", ""), "catalog"),
     "prefix": Case("a/b_c-d", "a/b_c-d", "/x/", "x", ("", "/", "a//b", "a.b", "a b", "é")),
     "session_ttl_seconds": seconds("1", "86400", "0.9", "86401"),
+    "check_ttl_seconds": seconds("0.5", "60", "0.4", "61"),
     "liveness": Case("check", "check", "node", "node", ("", "serf")),
     "watch": Case("off", False, "TRUE", True, ("", "maybe")),
     "consistency": Case("stale", "stale", "consistent", "consistent", ("", "strong")),

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -208,9 +208,21 @@ def test_a_withdrawal_that_consul_does_not_confirm_is_said() -> None:
     assert "stopping all the same: away" in said
 
 
-def test_the_callers_signal_handlers_are_put_back() -> None:
-    """Holding is over when it is over."""
+@pytest.mark.finding("B2")
+def test_no_further_signal_keeps_it_from_leaving() -> None:
+    """Once it leaves, and as long as the process then lives, signals that end programs do not."""
+    owner = Owner(None, then=terminate_ourselves)
+    assert holder(owner, nothing).run() == 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+    assert owner.unregistered >= 1
+
+
+@pytest.fixture(autouse=True)
+def handlers_put_back() -> Iterator[None]:
+    """A Holder is the last thing a process does; here the next test comes."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    holder(Owner(None, then=terminate_ourselves), nothing).run()
-    assert [signal.getsignal(number) for number in numbers] == before
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -24,6 +24,7 @@ from ..errors import Denied, LeaseLost, TimedOut, Unavailable
 from ..model import Held, Host, Instance, Lease, Registration, Snapshot
 from ..naming import SENTINEL, Key, host_folder, topic_folder
 from ..settings import Settings
+from ..worker import seconds_since_boot
 from .agent import NO_PARAMETERS, Agent, Answer, go_duration
 from .service_check import ServiceCheck
 
@@ -126,7 +127,9 @@ class Kv:
         self._clock = clock
         self._check: ServiceCheck | None = None
         if settings.liveness == "check":
-            self._check = ServiceCheck(agent, clock=clock)
+            # A suspended machine has to notice that its beat is late.
+            lasting = seconds_since_boot if clock is time.monotonic else clock
+            self._check = ServiceCheck(agent, settings.check_ttl_seconds, clock=lasting)
         self._begin()
 
     def forget(self) -> None:

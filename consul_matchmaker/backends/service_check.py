@@ -1,28 +1,27 @@
-"""Keep a TTL check on an agent passing, so that Consul sees within a second that we are gone."""
+"""Keep a TTL check on an agent passing, so that Consul sees soon that we are gone."""
 
 from __future__ import annotations
 
 import json
 import logging
 import threading
-import time
 import uuid
 from collections.abc import Callable
 
 from ..errors import Denied, Unavailable
 from ..model import Host
+from ..worker import seconds_since_boot
 from .agent import Agent, go_duration
 
 logger = logging.getLogger(__name__)
 
 SERVICE = "consul-matchmaker"
 """What it is called in Consul's catalog; a token needs ``service`` write for it."""
-CHECK_TTL_SECONDS = 1.0
-"""Without a beat for so long, the check is critical and the session bound to it ends.  TTL checks
-have no floor (fact F), but a busy machine keeps a live process from its processor now and then."""
-BEAT_SECONDS = 0.3
-"""Two beats may be late.  They never leave the agent, and write nothing to Raft (fact F)."""
-BEAT_TIMEOUT_SECONDS = 0.5
+BEAT_EVERY = 0.3
+"""Of the check's TTL: two beats may be late, as a busy machine keeps a live process from its
+processor now and then.  They never leave the agent, and write nothing to Raft (fact F)."""
+BEAT_TIMEOUT = 0.5
+"""Of the check's TTL: then another beat is tried before it ends."""
 DEREGISTER_AFTER = "1m"
 """The least that Consul takes: what a killed process leaves in the catalog is gone after this."""
 
@@ -33,8 +32,16 @@ class ServiceCheck:
     The check lives on the agent that was asked, so a session bound to it has to be made there.
     """
 
-    def __init__(self, agent: Agent, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        agent: Agent,
+        ttl_seconds: float,
+        *,
+        clock: Callable[[], float] = seconds_since_boot,
+    ) -> None:
         self._agent = agent
+        self._ttl_seconds = ttl_seconds
+        self._beat_seconds = BEAT_EVERY * ttl_seconds
         self._clock = clock
         self.forget()
 
@@ -53,7 +60,7 @@ class ServiceCheck:
         place = self._register(None, None)
         with self._lock:
             self._place, self._error = place, None
-            self._beaten_at, self._due_at = sent_at, sent_at + BEAT_SECONDS
+            self._beaten_at, self._due_at = sent_at, sent_at + self._beat_seconds
         return place
 
     def _register(self, at: Host | None, timeout_seconds: float | None) -> Host:
@@ -63,7 +70,7 @@ class ServiceCheck:
             "Check": {
                 "CheckID": self.id,
                 "Name": "beaten by the process itself",
-                "TTL": go_duration(CHECK_TTL_SECONDS),
+                "TTL": go_duration(self._ttl_seconds),
                 "Status": "passing",
                 "DeregisterCriticalServiceAfter": DEREGISTER_AFTER,
             },
@@ -83,14 +90,14 @@ class ServiceCheck:
         """
         pause = self._beat_if_due()
         error = self._error
-        if error is not None:
-            raise error
+        if error is not None:  # another object each time: a raised one collects tracebacks
+            raise type(error)(*error.args)
         return pause
 
     def beat_meanwhile(self) -> float:
         """Beat if it is time, while something else is waited for; `beat` will raise its error."""
         pause = self._beat_if_due()
-        return BEAT_SECONDS if pause is None else pause
+        return self._beat_seconds if pause is None else pause
 
     def deregister(self) -> None:
         """Take the service out of the catalog; when that fails, Consul does it by itself."""
@@ -111,18 +118,19 @@ class ServiceCheck:
                 return None
             if now < self._due_at:
                 return self._due_at - now
-            self._due_at = now + BEAT_SECONDS
-            late_by = now - self._beaten_at - CHECK_TTL_SECONDS
+            self._due_at = now + self._beat_seconds
+            late_by = now - self._beaten_at - self._ttl_seconds
+        timeout_seconds = BEAT_TIMEOUT * self._ttl_seconds
         error: Unavailable | Denied | None = None
         has_beaten = False
         try:
             if self._agent.token_changes != self._token_changes:
                 # The agent tells the servers of this check with the token that registered it: once
                 # that one is revoked they would never hear that we are gone.
-                self._register(place, BEAT_TIMEOUT_SECONDS)
+                self._register(place, timeout_seconds)
             else:
                 path = f"/v1/agent/check/pass/{self.id}"
-                self._agent.call("PUT", path, at=place, timeout_seconds=BEAT_TIMEOUT_SECONDS)
+                self._agent.call("PUT", path, at=place, timeout_seconds=timeout_seconds)
         except (Unavailable, Denied) as failure:
             error = failure
         else:
@@ -134,4 +142,4 @@ class ServiceCheck:
                 self._beaten_at = now
             if self._place is not None:
                 self._error = error
-        return BEAT_SECONDS
+        return self._beat_seconds
