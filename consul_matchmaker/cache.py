@@ -42,7 +42,7 @@ from .errors import Closed, Denied, MatchmakerError, TimedOut, Unavailable
 from .model import Host, Instance, Snapshot, checked_topic
 from .settings import Settings
 from .state_file import Kept, Name, StateFile
-from .worker import Worker
+from .worker import Worker, call_within
 
 logger = logging.getLogger(__name__)
 
@@ -316,6 +316,7 @@ class Cache:
             self._state_file = StateFile(settings.state_path, settings, wall_clock=wall_clock)
         self._kept: dict[Name, Kept] | None = None  # what it held at the start; None: not read yet
         self._kept_since = 0.0
+        self._reading = threading.Lock()  # held while the file is read, and not the other lock
         self._is_unsaved = False  # hosts changed since it was written
         self._saved_at = clock()
         self._entries = _Entries(settings.max_topics)
@@ -533,6 +534,8 @@ class Cache:
     def forget(self) -> None:
         """In a forked child: new locks, no thread, nothing under way; the answers stay."""
         self._changed = threading.Condition()
+        self._reading = threading.Lock()
+        self._notes.clear()
         self._watched_until = -_NEVER
         self._refresher.forget()
         self._slow_refresher.forget()
@@ -542,18 +545,35 @@ class Cache:
             entry.make_clean()
             self._entries[key] = entry
 
-    def close(self, timeout_seconds: float) -> bool:
-        """Stop asking, wake whoever waits for a change; return whether the threads have ended."""
+    def stop(self) -> None:
+        """Begin to close: wake whoever waits for a change, tell the threads to end."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        self._refresher.stop(0)
+        self._slow_refresher.stop(0)
+
+    def close(self, timeout_seconds: float) -> bool:
+        """Stop asking, wake whoever waits for a change; return whether the threads have ended."""
         deadline = self._clock() + timeout_seconds
-        self._slow_refresher.stop(0)  # tell both first, then wait for one after the other
+        self.stop()  # tell both threads first, then wait for one after the other
         has_ended = self._refresher.stop(timeout_seconds)
         has_ended &= self._slow_refresher.stop(max(0.0, deadline - self._clock()))
         if has_ended and self._is_unsaved:
-            self._save()
+            has_ended = self._save_within(max(0.0, deadline - self._clock()))
         return has_ended
+
+    def _save_within(self, seconds: float) -> bool:
+        """Whether the state file was written in time; else it is written later, or not at all."""
+        try:
+            call_within(seconds, self._save, "consul-matchmaker-saving")
+        except TimeoutError:
+            logger.debug("state file not written within %.1f s", seconds)
+            return False
+        except RuntimeError as error:  # no thread to be had, as when the interpreter ends
+            logger.debug("state file written by the caller: %s", error)
+            self._save()
+        return True
 
     def __repr__(self) -> str:
         return f"<Cache {len(self._at_hand)} topics, {self._refresher!r}>"
@@ -563,6 +583,8 @@ class Cache:
     def _entry(self, topic: str, server: str | None = None) -> _Entry:
         checked_topic(topic)
         key: _Key = topic if server is None else (topic, server)
+        if self._state_file is not None and self._kept is None and key not in self._at_hand:
+            self._read_state_file(self._state_file)
         with self._changed:
             entry = self._at_hand.get(key)
             if entry is None:
@@ -945,11 +967,18 @@ class Cache:
                 self._wake_refreshers()
         entry.failures, entry.error, entry.retry_at = 0, None, -_NEVER
 
+    def _read_state_file(self, state_file: StateFile) -> None:
+        """Once, by the first who asks for a topic; what is held already waits for nothing."""
+        with self._reading:
+            if self._kept is None:
+                now = self._clock()
+                kept = state_file.load()
+                self._kept_since = now
+                self._kept = kept
+
     def _take_from_disk(self, entry: _Entry, state_file: StateFile) -> None:
         now = self._clock()
-        if self._kept is None:
-            self._kept, self._kept_since = state_file.load(), now
-        kept = self._kept.pop((entry.topic, entry.server), None)
+        kept = (self._kept or {}).pop((entry.topic, entry.server), None)
         if kept is None:
             return
         taken_at = self._kept_since - kept.age_seconds

@@ -364,7 +364,7 @@ class Matchmaker:
         def remaining() -> float:
             return max(0.0, deadline - self._clock())
 
-        self._cache.close(0.0)  # tell everybody first, then wait for one after the other
+        self._cache.stop()  # tell everybody first, then wait for one after the other
         if self._watcher is not None:
             self._watcher.close(0.0)
         has_ended = self._keeper is None or self._keeper.close(remaining())

@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
+import stat
 import tempfile
 import threading
 import time
@@ -27,6 +29,8 @@ except ImportError:  # Windows: there two that write in the same moment may lose
     fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
+
+_DO_NOT_WAIT = getattr(os, "O_NONBLOCK", 0)
 
 FORMAT = "consul-matchmaker-answers-1"
 MAX_BYTES = 64 * 1024 * 1024
@@ -139,17 +143,7 @@ class StateFile:
 
     def _read(self, now: float) -> dict[Name, _Taken]:
         try:
-            if self.path.stat().st_size > MAX_BYTES:
-                raise ValueError("it is too big")
-            rows = _checked(self.path.read_bytes())
-            found = {
-                (topic, server): (
-                    float(taken_at),
-                    bool(is_complete),
-                    tuple(_instance(*row) for row in instances),
-                )
-                for topic, server, taken_at, is_complete, instances in rows
-            }
+            found = dict(_answer(*row) for row in _checked(_content(self.path)))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -164,7 +158,8 @@ class StateFile:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Keep other processes from writing, if that can be had within the time for it."""
-        lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | _DO_NOT_WAIT
+        lock = os.open(self.path.with_suffix(".lock"), flags, 0o600)
         try:
             self._wait_for(lock)
             yield
@@ -210,6 +205,21 @@ class StateFile:
         logger.log(level, "state file %s %s: %s", self.path, what, error)
 
 
+def _content(path: Path) -> bytes:
+    """What the file holds; raises ValueError for what is no regular file, or too big.
+
+    Never waits for a writer, as opening a pipe would, and reads no more than is allowed, as a
+    device has no size.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | _DO_NOT_WAIT), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError("it is too big")
+    return content
+
+
 def _header(body: bytes) -> bytes:
     return f"{FORMAT} {hashlib.sha256(body).hexdigest()} {len(body)}\n".encode("ascii")
 
@@ -227,10 +237,31 @@ def _row(instance: Instance) -> list[object]:
     return [host.address, host.port, instance.server, instance.priority, instance.weight]
 
 
+def _answer(
+    topic: object, server: object, taken_at: object, is_complete: object, instances: object
+) -> tuple[Name, _Taken]:
+    """A row as it was written; raises ValueError for one of other types, which nobody may meet."""
+    if not (
+        (isinstance(topic, str) and topic and isinstance(server, str | None))
+        and (isinstance(taken_at, float | int) and math.isfinite(taken_at))
+        and (isinstance(is_complete, bool) and isinstance(instances, list))
+    ):
+        raise ValueError("it has a row that is no answer")
+    return (topic, server), (float(taken_at), is_complete, tuple(_instance(*x) for x in instances))
+
+
 def _instance(
-    address: str, port: int | None, server: str | None, priority: int, weight: int
+    address: object, port: object, server: object, priority: object, weight: object
 ) -> Instance:
-    return Instance(Host(address, port), server, priority, weight)
+    numbers = [number for number in (port, priority, weight) if number is not None]
+    if not (
+        (isinstance(address, str) and isinstance(server, str | None))
+        and all(type(number) is int and 0 <= number < 65536 for number in numbers)
+        and len(numbers) >= (2 if port is None else 3)
+        and None not in (priority, weight)
+    ):
+        raise ValueError("it has a host that is none")
+    return Instance(Host(address, port), server, priority, weight)  # type: ignore[arg-type]
 
 
 def _plain(value: object) -> object:

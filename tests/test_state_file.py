@@ -20,7 +20,7 @@ from consul_matchmaker.model import Host, Instance
 from consul_matchmaker.settings import Settings
 from consul_matchmaker.state_file import Kept, StateFile
 
-from .doubles import ManualClock, catalog, kv
+from .doubles import DEADLINE_SECONDS, ManualClock, catalog, in_thread, kv
 
 ONE = Instance(Host("10.0.0.1", 5001), "node1", 1, 5)
 SIX = Instance(Host("::1", 5006))
@@ -99,6 +99,77 @@ def test_rows_of_another_shape_are_no_answer(tmp_path: Path, clock: ManualClock)
         body = json.dumps([["scheduler", None, clock.now, True, [instance]]]).encode()
         file.path.write_bytes(state_file._header(body) + body)
         assert file.load() == {}
+
+
+@pytest.mark.finding("E15")
+@pytest.mark.parametrize(
+    "row",
+    [
+        ["scheduler", None, 0, True, [["10.0.0.1", 1, None, "1", 1]]],
+        ["scheduler", None, 0, True, [["10.0.0.1", 1, None, 1, None]]],
+        ["scheduler", None, 0, True, [["10.0.0.1", 1, None, 1, 1.5]]],
+        ["scheduler", None, 0, True, [["10.0.0.1", 1, None, -1, 1]]],
+        ["scheduler", None, 0, True, [["10.0.0.1", True, None, 1, 1]]],
+        ["scheduler", None, 0, True, [["10.0.0.1", 1.0, None, 1, 1]]],
+        ["scheduler", None, 0, True, [["10.0.0.1", 1, 7, 1, 1]]],
+        ["scheduler", None, 0, True, [[["a"], 1, None, 1, 1]]],
+        ["scheduler", None, 0, True, {}],
+        ["scheduler", None, 0, 1, []],
+        ["scheduler", None, float("nan"), True, []],
+        ["scheduler", None, "0", True, []],
+        ["scheduler", 7, 0, True, []],
+        [7, None, 0, True, []],
+        ["", None, 0, True, []],
+    ],
+    ids=str,
+)
+def test_values_of_another_type_are_no_answer(
+    tmp_path: Path, clock: ManualClock, row: list[object]
+) -> None:
+    """What pick or a lookup would fail on later spoils the file."""
+    file = made(tmp_path, clock)
+    if row[2] == 0:
+        row = [*row[:2], clock.now, *row[3:]]
+    body = json.dumps([row]).encode()
+    file.path.write_bytes(state_file._header(body) + body)
+    assert file.load() == {}
+
+
+@pytest.mark.finding("E15")
+def test_what_is_no_regular_file_is_not_waited_for(
+    tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pipe that nobody writes, an endless device: as good as no file, with a warning, and
+    replaced by the next save."""
+    file = made(tmp_path, clock)
+
+    def pipe() -> None:
+        os.mkfifo(file.path)
+
+    def device() -> None:
+        file.path.symlink_to("/dev/zero")
+
+    for make in (pipe, device):
+        make()
+        reading = in_thread(made(tmp_path, clock).load)
+        assert reading.result(DEADLINE_SECONDS) == {}
+        assert "no regular file" in caplog.messages[-1]
+        in_thread(lambda: file.save({("scheduler", None): kept(ONE)})).result(DEADLINE_SECONDS)
+        assert file.load()
+        assert not file.path.is_symlink()
+        file.path.unlink()
+
+
+@pytest.mark.finding("E15")
+def test_no_more_is_read_than_a_file_may_have(
+    tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is too big, or grows while it is read, is ignored."""
+    file = made(tmp_path, clock)
+    with file.path.open("wb") as big:
+        big.truncate(state_file.MAX_BYTES + 1)
+    assert file.load() == {}
+    assert "too big" in caplog.text
 
 
 def test_an_answer_has_an_end(tmp_path: Path, clock: ManualClock) -> None:
