@@ -366,7 +366,7 @@ class Told:
         self.offers = 0
         self._changed = threading.Condition()
 
-    def offer(self, snapshots: Any, fresh_seconds: float) -> None:
+    def offer(self, snapshots: Any, **how: Any) -> None:
         with self._changed:
             self.current = dict(snapshots)
             self.offers += 1
@@ -453,8 +453,8 @@ def test_a_watcher_rides_out_an_agent_restart(
     seen: list[tuple[Host, ...]] = []
     offer = told.offer
 
-    def note(snapshots: Any, fresh_seconds: float) -> None:
-        offer(snapshots, fresh_seconds)
+    def note(snapshots: Any, **how: Any) -> None:
+        offer(snapshots, **how)
         seen.append(told.hosts(topic))
 
     told.offer = note  # type: ignore[method-assign]
@@ -485,8 +485,8 @@ def test_a_watcher_rides_out_the_loss_of_quorum(
     seen: list[tuple[Host, ...]] = []
     offer = told.offer
 
-    def note(snapshots: Any, fresh_seconds: float) -> None:
-        offer(snapshots, fresh_seconds)
+    def note(snapshots: Any, **how: Any) -> None:
+        offer(snapshots, **how)
         seen.append(told.hosts(topic))
 
     told.offer = note  # type: ignore[method-assign]
@@ -523,8 +523,8 @@ def test_a_restarted_server_that_denies_everything_is_not_believed(
     seen: list[tuple[Host, ...]] = []
     offer = told.offer
 
-    def note(snapshots: Any, fresh_seconds: float) -> None:
-        offer(snapshots, fresh_seconds)
+    def note(snapshots: Any, **how: Any) -> None:
+        offer(snapshots, **how)
         seen.append(told.hosts(topic))
 
     told.offer = note  # type: ignore[method-assign]

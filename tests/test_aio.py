@@ -250,3 +250,27 @@ def test_a_loop_that_ended_is_not_disturbed() -> None:
         thread.join(DEADLINE_SECONDS)
         assert not thread.is_alive()
     mm.close()
+
+
+@pytest.mark.finding("C6")
+@pytest.mark.xfail(strict=True, reason="C6: mended by the rebuild, where watches are called back")
+def test_watches_need_no_thread_each() -> None:
+    """However many topics are watched, the threads that wait for them are few."""
+    memory = Memory()
+    memory.declare("scheduler", [ONE])
+
+    async def work() -> int:
+        async with aio.Matchmaker(Matchmaker(kv(), backend=memory)) as mm:
+            watches = [mm.watch("scheduler") for _ in range(20)]
+            for watch in watches:
+                assert (await watch.__anext__()).hosts == (ONE,)
+            waiting = [asyncio.ensure_future(watch.__anext__()) for watch in watches]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            names = [thread.name for thread in threading.enumerate()]
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            return names.count("consul-matchmaker-awaited")
+
+    assert run(work()) <= 4
