@@ -12,6 +12,9 @@ from consul_matchmaker.demo.local_consul import LocalCluster
 MANAGEMENT = str(uuid.uuid4())
 """The token that may do everything."""
 
+SHORT_LEASES = {"session_ttl_min": "2s"}
+"""Configuration by which the servers grant them; 10 s are the default."""
+
 
 @contextlib.contextmanager
 def guarded_cluster(clients: int = 0) -> Iterator[LocalCluster]:
@@ -19,7 +22,7 @@ def guarded_cluster(clients: int = 0) -> Iterator[LocalCluster]:
     name = "initial_management" if consul_version(find_consul()) >= (1, 11) else "master"
     tokens = {name: MANAGEMENT, "agent": MANAGEMENT}
     acl = {"enabled": True, "default_policy": "deny", "tokens": tokens}
-    with LocalCluster(1, clients, config={"acl": acl}, token=MANAGEMENT) as cluster:
+    with LocalCluster(1, clients, config={"acl": acl, **SHORT_LEASES}, token=MANAGEMENT) as cluster:
         yield cluster
 
 

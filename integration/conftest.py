@@ -14,7 +14,7 @@ import pytest
 from consul_matchmaker import Matchmaker
 from consul_matchmaker.demo.consul_binary import ConsulNotFound
 from consul_matchmaker.demo.consul_probe import Node
-from integration.access_rules import guarded_cluster
+from integration.access_rules import SHORT_LEASES, guarded_cluster
 from integration.cluster import (
     Cluster,
     DockerCluster,
@@ -105,7 +105,9 @@ def cluster(cluster_kind: str, request: pytest.FixtureRequest) -> Iterator[Clust
             docker_cluster.close()
         return
     try:
-        local_cluster = LocalTestCluster(relayed=True if cluster_kind == "relayed" else None)
+        local_cluster = LocalTestCluster(
+            relayed=True if cluster_kind == "relayed" else None, config=SHORT_LEASES
+        )
         local_cluster.__enter__()
     except ConsulNotFound as error:
         pytest.fail(str(error))
@@ -169,6 +171,12 @@ def prefix(cluster: Cluster, agent: Node, mended: None) -> Iterator[str]:
 def url(agent: Node, prefix: str) -> str:
     """Of kv mode at the agent, with the shortest lease that Consul grants by default."""
     return f"consul+kv://{agent.http}/{prefix}?session_ttl_seconds=10"
+
+
+@pytest.fixture
+def short_ttl(cluster_kind: str) -> float:
+    """The shortest lease that this run's servers grant, for tests of no particular one."""
+    return 10.0 if cluster_kind == "docker" else 2.0
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from integration.access_rules import MANAGEMENT, guarded_cluster, new_token
 from integration.cluster import Cluster, keys, tell
 from integration.registering_process import RegisteringProcess
 from integration.test_registrations import (
-    CRASH_SECONDS,
     INTERVAL,
     SLACK,
     SOON,
@@ -52,6 +51,7 @@ def test_a_token_revoked_and_replaced(
     token_file = tmp_path / "token"
     token_file.write_text(secret)
     url = f"consul+kv://{guarded.http}/matchmaker?token_file={token_file}&liveness={liveness}"
+    url += "&session_ttl_seconds=2" if liveness == "session" else ""
 
     def held() -> int:
         status, text = request(guarded, "GET", "/v1/kv/matchmaker/?keys", token=MANAGEMENT)
@@ -70,7 +70,7 @@ def test_a_token_revoked_and_replaced(
         with pytest.raises(errors.Denied):
             late.wait_until_published(timeout_seconds=INTERVAL + SLACK)
         if liveness == "session":  # for longer than the lease lives
-            until(lambda: held() == 0, CRASH_SECONDS + SOON, "Consul has ended the lease")
+            until(lambda: held() == 0, 2 * 2 + 1 + SOON, "Consul has ended the lease")
         _, secret_now = new_token(guarded, rules)
         token_file.write_text(secret_now)
         took = until(lambda: held() == 3, INTERVAL + SLACK, "all are back")
@@ -136,19 +136,19 @@ def test_an_agent_that_lost_its_memory(
 
 
 def test_a_process_suspended_for_longer_than_its_lease_lives(
-    url: str, join: Callable[..., Matchmaker], agent: Node, prefix: str
+    join: Callable[..., Matchmaker], agent: Node, prefix: str, short_ttl: float
 ) -> None:
     """As a laptop that slept: gone after 2 x TTL, back within a renewal interval of waking up."""
     reader = join()
+    url = f"consul+kv://{agent.http}/{prefix}?session_ttl_seconds={short_ttl:g}"
     with RegisteringProcess(url) as process:
         process.register("scheduler", "10.0.0.1:9501")
         until(lambda: hosts(reader, "scheduler") == ["10.0.0.1:9501"], SOON, "there")
         os.kill(process.pid, signal.SIGSTOP)
-        gone = until(lambda: hosts(reader, "scheduler") == [], CRASH_SECONDS, "gone")
+        gone = until(lambda: hosts(reader, "scheduler") == [], 2 * short_ttl + 1, "gone")
         os.kill(process.pid, signal.SIGCONT)
-        back = until(
-            lambda: hosts(reader, "scheduler") == ["10.0.0.1:9501"], INTERVAL + SLACK, "back"
-        )
+        within = short_ttl / 3 + SLACK
+        back = until(lambda: hosts(reader, "scheduler") == ["10.0.0.1:9501"], within, "back")
         print(f"gone after {gone:.2f} s, back {back:.2f} s after SIGCONT")
         assert len(keys(agent, prefix)) == 1
 

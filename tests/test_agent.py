@@ -23,6 +23,8 @@ from consul_matchmaker.backends.agent import (
 from consul_matchmaker.errors import Denied, TimedOut, Unavailable
 from consul_matchmaker.settings import Settings
 
+from .doubles import ManualClock
+
 pytestmark = pytest.mark.system
 
 TOKEN = "5e4bc9f2-secret"
@@ -126,14 +128,6 @@ class Server:
             return False
         sock.sendall(answer)
         return True
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture
@@ -826,7 +820,7 @@ def test_a_refusal_names_the_right_that_is_missing(method, path, right):
 def test_the_first_address_that_works_is_kept(server, caplog):
     """The next in order takes over, it is said once, and the dead one is not asked again."""
     dead = closed_port()
-    clock = Clock()
+    clock = ManualClock()
     with Server() as third:
         agent = agent_at(dead, server.address, third.address, clock=clock)
         for _ in range(10):
@@ -842,7 +836,9 @@ def test_a_silent_agent_costs_one_timeout_not_one_a_call():
     """After one timeout the other agent is asked directly."""
     with Server() as silent, Server() as good:
         silent.behave = lambda request: lambda sock: silent.stopping.wait(30)
-        agent = agent_at(silent.address, good.address, request_timeout_seconds=2, clock=Clock())
+        agent = agent_at(
+            silent.address, good.address, request_timeout_seconds=2, clock=ManualClock()
+        )
         started = time.monotonic()
         for _ in range(5):
             agent.call("GET", "/v1/kv/a")
@@ -853,7 +849,7 @@ def test_a_silent_agent_costs_one_timeout_not_one_a_call():
 
 def test_a_dead_agent_is_asked_again_after_its_back_off():
     """It is the last resort meanwhile, and takes over again when its turn comes."""
-    clock = Clock()
+    clock = ManualClock()
     with Server() as first, Server(lambda request: reply(500, b"")) as second:
         first.behave = lambda request: None
         agent = agent_at(first.address, second.address, clock=clock)
@@ -874,7 +870,7 @@ def test_a_dead_agent_is_asked_again_after_its_back_off():
 def test_the_pause_of_a_dead_agent_is_jittered():
     """Processes that lost it together do not all come back to it at the same moment."""
     with Server() as other:
-        clock = Clock()
+        clock = ManualClock()
         tries = []
         for share in (0.0, 0.999):
             with Server(lambda request: None) as dead:
@@ -892,7 +888,7 @@ def test_the_pause_of_a_dead_agent_is_jittered():
 
 def test_when_all_are_away_one_is_asked_a_call():
     """No call waits for every dead agent; each gets its turn, so the one that is back is found."""
-    clock = Clock()
+    clock = ManualClock()
     with Server(lambda r: None) as a, Server(lambda r: None) as b, Server(lambda r: None) as c:
         servers = [a, b, c]
         agent = agent_at(*(server.address for server in servers), clock=clock)

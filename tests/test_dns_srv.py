@@ -30,7 +30,7 @@ from tests.dns_servers import (
     LossyRelay,
     reply_to,
 )
-from tests.doubles import NO_TRAFFIC
+from tests.doubles import NO_TRAFFIC, ManualClock
 
 pytestmark = pytest.mark.system
 
@@ -42,16 +42,9 @@ TIMEOUT = 1.0
 """One exchange where a test waits for its end."""
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 NAMES = {
@@ -71,7 +64,7 @@ def resolve(name: str) -> list[str]:
 
 
 @pytest.fixture
-def resolver(clock: Clock, request: pytest.FixtureRequest) -> Lookup:
+def resolver(clock: ManualClock, request: pytest.FixtureRequest) -> Lookup:
     """Makes a DnsSrv on servers, or "host:port", and settings."""
 
     def make(*servers: DnsServer | str, **settings: object) -> DnsSrv:
@@ -140,7 +133,7 @@ def test_priority_and_weight_are_kept(resolver: Lookup) -> None:
     assert snapshot.instances == (Instance(Host("10.0.0.1", 80), None, 7, 3),)
 
 
-def test_a_snapshot_knows_when_it_was_taken(resolver: Lookup, clock: Clock) -> None:
+def test_a_snapshot_knows_when_it_was_taken(resolver: Lookup, clock: ManualClock) -> None:
     """Its age counts on the clock that was handed in."""
     with DnsServer(consul(*many(1))) as server:
         snapshot = resolver(server).lookup("scheduler")
@@ -266,7 +259,7 @@ def test_a_name_the_system_cannot_tell_is_no_proof_of_absence(resolver: Lookup) 
             resolver(server).lookup("scheduler")
 
 
-def test_a_resolver_that_hangs_holds_no_lookup(clock: Clock) -> None:
+def test_a_resolver_that_hangs_holds_no_lookup(clock: ManualClock) -> None:
     """The lookup ends in its own time, whatever the system's resolver does."""
     end = threading.Event()
 
@@ -409,7 +402,7 @@ def test_the_queries_of_all_topics_in_use_are_remembered(resolver: Lookup) -> No
 
 
 @pytest.mark.finding("C9")
-def test_host_names_are_remembered_for_a_ttl(clock: Clock) -> None:
+def test_host_names_are_remembered_for_a_ttl(clock: ManualClock) -> None:
     """This machine's resolver is asked once a TTL for a name, however many lookups need it."""
     asked: list[str] = []
 
@@ -433,7 +426,7 @@ def test_host_names_are_remembered_for_a_ttl(clock: Clock) -> None:
 
 
 @pytest.mark.finding("C9")
-def test_a_resolver_that_hangs_holds_a_bounded_number_of_threads(clock: Clock) -> None:
+def test_a_resolver_that_hangs_holds_a_bounded_number_of_threads(clock: ManualClock) -> None:
     """However many lookups meet host names that it does not answer."""
     end, inside = threading.Event(), []
 
@@ -459,7 +452,7 @@ def test_a_resolver_that_hangs_holds_a_bounded_number_of_threads(clock: Clock) -
 
 
 @pytest.mark.finding("A1")
-def test_an_answer_is_as_old_as_its_question(resolver: Lookup, clock: Clock) -> None:
+def test_an_answer_is_as_old_as_its_question(resolver: Lookup, clock: ManualClock) -> None:
     """What Consul took to answer counts; of several questions the first one does, and what an
     earlier agent wasted does not."""
     fake = consul(*many(2))
@@ -483,7 +476,7 @@ def test_an_answer_is_as_old_as_its_question(resolver: Lookup, clock: Clock) -> 
 
 @pytest.mark.finding("D3")
 def test_an_agent_due_for_a_try_is_not_kept_from_others_by_whoever_has_no_time(
-    resolver: Lookup, clock: Clock
+    resolver: Lookup, clock: ManualClock
 ) -> None:
     """A caller whose deadline has passed, or whose question is wrong, tries nobody: the next one
     finds the agent that came back."""
@@ -921,7 +914,7 @@ def test_the_other_agents_are_asked(resolver: Lookup) -> None:
 
 
 def test_a_dead_agent_costs_one_timeout_a_probe_and_none_a_lookup(
-    resolver: Lookup, clock: Clock, caplog: pytest.LogCaptureFixture
+    resolver: Lookup, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is left alone for longer each time, tried again, and taken back when it answers."""
     caplog.set_level(logging.INFO)
@@ -1013,7 +1006,7 @@ def test_an_agent_that_answers_others_meanwhile_is_not_away(
     assert caplog.messages == []
 
 
-def test_all_agents_resting_are_asked_all_the_same(resolver: Lookup, clock: Clock) -> None:
+def test_all_agents_resting_are_asked_all_the_same(resolver: Lookup, clock: ManualClock) -> None:
     """When nobody answered, the next lookup tries them at once: one of them may be back."""
     fake = consul(*many(3))
     alive: list[bool] = []

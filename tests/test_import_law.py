@@ -152,7 +152,7 @@ def test_a_foreign_package_has_one_owner(module: str) -> None:
 @pytest.mark.finding("D12")
 def test_every_foreign_package_is_declared() -> None:
     """What the package imports, adapters apart, stands among its dependencies."""
-    text = (ROOT.parent / "pyproject.toml").read_text(encoding="utf-8")
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     listed = text.partition("\ndependencies = [")[2].partition("\n]")[0]
     declared = {name.lower() for name in re.findall(r'^\s*"([A-Za-z0-9._-]+)', listed, re.M)}
     names = {"consul": "python-consul2", "dns": "dnspython"}

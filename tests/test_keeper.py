@@ -20,7 +20,7 @@ from consul_matchmaker.keeper import Keeper
 from consul_matchmaker.model import Host, Lease, Registration
 from consul_matchmaker.settings import Settings
 
-from .doubles import no_thread_to_be_had
+from .doubles import ManualClock, no_thread_to_be_had
 
 TTL = 9.0
 INTERVAL = TTL / 3
@@ -30,16 +30,6 @@ B = Registration("conductor", Host("10.0.0.5", 9501))
 A7 = Registration("scheduler", Host("10.0.0.5", 9501), server="node7")
 SETTINGS = Settings(mode="kv", session_ttl_seconds=TTL)
 THREAD = "consul-matchmaker-keeper"
-
-
-class Clock:
-    """Monotonic time that moves when told."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Gate(Memory):
@@ -73,7 +63,7 @@ class ByHand:
     """A keeper without a thread, a memory and a clock that moves when told."""
 
     def __init__(self) -> None:
-        self.clock = Clock()
+        self.clock = ManualClock()
         self.memory = Memory(session_ttl_seconds=TTL, clock=self.clock)
         self.keeper = Keeper(
             self.memory, SETTINGS, clock=self.clock, jitter=lambda: 0.5, threaded=False
@@ -943,7 +933,7 @@ def test_draining_says_when_consul_does_not_confirm(by_hand: ByHand) -> None:
 class BeatenMemory(Memory):
     """A Memory whose leases need beats, as those of liveness=check do."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: ManualClock) -> None:
         super().__init__(session_ttl_seconds=TTL, clock=clock)
         self.clock_now = clock
         self.beaten_at: list[float] = []

@@ -19,6 +19,8 @@ from consul_matchmaker.model import Host, Instance, Snapshot
 from consul_matchmaker.settings import Settings
 from consul_matchmaker.watcher import MAX_RETRY_SECONDS, Watcher
 
+from .doubles import ManualClock
+
 SETTINGS = Settings(mode="kv")
 
 
@@ -28,19 +30,11 @@ def answer(*ports):
     return {"t": Snapshot("t", instances, "kv")} if ports else {}
 
 
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
 class Kv:
     """Gives the scripted answers, (index, snapshots) or an error, and notes the questions."""
 
     polled_bytes = 0
-    polled_at = 100.0
+    polled_at = 1000.0
 
     def __init__(self, *script):
         self.script = list(script)
@@ -97,7 +91,7 @@ class Cache:
 
 def watch(*script, seconds_between=1.0, cpu_seconds=0.0):
     """Run one step for each event of *script*; return all there is to look at."""
-    clock, kv, cache = Clock(), Kv(*script), Cache()
+    clock, kv, cache = ManualClock(), Kv(*script), Cache()
     cpu = iter(x * cpu_seconds for x in range(1000))
     watcher = Watcher(
         kv, cache, SETTINGS, clock=clock, jitter=lambda: 0.5, cpu_clock=lambda: next(cpu)
@@ -258,7 +252,9 @@ def test_big_answers_are_asked_for_less_often():
     """200 kB a second answer rests a fifth of a second: the share of the network is bounded."""
     kv = Kv((9, answer(1)))
     kv.polled_bytes = 200_000
-    watcher = Watcher(kv, Cache(), SETTINGS, clock=Clock(), jitter=lambda: 0.5, cpu_clock=Clock())
+    watcher = Watcher(
+        kv, Cache(), SETTINGS, clock=ManualClock(), jitter=lambda: 0.5, cpu_clock=ManualClock()
+    )
     assert watcher._step() == 0.2
 
 
@@ -269,7 +265,7 @@ def test_an_agent_that_does_not_wait_is_not_asked_in_a_loop():
     assert pauses == sorted(pauses)
     assert pauses[-1] == MAX_IDLE_GAP_SECONDS
 
-    clock = Clock()
+    clock = ManualClock()
 
     class Waits(Kv):
         def poll(self, index, wait_seconds):
@@ -285,7 +281,7 @@ def test_an_agent_that_does_not_wait_is_not_asked_in_a_loop():
 def test_an_offer_is_as_old_as_its_poll():
     """A poll that was under way for long, its agent suspended, makes nothing fresh: its answer may
     be from when it was sent."""
-    clock, cache = Clock(), Cache()
+    clock, cache = ManualClock(), Cache()
     longest = SETTINGS.ttl_seconds
 
     class Suspended(Kv):
@@ -314,7 +310,7 @@ def test_polls_that_fail_for_their_size_count_in_the_bound():
     kv = Kv(*[Unavailable("the answer is too big")] * 20)
     kv.polled_bytes = 64_000_000
     watcher = Watcher(
-        kv, Cache(), SETTINGS, clock=Clock(), jitter=lambda: 0.5, cpu_clock=lambda: 0.0
+        kv, Cache(), SETTINGS, clock=ManualClock(), jitter=lambda: 0.5, cpu_clock=lambda: 0.0
     )
     pauses = [watcher._step() for _ in range(20)]
     assert 20 * kv.polled_bytes / sum(pauses) <= BYTES_PER_SECOND

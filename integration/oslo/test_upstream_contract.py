@@ -17,6 +17,7 @@ from consul_matchmaker.adapters.entry_point import matchmaker as entry_point
 from consul_matchmaker.adapters.oslo_config import options, read_settings
 from consul_matchmaker.adapters.oslo_enable import upstream_imports
 from consul_matchmaker.backends.memory import Memory
+from tests.doubles import ManualClock
 
 with upstream_imports():
     import oslo_messaging
@@ -29,14 +30,6 @@ with upstream_imports():
 
 WAIT = 0.5
 ONE, TWO = "10.0.0.1:9501", "10.0.0.2:9501"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -265,7 +258,7 @@ def test_a_late_register_does_not_bring_a_stopped_server_back(
     make: Callable[..., Any], memory: Memory
 ) -> None:
     """Not from the updater that had not seen the stop; a new server at the same place is taken."""
-    clock = Clock()
+    clock = ManualClock()
     server = make(clock=clock)
 
     def register() -> None:
