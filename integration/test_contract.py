@@ -17,8 +17,8 @@ from consul_matchmaker.demo.consul_probe import Node
 from consul_matchmaker.model import Host
 from consul_matchmaker.settings import Settings
 from integration.cluster import tell
+from tests.awaited import Awaited
 from tests.contract import Backend, RegistrarContract, ResolverContract
-from tests.test_aio import Awaited
 
 pytestmark = pytest.mark.docker
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -13,35 +12,9 @@ from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, aio, errors
 from consul_matchmaker.backends import Resolver
 from consul_matchmaker.backends.memory import Memory
 
+from .awaited import Awaited, run
 from .contract import ONE, TWO, ResolverContract
 from .doubles import DEADLINE_SECONDS, FakeResolver, catalog, kv
-
-T = TypeVar("T")
-
-
-def run(work: Coroutine[Any, Any, T]) -> T:
-    async def bounded() -> T:
-        return await asyncio.wait_for(work, DEADLINE_SECONDS)
-
-    return asyncio.run(bounded())
-
-
-class Awaited:
-    """The facade as a Resolver, so that the contract can be asked of it."""
-
-    narrows = True
-
-    def __init__(self, mm: Matchmaker) -> None:
-        self._mm = mm
-
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
-        return run(aio.Matchmaker(self._mm).hosts(topic, server))
-
-    def forget(self) -> None:
-        self._mm.forget()
-
-    def close(self) -> None:
-        run(aio.Matchmaker(self._mm).close())
 
 
 @pytest.mark.system

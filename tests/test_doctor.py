@@ -13,7 +13,7 @@ from consul_matchmaker.doctor import Finding, findings
 from consul_matchmaker.settings import Settings
 
 from .dns_servers import Answer, Asked, DnsServer, FakeConsul, FakeInstance, reply_to
-from .test_agent import Server, reply
+from .http_servers import Server, reply
 
 pytestmark = pytest.mark.system
 

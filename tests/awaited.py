@@ -1,0 +1,38 @@
+"""The asyncio facade, called from code that is not: for the contract that all resolvers keep."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from consul_matchmaker import Matchmaker, Snapshot, aio
+
+from .doubles import DEADLINE_SECONDS
+
+T = TypeVar("T")
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    async def bounded() -> T:
+        return await asyncio.wait_for(work, DEADLINE_SECONDS)
+
+    return asyncio.run(bounded())
+
+
+class Awaited:
+    """The facade as a Resolver, so that the contract can be asked of it."""
+
+    narrows = True
+
+    def __init__(self, mm: Matchmaker) -> None:
+        self._mm = mm
+
+    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+        return run(aio.Matchmaker(self._mm).hosts(topic, server))
+
+    def forget(self) -> None:
+        self._mm.forget()
+
+    def close(self) -> None:
+        run(aio.Matchmaker(self._mm).close())
