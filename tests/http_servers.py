@@ -1,4 +1,4 @@
-"""A small HTTP server for the tests: it hands out what it is told to, and notes what it was asked."""
+"""A small HTTP server for the tests: it says what it is told to, and notes what it was asked."""
 
 import contextlib
 import socket
