@@ -36,6 +36,7 @@ class Bound:
 KV_GONE = ("docs/kv-mode.md", "When does a dead process disappear?")
 KV_CHECK = ("docs/kv-mode.md", "Within a second")
 OUTAGE = ("docs/operations.md", "When Consul goes away")
+LEAVING = ("docs/operations.md", "When hosts leave")
 CERTAIN = ("docs/operations.md", "How certain an answer is")
 
 GONE: dict[tuple[str, Liveness], Bound] = {
@@ -78,6 +79,9 @@ class Excuse:
 
     after: Bound
     survived: float = 0.0
+    may_empty: bool = True
+    """Whether a topic whose last hosts they are may be answered empty.  Not where readers hold a
+    mass departure back until it is over ("When hosts leave")."""
 
 
 # A lease outlives what is shorter than 2 x TTL, counted from its last renewal; and the request
@@ -96,6 +100,11 @@ MISSING: dict[tuple[str, Liveness], Excuse] = {
     **{("agent left", liveness): Excuse(_AFTERWARDS) for liveness in EVERY},
     **{("session destroyed", liveness): Excuse(_AFTERWARDS) for liveness in EVERY},
     **{("key deleted", liveness): Excuse(_AFTERWARDS) for liveness in EVERY},
+    ("no leader", "check"): Excuse(Bound(1.7, *LEAVING), may_empty=False),
+    **{
+        ("quorum lost", liveness): Excuse(Bound(10 + 1.7, *KV_GONE), may_empty=False)
+        for liveness in EVERY
+    },
     ("machine starved", "check"): Excuse(Bound(RENEWAL_SECONDS, *KV_CHECK)),
 }
 """When a live host may be missing in Consul, by disturbance and its liveness."""

@@ -185,7 +185,10 @@ class Writes:
         self._note(f"{event.kind} of {event.target} ({member.plan.topic}, {member.host})")
         begun_at = time.monotonic()
         for text in keys(node, self._prefix):
-            key = Key.parse(self._prefix, text)
+            try:
+                key = Key.parse(self._prefix, text)
+            except ValueError:
+                continue  # no registration: it is reported as an orphan
             if str(key.host) == member.host and event.kind == "destroy session":
                 tell(node, "PUT", f"/v1/session/destroy/{key.lease_id}")
             elif str(key.host) == member.host:

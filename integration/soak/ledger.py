@@ -141,8 +141,10 @@ class Truth:
         self._lives = {host: [replace(life) for life in all_of] for host, all_of in lives.items()}
         self._disturbances = sorted(disturbances, key=lambda each: (each.begin, each.end))
         self._excused: dict[str, list[tuple[float, float]]] = {}
+        self._may_be_all: dict[str, list[tuple[float, float]]] = {}
         for host, place in places.items():
             self._excused[host] = list(self._excuses(place))
+            self._may_be_all[host] = list(self._excuses(place, of_all=True))
             for life in self._lives[host]:
                 life.due_at = self._due_at(place, life)
                 life.gone_at = self._gone_at(place, life)
@@ -168,8 +170,15 @@ class Truth:
 
     def must(self, host: str, begin: float, end: float) -> bool:
         """Whether *host* had to be in Consul's list at every moment from *begin* to *end*."""
-        is_wanted = any(life.due_at <= begin and end < life.down_from for life in self._lives[host])
-        return is_wanted and not _meets(self._excused[host], begin, end)
+        return self._is_wanted(host, begin, end) and not _meets(self._excused[host], begin, end)
+
+    def must_not_be_all(self, host: str, begin: float, end: float) -> bool:
+        """Whether *host* is a reason not to answer its topic empty: it had to be in Consul's list,
+        or was only missing for what readers hold back."""
+        return self._is_wanted(host, begin, end) and not _meets(self._may_be_all[host], begin, end)
+
+    def _is_wanted(self, host: str, begin: float, end: float) -> bool:
+        return any(life.due_at <= begin and end < life.down_from for life in self._lives[host])
 
     def lags(self, mode: str, begin: float, end: float) -> bool:
         """Whether a reader in *mode* may have been answered by a server that lags."""
@@ -188,10 +197,10 @@ class Truth:
         must_not = sum(self.must_not(host, moment, moment) for host, moment in pairs)
         return must / len(pairs), must_not / len(pairs)
 
-    def _excuses(self, place: Place) -> Iterator[tuple[float, float]]:
+    def _excuses(self, place: Place, *, of_all: bool = False) -> Iterator[tuple[float, float]]:
         for each in self._disturbances:
             excuse = bounds.MISSING.get((each.kind, place.liveness))
-            if excuse is None or not each.concerns(place):
+            if excuse is None or not each.concerns(place) or (of_all and not excuse.may_empty):
                 continue
             if each.end - each.begin > excuse.survived:
                 yield each.begin, each.end + excuse.after.seconds + MACHINE_SECONDS
@@ -263,15 +272,16 @@ def _wrong_hosts(truth: Truth, each: Sighting) -> Iterator[Violation]:
 
 
 def _missing_hosts(truth: Truth, each: Sighting, *, is_known: bool) -> Iterator[Violation]:
-    must = [
-        host
-        for host in truth.members(each.topic)
-        if host not in each.hosts and truth.must(host, each.taken_at, each.answered_at)
-    ]
+    members = truth.members(each.topic)
+    span = (each.taken_at, each.answered_at)
     age = each.answered_at - each.taken_at
-    if not each.hosts and must and is_known:
-        yield _violation("a known topic is empty", each, f"{len(must)} live hosts", age)
-    elif each.is_fresh and not truth.lags(each.mode, each.taken_at, each.answered_at):
+    if not each.hosts and is_known and each.mode != "consul":
+        alive = sum(truth.must_not_be_all(host, *span) for host in members)
+        if alive:
+            yield _violation("a known topic is empty", each, f"{alive} live hosts", age)
+            return
+    must = [host for host in members if host not in each.hosts and truth.must(host, *span)]
+    if each.is_fresh and not truth.lags(each.mode, each.taken_at, each.answered_at):
         promise = "a registration is lost" if each.mode == "consul" else "a live host is missing"
         for host in must:
             yield _violation(promise, each, host, age)
