@@ -101,6 +101,7 @@ MISSING: dict[tuple[str, Liveness], Excuse] = {
     **{("session destroyed", liveness): Excuse(_AFTERWARDS) for liveness in EVERY},
     **{("key deleted", liveness): Excuse(_AFTERWARDS) for liveness in EVERY},
     ("no leader", "check"): Excuse(Bound(1.7, *LEAVING), may_empty=False),
+    ("server back", "check"): Excuse(Bound(1.7, *OUTAGE), may_empty=False),
     **{
         ("quorum lost", liveness): Excuse(Bound(10 + 1.7, *KV_GONE), may_empty=False)
         for liveness in EVERY

@@ -42,7 +42,7 @@ class Hand(threading.Thread):
         self._failures = failures
         self._stopping = stopping
         self.done: list[str] = []
-        """The kinds of the events that were carried out."""
+        """The names of the events that were carried out."""
 
     def run(self) -> None:
         for event in self._events:
@@ -53,7 +53,7 @@ class Hand(threading.Thread):
             except Exception as error:  # the soak goes on, and says so at its end
                 self._failures.append(f"{event.kind} {event.target}: {error!r}")
             else:
-                self.done.append(event.kind)
+                self.done.append(event.name)
 
 
 class MemberFaults:

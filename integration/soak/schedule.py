@@ -46,6 +46,11 @@ class Event:
     target: str
     hold: float = 0.0
 
+    @property
+    def name(self) -> str:
+        """What it is counted as: of nodes also which sort, such as ``kill leader``."""
+        return f"{self.kind} {self.target.rstrip('0123456789')}" if self.hold else self.kind
+
     def __str__(self) -> str:
         hold = f" for {self.hold:.1f} s" if self.hold else ""
         return f"{self.at:8.1f}  {self.kind} {self.target}{hold}"
