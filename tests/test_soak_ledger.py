@@ -201,6 +201,26 @@ def test_who_comes_while_nobody_hears_it_is_due_later() -> None:
     assert promises(ledger, found, seen(due + 0.1)) == ["a known topic is empty"]
 
 
+def test_a_repair_that_nobody_hears_counts_anew(ledger: Ledger) -> None:
+    """A key deleted just before the leader dies is written again after the election."""
+    ledger.disturbed("key deleted", LATE, LATE + 0.1, ONE)
+    ledger.disturbed("no leader", LATE + 2, LATE + 12)
+    due = LATE + 12 + bounds.MISSING["key deleted", "session"].after.seconds + MACHINE_SECONDS
+    assert promises(ledger, seen(due - 0.1, TWO)) == []
+    assert promises(ledger, seen(due + 0.1, TWO)) == ["a live host is missing"]
+
+
+def test_a_renewal_on_its_way_outlives_its_process(ledger: Ledger) -> None:
+    """An agent that holds it until a server is back gives the session so much more time."""
+    ledger.disturbed("server back", LATE - 2, LATE + 5)
+    ledger.down(TWO, LATE, LATE, "killed")
+    ledger.down(ONE, LATE + 6, LATE + 6, "killed")
+    over = LATE + bounds.GONE["killed", "session"].seconds + MACHINE_SECONDS
+    assert promises(ledger, seen(over + bounds.HELD.seconds - 0.1, TWO)) == []
+    for late in (seen(over + bounds.HELD.seconds + 0.1, TWO), seen(over + 6.1, ONE)):
+        assert promises(ledger, late) == ["an age understates"]
+
+
 def test_who_leaves_while_nobody_hears_it_counts_as_killed(ledger: Ledger) -> None:
     """A clean end while its agent is away cannot be told to Consul."""
     ledger.down(ONE, LATE, LATE, "left")
@@ -251,6 +271,7 @@ def all_bounds() -> list[Bound]:
         *(excuse.after for excuse in bounds.MISSING.values()),
         *bounds.LATER.values(),
         *bounds.LAGS.values(),
+        bounds.HELD,
         bounds.KNOWN_TOPIC_SECONDS,
     ]
 

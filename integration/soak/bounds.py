@@ -123,6 +123,11 @@ LATER: dict[tuple[str, Liveness], Bound] = {
 }
 """Disturbances from whose end the bound of `GONE` counts anew, with what they add to it."""
 
+HELD = Bound(7.0, "docs/facts/consul.md", "C. Blocking queries")
+"""A renewal may be done so much later (`rpc_hold_timeout`): by then its process may be dead."""
+HOLDING = {"no leader", "server back"}
+"""Disturbances during which agents hold requests until a server can be asked."""
+
 UNHEARD = {f"agent {what}" for what in ("killed", "paused", "left")} | {"no leader"}
 """Who leaves meanwhile cannot say so, and is gone as if killed; who comes is listed only later: the
 time of `LISTED` counts from its end."""

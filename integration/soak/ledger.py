@@ -203,16 +203,20 @@ class Truth:
             if excuse is None or not each.concerns(place) or (of_all and not excuse.may_empty):
                 continue
             if each.end - each.begin > excuse.survived:
-                yield each.begin, each.end + excuse.after.seconds + MACHINE_SECONDS
+                after = excuse.after.seconds + MACHINE_SECONDS
+                yield each.begin, self._repaired_at(place, each.begin, each.end + after, after)
 
     def _due_at(self, place: Place, life: _Life) -> float:
-        seconds = bounds.LISTED[life.came, place.liveness].seconds
-        due_at = life.due_at
+        seconds = bounds.LISTED[life.came, place.liveness].seconds + MACHINE_SECONDS
+        return self._repaired_at(place, life.up_at, life.due_at, seconds)
+
+    def _repaired_at(self, place: Place, begin: float, end: float, seconds: float) -> float:
+        """*end* of what takes *seconds*, which count anew when Consul cannot be told of it."""
         for each in self._disturbances:
             is_unheard = each.kind in bounds.UNHEARD and each.concerns(place)
-            if is_unheard and each.begin <= due_at and each.end >= life.up_at:
-                due_at = max(due_at, each.end + seconds + MACHINE_SECONDS)
-        return due_at
+            if is_unheard and each.begin <= end and each.end >= begin:
+                end = max(end, each.end + seconds)
+        return end
 
     def _gone_at(self, place: Place, life: _Life) -> float:
         if not life.how:
@@ -225,6 +229,11 @@ class Truth:
             if life.how == "left" and each.kind in bounds.UNHEARD:
                 seconds = bounds.GONE["killed", place.liveness].seconds
                 gone_at = max(gone_at, life.down_at + seconds + MACHINE_SECONDS)
+            is_held = each.kind in bounds.HOLDING and place.liveness != "check"
+            if is_held and each.begin <= life.down_at:
+                gone_at = max(
+                    gone_at, life.down_at + bounds.HELD.seconds + seconds + MACHINE_SECONDS
+                )
             later = bounds.LATER.get((each.kind, place.liveness))
             if later is not None:
                 gone_at = max(gone_at, each.end + later.seconds + seconds + MACHINE_SECONDS)
