@@ -211,14 +211,29 @@ def test_a_repair_that_nobody_hears_counts_anew(ledger: Ledger) -> None:
 
 
 def test_a_renewal_on_its_way_outlives_its_process(ledger: Ledger) -> None:
-    """An agent that holds it until a server is back gives the session so much more time."""
-    ledger.disturbed("server back", LATE - 2, LATE + 5)
+    """An agent that holds one for 7 s gives the session so much more time: also one that it began
+    to hold at the end of the disturbance."""
+    ledger.disturbed("server back", LATE - 9, LATE - 4)
     ledger.down(TWO, LATE, LATE, "killed")
-    ledger.down(ONE, LATE + 6, LATE + 6, "killed")
-    over = LATE + bounds.GONE["killed", "session"].seconds + MACHINE_SECONDS
-    assert promises(ledger, seen(over + bounds.HELD.seconds - 0.1, TWO)) == []
-    for late in (seen(over + bounds.HELD.seconds + 0.1, TWO), seen(over + 6.1, ONE)):
+    ledger.down(ONE, LATE + 4, LATE + 4, "killed")
+    bound = bounds.GONE["killed", "session"].seconds + MACHINE_SECONDS
+    assert promises(ledger, seen(LATE - 4 + bounds.HELD.seconds + bound - 0.1, TWO)) == []
+    for late in (
+        seen(LATE - 4 + bounds.HELD.seconds + bound + 0.1, TWO),
+        seen(LATE + 4 + bound + 0.1, ONE),
+    ):
         assert promises(ledger, late) == ["an age understates"]
+
+
+def test_a_renewal_in_a_suspended_agent_is_done_when_that_goes_on(ledger: Ledger) -> None:
+    """The process that sent it may be dead by then; that of another agent is not concerned."""
+    ledger.disturbed("agent paused", LATE - 2, LATE + 8, "agent1")
+    ledger.down(ONE, LATE, LATE, "killed")
+    ledger.down(TWO, LATE, LATE, "killed")
+    bound = bounds.GONE["killed", "session"].seconds + MACHINE_SECONDS
+    assert promises(ledger, seen(LATE + 8 + bound - 0.1, ONE)) == []
+    assert promises(ledger, seen(LATE + 8 + bound + 0.1, ONE)) == ["an age understates"]
+    assert promises(ledger, seen(LATE + bound + 0.1, TWO)) == ["an age understates"]
 
 
 def test_who_leaves_while_nobody_hears_it_counts_as_killed(ledger: Ledger) -> None:

@@ -102,13 +102,14 @@ MISSING: dict[tuple[str, Liveness], Excuse] = {
     **{("key deleted", liveness): Excuse(_AFTERWARDS) for liveness in EVERY},
     ("no leader", "check"): Excuse(Bound(1.7, *LEAVING), may_empty=False),
     ("server back", "check"): Excuse(Bound(1.7, *OUTAGE), may_empty=False),
-    **{
-        ("quorum lost", liveness): Excuse(Bound(10 + 1.7, *KV_GONE), may_empty=False)
-        for liveness in EVERY
-    },
+    **{("late invalidation", liveness): Excuse(_AFTERWARDS, may_empty=False) for liveness in EVERY},
     ("machine starved", "check"): Excuse(Bound(RENEWAL_SECONDS, *KV_CHECK)),
 }
 """When a live host may be missing in Consul, by disturbance and its liveness."""
+
+LATE_INVALIDATIONS = (0.0, 10.0, 30.0, 70.0, 150.0, 310.0)
+"""So long after a frozen leader goes on it may end sessions that it believes to have expired, if it
+leads again at that moment: Consul tries that six times (docs/facts/consul.md, B15)."""
 
 FOR_ITSELF = 3.0  # "an agent may report the end of a process up to 3 s later (Consul's own rule)"
 
@@ -120,6 +121,9 @@ LATER: dict[tuple[str, Liveness], Bound] = {
         (f"agent {what}", "check"): Bound(FOR_ITSELF, *KV_CHECK)
         for what in ("killed", "paused", "left")
     },
+    # A renewal that waits in a suspended agent is done when that goes on.
+    ("agent paused", "session"): Bound(0.0, *KV_GONE),
+    ("agent paused", "node"): Bound(0.0, *KV_GONE),
 }
 """Disturbances from whose end the bound of `GONE` counts anew, with what they add to it."""
 

@@ -14,6 +14,7 @@ from consul_matchmaker.demo.local_consul import ClusterError
 from consul_matchmaker.naming import Key
 from integration.cluster import Cluster, keys, tell
 
+from .bounds import LATE_INVALIDATIONS, MACHINE_SECONDS
 from .ledger import Ledger
 from .members import Member
 from .schedule import SERVICES, Event
@@ -123,16 +124,24 @@ class ClusterFaults:
             for name in frozen:
                 self._cluster.pause(name)
             self._stopping.wait(event.hold)
-            self._bring_back(frozen, paused=True)
-        for kind in ("no leader", "server back", "quorum lost"):
+            going_on_at = time.monotonic()
+            back_at = self._bring_back(frozen, paused=True)
+        for kind in ("no leader", "server back"):
             self._ledger.disturbed(kind, begun_at, time.monotonic())
+        for seconds in LATE_INVALIDATIONS:
+            self._ledger.disturbed(
+                "late invalidation", going_on_at + seconds, back_at + seconds + MACHINE_SECONDS
+            )
 
-    def _bring_back(self, names: Sequence[str], *, paused: bool) -> None:
+    def _bring_back(self, names: Sequence[str], *, paused: bool) -> float:
+        """Return when all of them ran again; then wait until the whole cluster is ready."""
         self._note(f"{'resume' if paused else 'start'} {' and '.join(names)}")
         for name in names:
             (self._cluster.resume if paused else self._cluster.start)(name)
+        back_at = time.monotonic()
         self._cluster.wait_ready()
         self._note("the cluster is ready")
+        return back_at
 
     def _servers(self) -> list[str]:
         return [name for name, node in self._cluster.nodes.items() if node.is_server]

@@ -224,16 +224,18 @@ class Truth:
         seconds = bounds.GONE[life.how, place.liveness].seconds
         gone_at = life.down_at + seconds + MACHINE_SECONDS
         for each in self._disturbances:
-            if not each.concerns(place) or each.begin > gone_at or each.end < life.down_from:
+            if not each.concerns(place) or each.begin > gone_at:
+                continue
+            is_held = each.kind in bounds.HOLDING and place.liveness != "check"
+            if is_held and each.begin <= life.down_at:
+                renewed_at = min(life.down_at, each.end) + bounds.HELD.seconds
+                if renewed_at >= life.down_from:
+                    gone_at = max(gone_at, renewed_at + seconds + MACHINE_SECONDS)
+            if each.end < life.down_from:
                 continue
             if life.how == "left" and each.kind in bounds.UNHEARD:
                 seconds = bounds.GONE["killed", place.liveness].seconds
                 gone_at = max(gone_at, life.down_at + seconds + MACHINE_SECONDS)
-            is_held = each.kind in bounds.HOLDING and place.liveness != "check"
-            if is_held and each.begin <= life.down_at:
-                gone_at = max(
-                    gone_at, life.down_at + bounds.HELD.seconds + seconds + MACHINE_SECONDS
-                )
             later = bounds.LATER.get((each.kind, place.liveness))
             if later is not None:
                 gone_at = max(gone_at, each.end + later.seconds + seconds + MACHINE_SECONDS)
