@@ -121,9 +121,11 @@ LATER: dict[tuple[str, Liveness], Bound] = {
         (f"agent {what}", "check"): Bound(FOR_ITSELF, *KV_CHECK)
         for what in ("killed", "paused", "left")
     },
-    # A renewal that waits in a suspended agent is done when that goes on.
+    # A renewal that waits in a suspended agent or server is done when that goes on.
     ("agent paused", "session"): Bound(0.0, *KV_GONE),
     ("agent paused", "node"): Bound(0.0, *KV_GONE),
+    ("server paused", "session"): Bound(0.0, *KV_GONE),
+    ("server paused", "node"): Bound(0.0, *KV_GONE),
 }
 """Disturbances from whose end the bound of `GONE` counts anew, with what they add to it."""
 

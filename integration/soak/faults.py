@@ -111,6 +111,8 @@ class ClusterFaults:
         self._bring_back([name], paused=event.kind == "pause")
         if name in self._servers():
             self._ledger.disturbed("server back", begun_at, time.monotonic())
+            if event.kind == "pause":
+                self._ledger.disturbed("server paused", begun_at, time.monotonic())
         else:
             kind = f"agent {self.ENDED[event.kind]}"
             self._ledger.disturbed(kind, begun_at, time.monotonic(), name)
