@@ -19,6 +19,7 @@ import threading
 import unittest
 import uuid
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,12 @@ def run_all(folder: Path, only: str | None) -> int:
     with Redis(folder, REDIS_PORT), LocalCluster() as cluster:
         agent = cluster.nodes["agent1"].http
         for name in SUITES if only is None else (only,):
-            found = {
-                "consul": _counts(folder, name, "consul", agent),
-                "redis": _counts(folder, name, "redis", agent),
-            }
+            with ThreadPoolExecutor() as side_by_side:  # the most of it is waiting
+                running = {
+                    matchmaker: side_by_side.submit(_counts, folder, name, matchmaker, agent)
+                    for matchmaker in ("consul", "redis")
+                }
+            found = {matchmaker: counts.result() for matchmaker, counts in running.items()}
             for matchmaker, counts in found.items():
                 passed = counts["ran"] - counts["skipped"] - len(counts["bad"])
                 print(
