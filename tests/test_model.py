@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consul_matchmaker.errors import ConfigurationError, InvalidTopic
-from consul_matchmaker.model import Host, Instance, Registration, Snapshot, checked_topic
+from consul_matchmaker.model import Held, Host, Instance, Registration, Snapshot, checked_topic
 
 from .doubles import DEADLINE_SECONDS, in_thread
 
@@ -225,6 +225,14 @@ def test_registrations_are_equal_by_what_they_say() -> None:
     assert "Owner" not in repr(one)
 
 
+def test_what_is_held_may_be_known_in_part() -> None:
+    """A set of what is held, and which others were not looked at; of a whole one, none."""
+    one, other = (Registration("scheduler", Host(name, 1)) for name in "ab")
+    part = Held.in_part([one], [other])
+    assert (part, part.unchecked) == ({one}, {other})
+    assert Held([one]).unchecked == frozenset()
+
+
 def instances(*texts: str) -> tuple[Instance, ...]:
     """Instances out of `host:port` or `host:port=server`."""
     made = []
@@ -296,6 +304,7 @@ def test_a_narrowed_snapshot_differs_in_its_instances_only() -> None:
         clock=lambda: 103.0,
         confirmed=False,
         details={"agent": "10.0.0.1:8600"},
+        version=17,
     )
     for part in (whole.for_server("node1"), whole.with_instances(iter(whole.instances))):
         for each in fields(Snapshot):

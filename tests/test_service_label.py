@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from consul_matchmaker.errors import InvalidTopic
-from consul_matchmaker.naming import service_of, shard_of, shard_tag
+from consul_matchmaker.naming import is_translated, service_of, shard_of, shard_tag
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,29 @@ def test_the_error_says_whether_topic_or_map_is_to_be_mended() -> None:
         service_of("t", "{topic}", {"t": "a.b"})
     with pytest.raises(InvalidTopic, match=r"^topic 'ü' .*service_map=\{'ü': 'its-service'\}$"):
         service_of("ü", "{topic}", {})
+
+
+@pytest.mark.parametrize(
+    ("topic", "template", "is_other"),
+    [
+        ("scheduler", "{topic}", False),
+        ("Scheduler_7-a", "{topic}", False),
+        ("my.dotted", "{topic}", True),
+        ("plain", "{topic}.query", False),
+        ("my.dotted", "{topic}.query", True),
+        ("plain", "a.{topic}", True),
+    ],
+)
+def test_which_topics_are_translated(topic: str, template: str, is_other: bool) -> None:
+    """Those with characters that a service cannot have; with strict names they are refused."""
+    assert is_translated(topic, template) is is_other
+    if is_other:
+        with pytest.raises(InvalidTopic, match="strict_names"):
+            service_of(topic, template, {}, strict=True)
+        assert service_of(topic, template, {topic: "volumes"}, strict=True) == "volumes"
+    else:
+        plain = service_of(topic, template, {})
+        assert service_of(topic, template, {}, strict=True) == plain
 
 
 def test_prepared_queries() -> None:

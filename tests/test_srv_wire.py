@@ -615,6 +615,19 @@ def test_pointers_lead_anywhere_before(prefix: bytes, is_known: bool) -> None:
         assert reply.records[-1] == Srv(1, 2, 80, name)
 
 
+def test_all_bits_of_a_pointer_count() -> None:
+    """Names at 12, 268 and 524 are three names: one bit of the place apart, or a byte."""
+    records: list[bytes] = []
+    for place, label in ((268, b"\x01p"), (524, b"\x01q")):
+        gap = place - len(message(*records)) - 11  # the filler's own owner, and its head
+        records.append(record(b"\x00", 99, bytes(gap)))
+        records.append(record(label + TARGET, 99, b""))
+    for place, first in ((268, "p"), (524, "q")):
+        records.append(record(pointer(place), 1, first.encode() * 4))
+    reply = read_all(*records, counts=(6, 0, 0))
+    assert reply.addresses == {f"p.{NAMED}": {b"pppp"}, f"q.{NAMED}": {b"qqqq"}}
+
+
 def test_a_pointer_to_the_root_adds_nothing() -> None:
     """The end of an earlier name is a name too."""
     wire = message(srv(b"\x00"), srv(b"\x01a" + pointer(len(message()) + 18)), counts=(2, 0, 0))
