@@ -50,6 +50,8 @@ SETTINGS = """
 source_paths = ["{package}"]
 only_mutate = {files}
 also_copy = ["conftest.py"]
+timeout_multiplier = 4.0
+timeout_constant = 5.0
 pytest_add_cli_args = ["-p", "no:cacheprovider", "-p", "no:xdist"]
 pytest_add_cli_args_test_selection = {tests}
 """
