@@ -802,7 +802,8 @@ class Cache:
         confirmed = self._is_confirmed(entry, answer, now)
         entry.doubt = None
         entry.version = answer.version
-        if held is not None and len(answer) < len(held) and now >= entry.full_until:
+        has_lost = held is not None and len(answer.instances) < len(held.instances)
+        if has_lost and now >= entry.full_until:
             entry.full, entry.full_until = held, now + RETURN_SECONDS
         is_watched = now < self._watched_until
         if fresh_until is None:
@@ -904,6 +905,8 @@ class Cache:
           is older than what is held, or Consul has lost its data.  And `RETURN_SECONDS`, where
           within so long two hosts or more left, and less than half or none are there.
         """
+        if answer.instances == held.instances:
+            return 0.0  # almost always; hosts need not be put in order for it
         if self._can_lie(answer):
             return self._settings.confirm_empty_seconds if _is_suspicious(answer, held) else 0.0
         if answer.source != "kv" or held.source == "disk":

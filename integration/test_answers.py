@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, errors
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.demo.consul_probe import Node, request
 from integration.cluster import Cluster, tell
 from integration.waiting import until
 
@@ -186,6 +186,43 @@ def test_a_dead_leader_is_not_noticed(cluster: Cluster, reader: Matchmaker, topi
         cluster.wait_ready()
         time.sleep(6)
     assert load.failures == []
+
+
+@pytest.fixture
+def without_a_leader(cluster: Cluster) -> Callable[[], None]:
+    """Takes two of three servers away, and returns when the one that is left knows no leader."""
+
+    def take_away() -> None:
+        for name in ("server1", "server2"):
+            cluster.kill(name)
+        left = cluster.nodes["server3"]
+        until(lambda: request(left, "GET", "/v1/status/leader") == (200, '""'), 60, "no leader")
+
+    return take_away
+
+
+@pytest.mark.finding("A7")
+def test_a_stale_read_needs_no_leader(
+    agent: Node, prefix: str, topic: str, without_a_leader: Callable[[], None]
+) -> None:
+    """With consistency=stale an empty topic is answered too, though nobody leads."""
+    with matchmaker("kv", agent.http, prefix=prefix) as owner:
+        owner.register(topic, HOSTS[0]).wait_until_published(timeout_seconds=10)
+        without_a_leader()
+        with matchmaker(
+            "kv", agent.http, prefix=prefix, consistency="stale", watch=False
+        ) as reader:
+
+            def answered() -> bool:
+                with contextlib.suppress(errors.Unavailable):
+                    return reader.hosts(f"{topic}-empty").hosts == ()
+                return False
+
+            until(answered, 30, "an answer of any server")
+            for number in range(5):
+                began = time.monotonic()
+                assert reader.hosts(f"{topic}-empty{number}").hosts == ()
+                assert time.monotonic() - began < TIMEOUT_SECONDS
 
 
 def test_health_checks_decide_in_catalog_mode(agent: Node, topic: str) -> None:

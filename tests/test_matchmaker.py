@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import consul_matchmaker.backends.kv  # noqa: F401  here, as urllib3 then looks for IPv6
 from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, errors
 from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.worker import seconds_since_boot
@@ -451,7 +452,6 @@ def test_status_is_json_without_secrets(memory: Memory) -> None:
         assert "127.0.0.1:8500" in repr(mm) and "1 topics" in repr(mm)
 
 
-@pytest.mark.system  # the import of urllib3 looks whether there is IPv6
 def test_made_from_a_url() -> None:
     """The URL says the mode and the settings; a wrong one is refused before anything starts."""
     with Matchmaker.from_url("consul+kv://127.0.0.1:1/some/prefix?ttl_seconds=7") as mm:

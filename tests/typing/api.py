@@ -25,7 +25,7 @@ def look_up(mm: Matchmaker) -> list[str]:
     hosts: Sequence[Host] = snapshot
     several: tuple[Host, ...] = snapshot[:2] + snapshot.hosts
     first: Host = one[0]
-    age: float = snapshot.age_seconds
+    age: float = snapshot.age_seconds + snapshot.version
     marks: tuple[bool, bool, bool] = (
         snapshot.is_stale,
         snapshot.is_complete,
@@ -39,6 +39,8 @@ def pick(mm: Matchmaker) -> Host:
     try:
         mm.pick("scheduler", server="node7")
         mm.pick("scheduler", key=b"tenant-42")
+        with mm.judging("scheduler", mm.picked(mm.hosts("scheduler"), None, key="tenant-42")):
+            pass
         return mm.pick("scheduler", key="tenant-42")
     except errors.NoLiveHosts:
         return mm.wait_for_hosts("scheduler", timeout_seconds=20, server=None)[0]
