@@ -201,6 +201,29 @@ def without_a_leader(cluster: Cluster) -> Callable[[], None]:
     return take_away
 
 
+@pytest.mark.finding("A6")
+def test_dns_answers_on_without_a_leader_and_cannot_tell(
+    cluster: Cluster, agent: Node, topic: str, without_a_leader: Callable[[], None]
+) -> None:
+    """As the failure table says: what the server that is left knew is answered, complete and not
+    stale, as nothing in a DNS answer tells it from one of a cluster that is well."""
+    with Operators(agent, topic), matchmaker("catalog", agent.dns) as reader:
+        until(lambda: len(reader.hosts(topic)) == len(HOSTS), 10)
+        without_a_leader()
+        with matchmaker("catalog", agent.dns) as new:
+
+            def answered() -> Snapshot | None:
+                with contextlib.suppress(errors.Unavailable):
+                    return new.hosts(topic)
+                return None
+
+            until(answered, 30, "an answer without a leader")
+            answer = new.hosts(topic)
+            assert len(answer) == len(HOSTS)
+            assert answer.is_complete and answer.confirmed
+        cluster.mend()  # before the operators take their instances back
+
+
 @pytest.mark.finding("A7")
 def test_a_stale_read_needs_no_leader(
     agent: Node, prefix: str, topic: str, without_a_leader: Callable[[], None]
