@@ -141,6 +141,22 @@ def test_a_drained_command_serves_on_after_it_was_withdrawn(
         assert time.monotonic() - asked_at >= 1.0
 
 
+@pytest.mark.finding("B2")
+def test_however_many_signals_come_leaving_is_finished(
+    kv: str, topic: str, agent: Node, prefix: str
+) -> None:
+    """Signals from the first one until the process has ended: withdrawn, and exit 0."""
+    for number in range(3):
+        with running("register", topic, f"10.0.0.{1 + number}:9501", "--url", kv) as process:
+            said(process, "registered")
+            until(lambda: len(keys(agent, prefix)) == 1, WAIT_SECONDS)
+            deadline = time.monotonic() + WAIT_SECONDS
+            while process.poll() is None and time.monotonic() < deadline:
+                process.send_signal((signal.SIGTERM, signal.SIGINT)[number % 2])
+            assert process.wait(WAIT_SECONDS) == 0
+        assert keys(agent, prefix) == []
+
+
 @pytest.fixture
 def free_port() -> int:
     with socket.socket() as listener:

@@ -112,6 +112,26 @@ def test_beating_goes_on_while_consul_has_no_leader(
     assert hosts(reader, "scheduler") == ["10.0.0.1:9501"]
 
 
+@pytest.mark.finding("F1")
+def test_a_longer_check_ttl_outlives_an_election(
+    url: str, join: Callable[..., Matchmaker], cluster: Cluster, agent: Node, prefix: str
+) -> None:
+    """The agent holds beats back until a leader is there, once it has another check's end to tell:
+    with check_ttl_seconds=5 the living process loses nothing."""
+    owner = join("&check_ttl_seconds=5")
+    owner.register("scheduler", "10.0.0.1:9501").wait_until_published(timeout_seconds=5)
+    lease = lease_of(owner)
+    with RegisteringProcess(url) as other:
+        other.register("scheduler", "10.0.0.2:9501")
+        cluster.kill(cluster.leader())
+        other.kill()
+    cluster.leader()
+    until(lambda: len(keys(agent, prefix)) == 1, 30, "the dead one is gone")
+    until(lambda: owner.status()["keeper"]["state"] == "HELD", 10, "renewed")  # type: ignore[index]
+    assert lease_of(owner) == lease
+    assert owner.status()["keeper"]["counts"]["lost"] == 0  # type: ignore[index]
+
+
 @pytest.mark.parametrize("graceful", [False, True], ids=["killed", "left"])
 def test_an_agent_restart_is_over_at_once(
     join: Callable[..., Matchmaker], cluster: Cluster, agent: Node, prefix: str, graceful: bool

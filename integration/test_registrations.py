@@ -2,6 +2,10 @@
 
 import contextlib
 import logging
+import select
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +15,7 @@ import pytest
 from consul_matchmaker import Matchmaker, Registration, errors
 from consul_matchmaker.cache import RETURN_SECONDS, SECONDS_BETWEEN_DOUBTS
 from consul_matchmaker.demo.consul_probe import Node, NotReady, request, wait_until
+from integration.access_rules import MANAGEMENT, new_token
 from integration.cluster import Cluster, ask, keys, tell
 from integration.registering_process import RegisteringProcess
 from integration.waiting import until
@@ -393,3 +398,52 @@ def test_quorum_lost_for_a_minute(
         # A new leader gives every session a fresh TTL (fact B2): as a rule nothing was lost.
         assert kinds.count("repaired") == kinds.count("lost") <= 1
         assert kinds.count("overdue") == 1, "said once, however long it takes"
+
+
+@pytest.mark.finding("E4")
+def test_a_signal_handler_that_closes_never_hangs(url: str, agent: Node, prefix: str) -> None:
+    """2,000 real signals, whatever the main thread is calling: close() works or refuses at once."""
+    command = [sys.executable, "-m", "integration.closing_process", url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0) as process:
+        try:
+            assert process.stdout is not None
+            answers = [process.stdout.read(1)]
+            assert answers == [b"+"]
+            for _ in range(2000):
+                process.send_signal(signal.SIGUSR1)
+                ready, _, _ = select.select([process.stdout], [], [], 20)
+                assert ready, "it hangs"
+                answers.append(process.stdout.read(1))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+    print(f"{answers.count(b'r')} refused, {answers.count(b'c')} closed")
+    assert set(answers) <= {b"+", b"r", b"c"}
+    assert b"r" in answers
+    assert keys(agent, prefix) == []
+
+
+@pytest.mark.finding("E1")
+def test_a_registration_that_the_token_may_not_have_is_refused_alone(
+    guarded: Node,
+) -> None:
+    """The permitted one beside it is published, and comes back when its key is deleted."""
+    rules = (
+        'key_prefix "alone/allowed/" { policy = "write" } session_prefix "" { policy = "write" }'
+    )
+    _, token = new_token(guarded, rules)
+    url = f"consul+kv://:{token}@{guarded.http}/alone?watch=no&session_ttl_seconds=10"
+    with Matchmaker.from_url(url) as owner:
+        refused = owner.register("refused", "10.0.0.1:9501")
+        allowed = owner.register("allowed", "10.0.0.1:9501")
+        allowed.wait_until_published(timeout_seconds=10)
+        until(lambda: refused.state == "refused", 10, "refused")
+        (key,) = keys(guarded, "alone", token=MANAGEMENT)
+        tell(guarded, "DELETE", f"/v1/kv/{key}", token=MANAGEMENT)
+        until(
+            lambda: keys(guarded, "alone", token=MANAGEMENT) == [key],
+            INTERVAL + SLACK,
+            "back",
+        )
+        assert (allowed.state, refused.state) == ("published", "refused")
