@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ from .matchmaker import Matchmaker
 from .model import Host, Snapshot, checked_topic
 from .settings import URL_VARIABLE, Settings
 from .supervise import Holder
+from .texts import escaped_line, escaped_word
 
 PROGRAM = "consul-matchmaker"
 OK, FAILED, WRONG_USAGE, NO_HOSTS, NO_ANSWER = 0, 1, 2, 3, 4
@@ -81,7 +83,7 @@ def _hosts(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> in
         if arguments.output == "json":
             _print(_json_of(snapshot))
         else:
-            _print(*map(str, snapshot))
+            _print(*(escaped_word(str(host)) for host in snapshot))
         if snapshot.is_stale:
             _say(f"warning: Consul cannot be asked; this is {snapshot.age_seconds:.0f} s old")
         if not snapshot.is_complete:
@@ -108,7 +110,7 @@ def _watch(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> in
             if arguments.output == "json":
                 _print(_json_of(snapshot))
             else:
-                _print(" ".join(map(str, snapshot)))
+                _print(" ".join(escaped_word(str(host)) for host in snapshot))
     return OK
 
 
@@ -143,7 +145,7 @@ def _topics(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> i
         if arguments.output == "json":
             _print(json.dumps({"topics": topics}))
         else:
-            _print(*topics)
+            _print(*map(escaped_word, topics))
         return OK
 
 
@@ -197,7 +199,7 @@ def _sweep(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> in
             _print(json.dumps({"orphans": orphans, "removed": removed}))
         else:
             for key, reason in orphans.items():
-                _print(f"{key}: {reason}" + (", removed" if key in removed else ""))
+                _print(f"{escaped_word(key)}: {reason}" + (", removed" if key in removed else ""))
         if orphans and not arguments.remove:
             _say("nothing was removed: add --remove for that")
         return OK
@@ -208,7 +210,7 @@ def _doctor(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> i
     for finding in doctor.findings(_settings(arguments)):
         found.append(finding)
         if arguments.output == "text":
-            _print(f"{finding.level:<4}  {finding.what}: {finding.text}")
+            _print(f"{finding.level:<4}  {escaped_line(finding.what + ': ' + finding.text)}")
     if arguments.output == "json":
         _print(json.dumps({"findings": [finding._asdict() for finding in found]}))
     return NO_ANSWER if any(finding.level == "fail" for finding in found) else OK
@@ -224,14 +226,21 @@ def _demo(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int
 
 
 def _print(*lines: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"
     for line in lines:
-        print(line)
+        # What the terminal cannot show is escaped, too: the names are anybody's.
+        print(line.encode(encoding, "backslashreplace").decode(encoding))
     sys.stdout.flush()
 
 
 def _say(text: str) -> None:
     """One line for the operator, on stderr."""
-    print(f"{PROGRAM}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print(f"{PROGRAM}: {escaped_line(' '.join(text.split()))}", file=sys.stderr, flush=True)
+
+
+class _Formatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return escaped_line(super().formatMessage(record))
 
 
 def _json_of(snapshot: Snapshot) -> str:
@@ -260,6 +269,7 @@ def _json_of(snapshot: Snapshot) -> str:
 
 def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     for name, inner in value.items():
+        name = escaped_word(str(name))  # a topic, in some
         if isinstance(inner, Mapping) and inner:
             yield f"{indent}{name}:"
             yield from _lines(inner, indent + "  ")
@@ -269,7 +279,7 @@ def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
                 words = ", ".join(f"{key} {_word(part)}" for key, part in one.items())
                 yield f"{indent}  {words}"
         elif isinstance(inner, (list, tuple)):
-            yield f"{indent}{name}: {', '.join(map(str, inner)) or '-'}"
+            yield f"{indent}{name}: {', '.join(map(_word, inner)) or '-'}"
         else:
             yield f"{indent}{name}: {_word(inner)}"
 
@@ -279,7 +289,7 @@ def _word(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(round(value, 3) if isinstance(value, float) else value)
+    return escaped_line(str(round(value, 3) if isinstance(value, float) else value))
 
 
 # --- what they read ------------------------------------------------------------------------------
@@ -301,7 +311,16 @@ class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, as every other error of ours is said."""
 
     def error(self, message: str) -> NoReturn:
+        # argparse repeats what was given, which may be a URL with a token.
+        message = _INVALID_CHOICE.sub(r"must be one of: \1", message)
+        message = _EXPLICIT_ARGUMENT.sub("takes no value", message)
         raise ConfigurationError(f"{message} (see {self.prog} --help)")
+
+
+_INVALID_CHOICE = re.compile(r"invalid choice: .*\(choose from (.*)\)\Z", re.DOTALL)
+_EXPLICIT_ARGUMENT = re.compile(r"ignored explicit argument .*", re.DOTALL)
+_OPTION = re.compile(r"--?[a-z][a-z-]{0,20}\Z")
+_URL = re.compile(r"(consul\+[a-z]*|https?)://", re.IGNORECASE)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -314,8 +333,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments, unknown = _parser().parse_known_args(argv)
     if unknown:
         options = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-        what = f"unknown option {options[0]}" if options else "too many arguments"
+        what = "unknown option" if options else "too many arguments"
+        if options and _OPTION.match(options[0]):
+            what += f" {options[0]}"
         raise ConfigurationError(f"{what} (see {PROGRAM} {arguments.command} --help)")
+    if any(_URL.match(getattr(arguments, name, "")) for name in ("topic", "host")):
+        raise ConfigurationError(
+            f"a URL is no TOPIC and no HOST: put it after --url, or into {URL_VARIABLE}"
+        )
     if command_to_run is not None and (arguments.command != "register" or not command_to_run):
         raise ConfigurationError("after -- stands the command that `register` is to run")
     arguments.command_to_run = command_to_run or []
@@ -435,7 +460,7 @@ def _seconds(text: str) -> float:
     with contextlib.suppress(ValueError):
         if 0 <= (seconds := float(text)) < math.inf:
             return seconds
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, 0 or more")
+    raise argparse.ArgumentTypeError("must be a number of seconds, 0 or more")
 
 
 def _common_options(url: Any, output: Any, verbose: Any) -> _Parser:
@@ -458,7 +483,7 @@ def _common_options(url: Any, output: Any, verbose: Any) -> _Parser:
 def _logging_to_stderr(arguments: argparse.Namespace) -> Iterator[None]:
     package = logging.getLogger(__package__)
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"{PROGRAM}: %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter(f"{PROGRAM}: %(levelname)s %(name)s: %(message)s"))
     levels = [arguments.log_level, logging.INFO, logging.DEBUG]
     level_before = package.level
     package.addHandler(handler)

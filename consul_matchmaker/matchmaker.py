@@ -19,7 +19,7 @@ from .backends import Registrar, Resolver
 from .cache import Cache, is_same
 from .errors import Closed, ConfigurationError, Denied, NoLiveHosts, TimedOut, Unavailable
 from .keeper import Change, Keeper
-from .model import Host, Registration, Snapshot, Standing, checked_topic
+from .model import Host, Registration, Snapshot, Standing, checked_topic, warning_of
 from .naming import checked_registration
 from .selection import Quarantine, Selector
 from .settings import Settings
@@ -62,6 +62,10 @@ class Matchmaker:
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
+        if not isinstance(settings, Settings):
+            raise ConfigurationError(
+                "Matchmaker(...) takes Settings(...); for a URL there is Matchmaker.from_url(url)"
+            )
         self.settings = settings
         self._clock = clock
         self._lock = threading.RLock()
@@ -206,6 +210,8 @@ class Matchmaker:
         ``Host.opaque(text)``.  In catalog mode accepted without effect: operators register there.
         Raises ConfigurationError for a malformed host or topic, or one too long to be a key, and
         Unavailable, with nothing registered, when the process cannot have the thread for it.
+        An address that leads others to themselves (loopback) or nowhere (0.0.0.0) is registered,
+        with a warning in the log.
 
         *on_change* is called with the registration and ``"held"`` or ``"lost"``, on a thread of
         the library that renews nothing meanwhile: it has to return at once.  With *beat_seconds*
@@ -217,6 +223,8 @@ class Matchmaker:
         if beat_seconds is not None and not beat_seconds > 0:
             raise ConfigurationError(f"beat_seconds must be above 0, not {beat_seconds!r}")
         self._check_open()
+        if (warning := warning_of(wanted.host)) is not None:
+            logger.warning("registering %s: %s; give an address of this machine", wanted, warning)
         if self._keeper is None:
             self._tell_that_nothing_is_registered()
             return Registration(wanted.topic, wanted.host, wanted.server, _NOBODY)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, Protocol, TypeVar, overload
 
 from .errors import ConfigurationError, InvalidTopic
+from .texts import quoted
 
 # RFC 1123 labels; the underscore is allowed because Consul names have it (fact A8).
 _HOST_NAME = re.compile(
@@ -44,6 +45,65 @@ def checked_topic(topic: str) -> str:
     return topic
 
 
+def address_and_port(text: str) -> tuple[str, int]:
+    """What a `Host` of *text* is made of; raises ValueError, which never repeats *text*."""
+    if "://" in text:
+        raise ValueError("write ADDRESS:PORT without a scheme, as in 10.0.0.5:9501")
+    address, colon, digits = text.rpartition(":")
+    if not colon or not address:
+        raise ValueError(
+            "this is not a host: write ADDRESS:PORT, as in 10.0.0.5:9501 or [::1]:9501"
+        )
+    if not (_PORT.match(digits) and int(digits) < 65536):
+        raise ValueError("the port must be a number from 1 to 65535")
+    if address.startswith("[") and address.endswith("]"):
+        if not _IPV6.match(address[1:-1]):
+            raise ValueError("what is in the brackets is no IPv6 address")
+        try:
+            return ipv6_text(address[1:-1]), int(digits)
+        except ValueError:
+            raise ValueError("what is in the brackets is no IPv6 address") from None
+    if ":" in address:
+        raise ValueError("put an IPv6 address in brackets, as in [::1]:9501")
+    if re.fullmatch(r"[0-9.]+", address):
+        try:
+            return str(ipaddress.IPv4Address(address)), int(digits)
+        except ValueError:
+            raise ValueError("what is before the port is no IPv4 address") from None
+    if not _HOST_NAME.match(address):
+        raise ValueError("what is before the port is neither an IP address nor a host name")
+    return address, int(digits)
+
+
+def ipv6_text(given: str | bytes) -> str:
+    """The one spelling of an IPv6 address, on every Python; raises ValueError."""
+    address = ipaddress.IPv6Address(given)
+    if address.ipv4_mapped is None:
+        return str(address)
+    # RFC 5952, section 5.  Python says so itself since 3.13, and ::ffff:a00:5 before.
+    zone = f"%{address.scope_id}" if address.scope_id else ""
+    return f"::ffff:{address.ipv4_mapped}{zone}"
+
+
+def warning_of(host: Host) -> str | None:
+    """Why others may not reach *host*, if its address alone says so; None when it does not."""
+    if host.port is None:
+        return None
+    if host.address.rstrip(".").lower() == "localhost":
+        return "localhost leads everybody to his own machine"
+    try:
+        address = ipaddress.ip_address(host.address)
+    except ValueError:
+        return None
+    mapped = getattr(address, "ipv4_mapped", None)
+    address = mapped or address
+    if address.is_unspecified:
+        return f"{host.address} is what a server listens on, and nobody can connect to it"
+    if address.is_loopback:
+        return f"{host.address} leads everybody to his own machine"
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
     """Where a topic is served: an address and a port.  Two hosts are the same when both agree.
@@ -69,36 +129,18 @@ class Host:
         """Read ``10.0.0.5:9501``, ``[::1]:9501`` or ``name.example:9501``.
 
         Raises ConfigurationError for anything else, so that a typing error is never taken for a
-        socket identity: use `opaque` for those.
+        socket identity: use `opaque` for those.  The error repeats *text* unless that looks like a
+        token in the wrong place.
         """
         if not isinstance(text, str):
-            raise ConfigurationError(f"a host is a text such as '10.0.0.5:9501', not {text!r}")
-        address, colon, digits = text.rpartition(":")
-        if not colon or not address:
             raise ConfigurationError(
-                f"{text!r} is not a host: write ADDRESS:PORT, as in 10.0.0.5:9501 or [::1]:9501"
+                f"a host is a text such as '10.0.0.5:9501', not a {type(text).__name__}"
             )
-        if not (_PORT.match(digits) and int(digits) < 65536):
-            raise ConfigurationError(f"{text!r}: the port must be a number from 1 to 65535")
-        if address.startswith("[") and address.endswith("]"):
-            if not _IPV6.match(address[1:-1]):
-                raise ConfigurationError(f"{text!r}: {address!r} is no IPv6 address")
-            try:
-                return cls(str(ipaddress.IPv6Address(address[1:-1])), int(digits))
-            except ValueError:
-                raise ConfigurationError(f"{text!r}: {address!r} is no IPv6 address") from None
-        if ":" in address:
-            raise ConfigurationError(f"{text!r}: put an IPv6 address in brackets, as in [::1]:9501")
-        if re.fullmatch(r"[0-9.]+", address):
-            try:
-                return cls(str(ipaddress.IPv4Address(address)), int(digits))
-            except ValueError:
-                raise ConfigurationError(f"{text!r}: {address!r} is no IPv4 address") from None
-        if not _HOST_NAME.match(address):
-            raise ConfigurationError(
-                f"{text!r}: {address!r} is neither an IP address nor a host name"
-            )
-        return cls(address, int(digits))
+        try:
+            return cls(*address_and_port(text))
+        except ValueError as error:
+            reason = str(error)
+        raise ConfigurationError(f"{quoted(text)}: {reason}")
 
     @classmethod
     def opaque(cls, text: str) -> Host:

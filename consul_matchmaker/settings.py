@@ -18,7 +18,8 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 from .errors import ConfigurationError
-from .model import Host
+from .model import Host, address_and_port
+from .texts import quoted
 
 ENVIRONMENT_PREFIX = "CONSUL_MATCHMAKER_"
 URL_VARIABLE = "CONSUL_MATCHMAKER_URL"
@@ -35,10 +36,13 @@ _YES = frozenset({"1", "t", "true", "yes", "on"})
 _NO = frozenset({"0", "f", "false", "no", "off"})
 
 
+_TOKEN_OF_CONSUL = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
+
+
 class _Refused(Exception):
     """Why a value cannot be taken; becomes a ConfigurationError that names the setting.
 
-    That error repeats the value unless told not to: it may hold a token.
+    That error repeats the value unless told not to, or unless it looks as if it held a token.
     """
 
     def __init__(self, why: str, *, repeats_value: bool = True) -> None:
@@ -113,7 +117,10 @@ def _items(value: Any) -> tuple[Any, ...]:
 
 def _agents(value: Any) -> tuple[Host | str, ...]:
     """Agents; a text without a port stays one until the mode, and with it the port, is known."""
-    agents = tuple(map(_agent, (value,) if isinstance(value, Host) else _items(value)))
+    try:
+        agents = tuple(map(_agent, (value,) if isinstance(value, Host) else _items(value)))
+    except _Refused as refused:  # never repeated: a comma in a token has cut it to pieces
+        raise _Refused(str(refused), repeats_value=False) from None
     if not agents:
         raise _Refused("must name at least one agent, as in 127.0.0.1:8500")
     return agents
@@ -125,20 +132,19 @@ def _agent(item: Any) -> Host | str:
             raise _Refused("must be agents as host:port")
         return item
     text = _text(item)
-    if "@" in text:  # not repeated: what stands before the @ may be a token
-        raise _Refused(
-            "must not hold a token or user: give the token as token or token_file",
-            repeats_value=False,
-        )
+    if "@" in text:
+        raise _Refused("must not hold a token or user: give the token as token or token_file")
+    if _TOKEN_OF_CONSUL.match(text.rpartition(":")[0] or text):
+        raise _Refused("must be agents as host:port: this is a token, which token takes")
     if "://" in text:
         raise _Refused("must be host:port without a scheme; for https set tls to true")
     if "/" in text:
         raise _Refused("must be host:port without a path")
     has_port = ":" in text and not text.endswith("]")
     try:
-        host = Host.parse(text if has_port else f"{text}:1")
-    except ConfigurationError as error:
-        raise _Refused(f"must be agents as host:port: {error}", repeats_value=False) from None
+        host = Host(*address_and_port(text if has_port else f"{text}:1"))
+    except ValueError as error:
+        raise _Refused(f"must be agents as host:port: {error}") from None
     return host if has_port else text
 
 
@@ -183,6 +189,12 @@ def _domain(value: Any) -> str:
     for label in domain.split("."):
         _label(label or " ")
     return domain
+
+
+def _token_path(value: Any) -> str:
+    if _TOKEN_OF_CONSUL.match(_text(value)):
+        raise _Refused("must be the file that holds the token, not the token itself")
+    return str(value)
 
 
 def _secret(value: Any) -> str:
@@ -326,7 +338,7 @@ class Settings:
         _secret, "Consul ACL token", None, secret=True, variables=("CONSUL_HTTP_TOKEN",)
     )
     token_file: str | None = _knob(
-        _text,
+        _token_path,
         "file that holds the token; read again when it changes",
         None,
         variables=("CONSUL_HTTP_TOKEN_FILE",),
@@ -444,7 +456,7 @@ class Settings:
             with contextlib.suppress(_Refused):
                 return _secret(token)
             reason = "holds no token" if not token.strip() else "must hold a token and nothing else"
-        raise ConfigurationError(f"token_file {self.token_file}: {reason}")
+        raise ConfigurationError(f"token_file {_shown_path(self.token_file)}: {reason}")
 
     def __repr__(self) -> str:
         shown = []
@@ -455,18 +467,26 @@ class Settings:
         return f"Settings({', '.join(shown)})"
 
 
+def _shown_path(path: str) -> str:
+    """A token given in the place of the file that holds it has no folder."""
+    return path if "/" in path else quoted(path)
+
+
 def _checked(knob: Any, value: Any, called: str) -> Any:
     """*value* as *knob* wants it; the ConfigurationError otherwise speaks of what is *called*."""
     try:
         return knob.metadata["parse"](value)
     except _Refused as refused:
         shown = refused.repeats_value and not knob.metadata.get("secret")
-        problem = f"{called} {refused}" + (f" (it is {value!r})" if shown else "")
+        problem = f"{called} {refused}" + (f" (it is {quoted(value)})" if shown else "")
     raise ConfigurationError(problem)
 
 
 def _with_port(agent: str, port: int) -> Host:
     return Host.parse(f"{agent}:{port}")
+
+
+_NAME = re.compile(r"[A-Za-z_]{1,40}\Z")
 
 
 def _refuse_unknown(names: Iterable[str], spelled: Callable[[str], str]) -> None:
@@ -480,7 +500,9 @@ def _refuse_unknown(names: Iterable[str], spelled: Callable[[str], str]) -> None
                 if near
                 else f"known are {', '.join(map(spelled, known))}"
             )
-            raise ConfigurationError(f"unknown {spelled(name)}: {hint}")
+            # Letters only: a token that came to the place of a name has more.
+            shown = spelled(name) if _NAME.match(str(name)) else "name"
+            raise ConfigurationError(f"unknown {shown}: {hint}")
 
 
 def _setting(name: str) -> str:

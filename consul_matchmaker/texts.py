@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
 SHOWN_LENGTH = 200
 """Of a foreign text in an error: enough for each of Consul's own."""
 _SHORTEST_PART = 4
 """Parts of a secret that are shorter tell nobody anything, and are in every text."""
+
+
+# What is between user and host, in a query, or long and made of what tokens are made of.
+_LIKE_A_TOKEN = re.compile(r"@|://|[?=&]|[A-Za-z0-9+/_~-]{16}")
+
+
+def quoted(value: object) -> str:
+    """*value* in quotes, for an error that repeats what somebody gave; unless that looks as if a
+    token had come to the wrong place."""
+    text = repr(value)
+    if _LIKE_A_TOKEN.search(text):
+        return "what was given (not shown: it may hold a token)"
+    return escaped_line(text[:SHOWN_LENGTH])
 
 
 def escaped(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import os
 import signal
@@ -11,12 +13,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 import pytest
 
 from consul_matchmaker import Matchmaker, Settings, __version__
 from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.cli import main
+from consul_matchmaker.errors import Unavailable
 from consul_matchmaker.model import Host, Instance
 
 KV, CATALOG = "consul+kv://", "consul+catalog://"
@@ -203,6 +207,82 @@ def test_sweep_is_for_consuls_keys(run: Run) -> None:
     code, out, err = run("sweep", "--url", KV)
     assert (code, out) == (2, "")
     assert "consul+kv" in err
+
+
+HOSTILE = "x\x1b[2J\x07\n6.6.6.6:22 \u202e\x85\\\ud800"
+"""Clears the screen, rings, makes a line of its own, has spaces, turns the text round."""
+
+
+@pytest.mark.finding("E13")
+@pytest.mark.parametrize("command", ["hosts", "topics", "explain", "sweep", "status"])
+def test_what_strangers_named_is_escaped(capsys: Captured, command: str) -> None:
+    """Nothing of it steers the terminal, makes a line, or is two words to a shell."""
+
+    class Hostile(Memory):
+        def topics(self) -> list[str]:
+            return [HOSTILE]
+
+        def orphans(self) -> dict[str, str]:
+            return {HOSTILE: "not a key of ours, left alone"}
+
+        def sweep(self) -> list[str]:
+            return []
+
+    memory = Hostile()
+    memory.declare(HOSTILE, [Instance(Host.opaque(HOSTILE), HOSTILE)])
+    run = Run(memory, capsys)
+    argv = [command, HOSTILE] if command in ("hosts", "explain") else [command]
+    code, out, err = run(*argv, "--url", KV)
+    assert code == 0
+    assert all(line.isprintable() for line in [*out.splitlines(), *err.splitlines()])
+    assert not any(line.startswith("6.6.6.6") for line in out.split("\n"))
+    if command in ("hosts", "topics"):
+        word = r"x\x1b[2J\x07\n6.6.6.6:22\x20\u202e\x85\\\ud800"
+        assert out == word + "\n"
+        assert word.encode("ascii").decode("unicode_escape") == HOSTILE  # nothing is lost
+    code, out, _ = run(*argv, "--url", KV, "-o", "json")
+    assert (code, out.count("\n"), out.isascii()) == (0, 1, True)
+    assert json.loads(out)
+
+
+@pytest.mark.finding("E13")
+def test_an_errors_text_is_escaped(run: Run, memory: Memory) -> None:
+    """What an agent said is as much anybody's as what is named in Consul."""
+
+    def lookup(*args: object, **kwargs: object) -> NoReturn:
+        raise Unavailable(f"the agent said {HOSTILE}")
+
+    memory.lookup = lookup  # type: ignore[method-assign]
+    for argv in (["hosts", "a"], ["explain", "a"], ["-vv", "hosts", "a"], ["hosts", HOSTILE]):
+        _, out, err = run(*argv, "--url", KV)
+        assert all(line.isprintable() for line in [*out.splitlines(), *err.splitlines()])
+        assert "\n6.6.6.6" not in out + err
+
+
+@pytest.mark.finding("E13")
+def test_a_stdout_that_is_not_utf8_makes_no_traceback(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it cannot say is escaped."""
+    memory.declare("ü", [Host.opaque("знак")])
+    written = io.BytesIO()
+    with io.TextIOWrapper(written, encoding="ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        make = functools.partial(Matchmaker, backend=memory)
+        assert main(["hosts", "ü", "--url", KV], make_matchmaker=make) == 0
+        assert written.getvalue() == rb"\u0437\u043d\u0430\u043a" + b"\n"
+
+
+def test_a_registration_that_nobody_can_reach_is_warned_of(
+    memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is made all the same: on one machine loopback is enough."""
+    with Matchmaker(Settings(mode="kv"), backend=memory) as matchmaker:
+        for host in ("0.0.0.0:1", "127.0.0.1:1", "localhost:1", "[::]:1", "10.0.0.5:1"):
+            matchmaker.register("scheduler", host)
+    warned = [each.getMessage() for each in caplog.records if "registering" in each.getMessage()]
+    assert len(warned) == 4
+    assert "0.0.0.0" in warned[0]
 
 
 def test_status_says_whether_consul_answers(run: Run, memory: Memory) -> None:

@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consul_matchmaker.errors import ConfigurationError, InvalidTopic
-from consul_matchmaker.model import Held, Host, Instance, Registration, Snapshot, checked_topic
+from consul_matchmaker.model import (
+    Held,
+    Host,
+    Instance,
+    Registration,
+    Snapshot,
+    checked_topic,
+    warning_of,
+)
 
 from .doubles import DEADLINE_SECONDS, in_thread
 
@@ -57,10 +65,17 @@ def test_a_host_is_read_and_printed(text: str, address: str, port: int) -> None:
 
 @pytest.mark.parametrize("text", BAD_HOSTS)
 def test_a_typing_error_is_never_taken_for_a_host(text: str) -> None:
-    """Anything else is refused, and the message repeats it."""
+    """Anything else is refused, and the message repeats it where it cannot be a token."""
     with pytest.raises(ConfigurationError) as caught:
         Host.parse(text)
-    assert repr(text) in str(caught.value)
+    may_be_a_token = "@" in text or "://" in text or len(text) > 20
+    assert (repr(text) in str(caught.value)) is not may_be_a_token
+
+
+def test_a_scheme_is_told_to_be_left_out() -> None:
+    """It is no IPv6 address without brackets."""
+    with pytest.raises(ConfigurationError, match="without a scheme"):
+        Host.parse("tcp://10.0.0.5:9501")
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "99999999999999999999"])
@@ -109,6 +124,30 @@ def test_one_ipv6_address_is_one_host() -> None:
     assert Host.parse("[2001:DB8::A]:1") == Host.parse("[2001:db8::a]:1")
 
 
+@pytest.mark.finding("E12")
+@pytest.mark.parametrize("address", ["::ffff:10.0.0.5", "::FFFF:a00:5", "0:0:0:0:0:ffff:0a00:0005"])
+@pytest.mark.parametrize("zone", ["", "%eth0"])
+def test_an_ipv4_mapped_address_has_one_spelling(address: str, zone: str) -> None:
+    """That of RFC 5952, whatever the Python: before 3.13 it prints ::ffff:a00:5 by itself."""
+    host = Host.parse(f"[{address}{zone}]:9501")
+    assert str(host) == f"[::ffff:10.0.0.5{zone}]:9501"
+    assert Host.parse(str(host)) == host
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        *((each, "nobody") for each in ("0.0.0.0:1", "[::]:1", "[::ffff:0.0.0.0]:1")),
+        *((each, "his own") for each in ("127.0.0.1:1", "[::1]:1", "LocalHost.:1")),
+        *((each, None) for each in ("10.0.0.5:1", "[fe80::1%eth0]:1", "node7:1", "localhost7:1")),
+    ],
+)
+def test_an_address_that_leads_others_nowhere_is_warned_of(address: str, words: str | None) -> None:
+    """Loopback leads everybody to himself, and the unspecified address nobody anywhere."""
+    found = warning_of(Host.parse(address))
+    assert found is None if words is None else words in (found or "")
+
+
 @given(st.text())
 def test_no_text_breaks_the_parser(text: str) -> None:
     """Every text is a host that prints as itself or as a canonical form, or is refused."""
@@ -124,8 +163,10 @@ def test_every_address_and_port_round_trips(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int
 ) -> None:
     """str and parse are each other's inverse for every IP address."""
-    host = Host(str(address), port)
+    text = f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+    host = Host.parse(text)
     assert Host.parse(str(host)) == host
+    assert ipaddress.ip_address(host.address) == address
 
 
 @given(st.text(min_size=1))

@@ -26,8 +26,14 @@ LEASE_ID = "0f8e2ab4-1c9d-4e6f-8a7b-112233445566"
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
 servers = st.none() | texts
 ports = st.integers(1, 65535)
+
+
+def _host_at(address: object, port: int) -> Host:
+    return Host.parse(f"[{address}]:{port}" if ":" in str(address) else f"{address}:{port}")
+
+
 hosts = st.one_of(
-    st.builds(lambda ip, port: Host(str(ip), port), st.ip_addresses(), ports),
+    st.builds(_host_at, st.ip_addresses(), ports),
     st.builds(Host, st.from_regex(r"\A[a-z]([a-z0-9-]{0,20}[a-z0-9])?(\.[a-z]{2,5})?\Z"), ports),
     texts.map(Host.opaque),
 )

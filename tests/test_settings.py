@@ -337,7 +337,13 @@ def test_a_url_says_it_all() -> None:
 
 TEXT = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1)
 PORT = st.integers(1, 65535)
-HOST = st.builds(lambda address, port: Host(str(address), port), st.ip_addresses(), PORT)
+HOST = st.builds(
+    lambda address, port: Host.parse(
+        f"[{address}]:{port}" if ":" in str(address) else f"{address}:{port}"
+    ),
+    st.ip_addresses(),
+    PORT,
+)
 
 
 @given(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ipaddress
 import itertools
 import logging
 import math
@@ -25,7 +24,7 @@ import dns.name
 
 from ..backoff import Backoff
 from ..errors import ConfigurationError, InvalidTopic, TimedOut, Unavailable
-from ..model import Host, Instance, Snapshot
+from ..model import Host, Instance, Snapshot, ipv6_text
 from ..naming import SERVICE_LABEL, is_translated, service_of, shard_tag
 from ..settings import Settings
 from ..srv_coverage import MAX_ANSWERS, TCP_LIMIT, is_covered, may_be_cut
@@ -803,7 +802,7 @@ def _printed(addresses: Mapping[str, set[bytes]], target: str) -> list[str] | No
 
 
 def _address(packed: bytes) -> str:
-    return ".".join(map(str, packed)) if len(packed) == 4 else str(ipaddress.IPv6Address(packed))
+    return ".".join(map(str, packed)) if len(packed) == 4 else ipv6_text(packed)
 
 
 def _node(target: str) -> str | None:
