@@ -1,7 +1,8 @@
-"""Serve both of oslo.messaging's matchmaker APIs under the one entry-point name ``consul``."""
+"""What entry points name: oslo.messaging's matchmaker ``consul``, and the proxy command."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 
@@ -15,3 +16,14 @@ def matchmaker(*args: Any, **kwargs: Any) -> Any:
     from .matchmaker_consul import MatchMakerConsul
 
     return MatchMakerConsul()
+
+
+def proxy() -> int | None:
+    """The command ``consul-matchmaker-zmq-proxy``; 1, and one line, where the extra is missing."""
+    try:
+        from .oslo_driver import run_proxy
+    except ImportError as error:
+        print(f"consul-matchmaker-zmq-proxy: {error}", file=sys.stderr)
+        return 1
+    run_proxy()
+    return None

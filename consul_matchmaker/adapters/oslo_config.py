@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from oslo_config import cfg
-
 from ..errors import ConfigurationError
 from ..settings import ENVIRONMENT_PREFIX, URL_VARIABLE, Settings
+from .extras import extra
+
+with extra("oslo"):
+    from oslo_config import cfg
 
 GROUP = "matchmaker_consul"
 DEFAULT_MODE = "kv"  # oslo.messaging's servers register themselves

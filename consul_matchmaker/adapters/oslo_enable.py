@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .extras import extra
 from .oslo_config import options
 from .oslo_names import DIRECT
 
@@ -28,7 +29,7 @@ def enable() -> None:
     """
     if _undo:
         return
-    with upstream_imports():
+    with extra("oslo"), upstream_imports():
         from oslo_messaging._drivers import impl_zmq
 
         try:

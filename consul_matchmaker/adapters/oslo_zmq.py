@@ -11,15 +11,15 @@ import logging
 import random
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
-
-from oslo_config import cfg
+from typing import Any, NoReturn, TypeVar
 
 from .. import Host, Matchmaker, Registration, Settings
 from ..errors import Closed, MatchmakerError, NoLiveHosts
 from ..worker import call_within, forget_in_child
+from .extras import extra
 from .oslo_config import read_settings
 from .oslo_enable import disable, enable
 from .oslo_names import (
@@ -35,6 +35,9 @@ from .oslo_names import (
     server_of,
     topic_of,
 )
+
+with extra("oslo"):
+    from oslo_config import cfg
 
 __all__ = ["MatchmakerConsul", "disable", "enable"]
 
@@ -77,6 +80,7 @@ class MatchmakerConsul:
         with contextlib.suppress(cfg.NoSuchOptError, cfg.NoSuchGroupError):
             seconds = max(1, round(settings.ttl_seconds))
             conf.set_default("zmq_target_update", seconds, group="oslo_messaging_zmq")
+        self._max_targets = settings.max_topics
         self._crash_seconds = 2 * settings.session_ttl_seconds  # fact B1
         self._make_clean()
         forget_in_child(self)
@@ -85,9 +89,10 @@ class MatchmakerConsul:
         self._lock = threading.Lock()
         self._held: dict[Registration, _Held] = {}
         self._ended: dict[Registration, _Ended] = {}
-        self._known: dict[Where, _Answer] = {}
-        self._keys: dict[str, Where] = {}
-        self._asked_before: set[Where] = set()  # by `ask_before_send`
+        # Targets come and go (a reply queue a process): as many are remembered as topics are.
+        self._known: OrderedDict[Where, _Answer] = OrderedDict()
+        self._keys: OrderedDict[str, Where] = OrderedDict()
+        self._asked_before: OrderedDict[Where, None] = OrderedDict()  # by `ask_before_send`
         self._told_expire = False
 
     def forget(self) -> None:
@@ -193,7 +198,7 @@ class MatchmakerConsul:
         for one, so that asking and waiting there would delay messages to other topics.
         """
         where = self._where(target, listener_type)
-        self._asked_before.add(where)
+        _remember(self._asked_before, where, None, self._max_targets)
         with contextlib.suppress(_unavailable()):  # the send itself will meet it again
             if not wait or where in self._known:
                 self._lookup(where)
@@ -235,7 +240,7 @@ class MatchmakerConsul:
 
     def _where(self, target: Any, listener_type: str) -> Where:
         where = topic_of(target.topic, listener_type), server_of(target)
-        self._keys[key_of(target, listener_type)] = where
+        _remember(self._keys, key_of(target, listener_type), where, self._max_targets)
         return where
 
     def _at_hand(self, where: Where) -> _Answer | None:
@@ -285,7 +290,7 @@ class MatchmakerConsul:
         else:
             found = _Answer(hosts, [name_of(host) for host in hosts])
         if hosts:
-            self._known[where] = found
+            _remember(self._known, where, found, self._max_targets)
         return found
 
     def _register(self, wanted: Registration, expire: float) -> None:
@@ -346,6 +351,18 @@ def _shared(settings: Settings) -> Matchmaker:
     values = [getattr(settings, knob.name) for knob in fields(settings)]
     # setdefault is atomic in CPython; what a second caller made for nothing has opened nothing.
     return _matchmakers.setdefault(repr(values), Matchmaker(settings))
+
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def _remember(table: OrderedDict[Key, Value], key: Key, value: Value, most: int) -> None:
+    """Put it into *table*, from which the oldest goes when there are more than *most*."""
+    table[key] = value
+    if len(table) > most:
+        with contextlib.suppress(KeyError):  # another thread took it out
+            table.popitem(last=False)
 
 
 @dataclass(frozen=True)

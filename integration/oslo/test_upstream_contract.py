@@ -47,6 +47,22 @@ def memory() -> Memory:
     return Memory()
 
 
+@pytest.mark.finding("C12")
+def test_targets_that_were_are_forgotten(conf: cfg.ConfigOpts, memory: Memory) -> None:
+    """As many are remembered as topics are, however many there were."""
+    conf.set_override("max_topics", 20, "matchmaker_consul")
+    ours = oslo_zmq.MatchmakerConsul(
+        conf, matchmaker=Matchmaker(Settings(mode="kv", max_topics=20), backend=memory)
+    )
+    for number in range(100):
+        target = oslo_messaging.Target(topic=f"reply_{number}", server=f"s{number}")
+        memory.declare(f"DEALER/reply_{number}", [ONE])
+        ours.ask_before_send(target, "DEALER", timeout_seconds=1, wait=False)
+        ours.get_hosts(target, "DEALER")
+    tables = [ours._known, ours._keys, ours._asked_before]
+    assert [len(table) for table in tables if len(table) > 20] == []
+
+
 class Hanging(Memory):
     """Takes every question and answers none."""
 

@@ -1,0 +1,46 @@
+"""An adapter whose package is not installed says what to install."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.system
+
+WITHOUT = """
+import sys
+for name in ("oslo_config", "oslo_messaging", "prometheus_client"):
+    sys.modules[name] = None  # as if it were not installed
+"""
+
+
+def run(code: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT + code], capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("oslo_zmq", "oslo"),
+        ("oslo_config", "oslo"),
+        ("oslo_driver", "oslo"),
+        ("prometheus", "metrics"),
+    ],
+)
+def test_an_adapter_names_the_extra_that_it_needs(module: str, extra: str) -> None:
+    """Its ImportError ends with the command that cures it."""
+    code, said = run(f"import consul_matchmaker.adapters.{module}")
+    assert code == 1
+    assert f"consul-matchmaker[{extra}]" in said.splitlines()[-1]
+
+
+def test_the_proxy_command_names_the_extra_in_one_line() -> None:
+    """Without a traceback."""
+    code, said = run("from consul_matchmaker.adapters.entry_point import proxy; sys.exit(proxy())")
+    assert (code, said.count("\n")) == (1, 1)
+    assert "consul-matchmaker[oslo]" in said
