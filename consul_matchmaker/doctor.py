@@ -86,7 +86,12 @@ def _of_domain(
     if isinstance(reply, str):
         return Finding("fail", what, f"no answer any more ({reply}): try again")
     if reply.records:
-        return Finding("ok", what, f"lists {len(reply.records)} Consul servers")
+        # Any server answers, also one without a leader (fact A9).
+        text = (
+            f"lists {len(reply.records)} Consul servers; DNS cannot tell whether they have a "
+            "leader: `doctor` with a consul+kv:// URL of this agent can"
+        )
+        return Finding("ok", what, text)
     if reply.rcode == SERVFAIL:
         text = "SERVFAIL: Consul has no leader, or cannot reach it: see `consul members`"
         return Finding("fail", what, text)

@@ -3,13 +3,14 @@
 import os
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from consul_matchmaker import Matchmaker
+from consul_matchmaker import Matchmaker, Registration
 from consul_matchmaker.demo.consul_probe import Node
 from integration.cluster import Cluster, ask, keys
 from integration.registering_process import RegisteringProcess
@@ -27,6 +28,7 @@ SERVICE = "consul-matchmaker"
 CHECK_SECONDS = 1.5  # design, section 7: crash seen by every reader with liveness=check
 STAGGER_SECONDS = 3.0  # how late an agent reports its checks after servers joined (Consul's rule)
 BEAT_SECONDS = 2.0  # promised by the application; a machine may stop for a second between two
+SLOW_LISTENER_SECONDS = 3.0  # the check's TTL is 1 s
 CRASHES = 5  # more of them, and every liveness, in `python -m integration.bench kv`
 
 
@@ -130,6 +132,31 @@ def test_a_longer_check_ttl_outlives_an_election(
     until(lambda: owner.status()["keeper"]["state"] == "HELD", 10, "renewed")  # type: ignore[index]
     assert lease_of(owner) == lease
     assert owner.status()["keeper"]["counts"]["lost"] == 0  # type: ignore[index]
+
+
+@pytest.mark.finding("B4")
+@pytest.mark.xfail(strict=True, reason="B4: mended by the rebuild, where a thread only beats")
+def test_a_slow_listener_costs_no_registration(
+    join: Callable[..., Matchmaker], agent: Node, prefix: str
+) -> None:
+    """While the application's own `on_change` takes three times the check's TTL, beats go on."""
+    entered, may_return = threading.Event(), threading.Event()
+
+    def slow(registration: Registration, change: str) -> None:
+        entered.set()
+        may_return.wait(SLOW_LISTENER_SECONDS)
+
+    owner = join()
+    owner.register("scheduler", "10.0.0.1:9501", on_change=slow)
+    assert entered.wait(5)
+    (key,) = keys(agent, prefix)
+    try:
+        began = time.monotonic()
+        while time.monotonic() - began < SLOW_LISTENER_SECONDS:
+            assert keys(agent, prefix) == [key]
+            time.sleep(0.1)
+    finally:
+        may_return.set()
 
 
 @pytest.mark.parametrize("graceful", [False, True], ids=["killed", "left"])
