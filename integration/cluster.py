@@ -129,7 +129,7 @@ def _answered(
     return status, text
 
 
-def _join_again(cluster: Cluster, name: str) -> None:
+def join_again(cluster: Cluster, name: str) -> None:
     """Have another node look for *name* now: by itself gossip may take 30 s to try again."""
     address = cluster.nodes[name].rpc.rpartition(":")[0]
     for node in cluster.nodes.values():
@@ -201,14 +201,14 @@ class LocalTestCluster(LocalCluster):
     def heal(self, name: str) -> None:
         if name in self._cut_off:
             self._cut_off.pop(name).remove()
-            _join_again(self, name)
+            join_again(self, name)
 
     def mend(self) -> None:
         for name in self.nodes:
             self.heal(name)
             if name in self._paused:
                 self.resume(name)
-                _join_again(self, name)
+                join_again(self, name)
             self.start(name)
         self.wait_ready()
         self.is_disturbed = False
@@ -430,7 +430,7 @@ class DockerCluster:
             container = self._containers[name]
             _docker("network", "connect", "--ip", address, self._network, container)
             self._cut_off.discard(name)
-            _join_again(self, name)
+            join_again(self, name)
 
     def add_agent(self, name: str, config: Mapping[str, Any] | None = None) -> Node:
         if name in self._nodes:
@@ -461,7 +461,7 @@ class DockerCluster:
             self.heal(name)
             if state == "paused":
                 self.resume(name)
-                _join_again(self, name)
+                join_again(self, name)
             elif state != "running":
                 self.start(name)
         self.wait_ready()

@@ -12,7 +12,7 @@ from typing import ClassVar
 from consul_matchmaker.demo.consul_probe import Node, NotReady, request
 from consul_matchmaker.demo.local_consul import ClusterError
 from consul_matchmaker.naming import Key
-from integration.cluster import Cluster, keys, tell
+from integration.cluster import Cluster, join_again, keys, tell
 
 from .bounds import LATE_INVALIDATIONS, MACHINE_SECONDS
 from .ledger import Ledger
@@ -22,6 +22,8 @@ from .schedule import SERVICES, Event
 Note = Callable[[str], None]
 CATALOG_PORT = 9000
 WRITE_ATTEMPTS = 5
+RESUMED_SECONDS = 1.0
+"""From the first frozen server that goes on to the last: two signals, or two docker commands."""
 
 
 class Hand(threading.Thread):
@@ -108,14 +110,16 @@ class ClusterFaults:
                 with contextlib.suppress(ClusterError):  # it is known later, when all is ready
                     self._ledger.disturbed("no leader", begun_at, self._new_leader())
         self._stopping.wait(max(0.0, begun_at + event.hold - time.monotonic()))
-        self._bring_back([name], paused=event.kind == "pause")
-        if name in self._servers():
-            self._ledger.disturbed("server back", begun_at, time.monotonic())
-            if event.kind == "pause":
-                self._ledger.disturbed("server paused", begun_at, time.monotonic())
-        else:
-            kind = f"agent {self.ENDED[event.kind]}"
-            self._ledger.disturbed(kind, begun_at, time.monotonic(), name)
+        try:
+            self._bring_back([name], paused=event.kind == "pause")
+        finally:  # a cluster that is not ready in time is one fault, not many
+            if name in self._servers():
+                self._ledger.disturbed("server back", begun_at, time.monotonic())
+                if event.kind == "pause":
+                    self._ledger.disturbed("server paused", begun_at, time.monotonic())
+            else:
+                kind = f"agent {self.ENDED[event.kind]}"
+                self._ledger.disturbed(kind, begun_at, time.monotonic(), name)
 
     def _lose_quorum(self, event: Event) -> None:
         leader = self._cluster.leader()
@@ -127,23 +131,28 @@ class ClusterFaults:
                 self._cluster.pause(name)
             self._stopping.wait(event.hold)
             going_on_at = time.monotonic()
-            back_at = self._bring_back(frozen, paused=True)
-        for kind in ("no leader", "server back"):
-            self._ledger.disturbed(kind, begun_at, time.monotonic())
-        for seconds in LATE_INVALIDATIONS:
-            self._ledger.disturbed(
-                "late invalidation", going_on_at + seconds, back_at + seconds + MACHINE_SECONDS
-            )
+            try:
+                self._bring_back(frozen, paused=True)
+            finally:
+                for kind in ("no leader", "server back"):
+                    self._ledger.disturbed(kind, begun_at, time.monotonic())
+                for seconds in LATE_INVALIDATIONS:
+                    self._ledger.disturbed(
+                        "late invalidation",
+                        going_on_at + seconds,
+                        going_on_at + seconds + RESUMED_SECONDS + MACHINE_SECONDS,
+                    )
 
-    def _bring_back(self, names: Sequence[str], *, paused: bool) -> float:
-        """Return when all of them ran again; then wait until the whole cluster is ready."""
+    def _bring_back(self, names: Sequence[str], *, paused: bool) -> None:
+        """Until the whole cluster is ready."""
         self._note(f"{'resume' if paused else 'start'} {' and '.join(names)}")
         for name in names:
             (self._cluster.resume if paused else self._cluster.start)(name)
-        back_at = time.monotonic()
+        if paused:  # the others took them for dead
+            for name in names:
+                join_again(self._cluster, name)
         self._cluster.wait_ready()
         self._note("the cluster is ready")
-        return back_at
 
     def _servers(self) -> list[str]:
         return [name for name, node in self._cluster.nodes.items() if node.is_server]
