@@ -211,7 +211,6 @@ class Reconciler:
     """
 
     def __init__(self, ttl_seconds: float, jitter: Callable[[], float]) -> None:
-        self._ttl_seconds = ttl_seconds
         self._jitter = jitter
         # Never longer than a renewal interval: then everything is back within one after an outage.
         self._backoff = Backoff(FIRST_RETRY_SECONDS, ttl_seconds / RENEWALS_PER_TTL, jitter)

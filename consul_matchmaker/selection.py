@@ -13,6 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from .backoff import Backoff
 from .model import Host, Instance, Snapshot
@@ -144,14 +145,12 @@ class Quarantine:
             self._records.pop(topic, None)
 
 
+@dataclass(slots=True)
 class _Record:
-    __slots__ = ("rejections", "seconds", "trial_until", "until")
-
-    def __init__(self) -> None:
-        self.rejections = 0
-        self.seconds = 0.0
-        self.until = -math.inf  # quarantined until
-        self.trial_until: float | None = None  # one caller tries it, the others wait until then
+    rejections: int = 0
+    seconds: float = 0.0
+    until: float = -math.inf  # quarantined until
+    trial_until: float | None = None  # one caller tries it, the others wait until then
 
     def is_avoided(self, now: float) -> bool:
         return now < self.until or (self.trial_until is not None and now < self.trial_until)

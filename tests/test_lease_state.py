@@ -48,6 +48,7 @@ class Consul:
         self.count = 0
         self.answer = "yes"  # yes | silent | deaf | denied | denies publishing
         self.late: list[Callable[[], Outcome]] = []  # arrives after the caller gave up
+        self.unchecked: set[Registration] = set()  # a renewal finds nothing out about them
 
     def carry_out(self, call: Call) -> Outcome:
         if self.answer == "fails renewing" and isinstance(call, Renew):
@@ -87,7 +88,7 @@ class Consul:
             return None
         if self.answer == "checks nothing":
             return Held.in_part((), held)
-        return set(held)
+        return Held.in_part(held - self.unchecked, self.unchecked)
 
     @property
     def visible(self) -> set[Registration]:
@@ -1179,13 +1180,27 @@ def test_changes_go_on_while_the_lease_is_only_suspected(held: Play) -> None:
 
 
 @pytest.mark.finding("E3")
-def test_the_last_one_unregistered_leaves_a_suspected_lease_soon(held: Play) -> None:
-    """Its release does not wait for the next retry of the renewal."""
-    held.consul.answer = "fails renewing"
-    held.run_for(TTL)
-    held.unwant(A, B)
-    held.run_for(ASKED_RENEWAL_SECONDS)
-    assert held.consul.visible == set()
+def test_the_last_one_unregistered_leaves_a_suspected_lease_soon() -> None:
+    """Its release does not wait for the next retry of the renewal, which is as late as it was
+    while another registration is wanted."""
+    play = Play(jitter=lambda: 0.9)
+    play.want(A, B)
+    play.run()
+    play.consul.answer = "fails renewing"
+    while play.state is not State.SUSPECT or retry_seconds(play) < 2 * ASKED_RENEWAL_SECONDS:
+        play.run_for(0.1)
+    pause = retry_seconds(play)
+    play.unwant(A)
+    assert retry_seconds(play) == pause
+    play.unwant(B)
+    play.run_for(ASKED_RENEWAL_SECONDS)
+    assert play.consul.visible == set()
+
+
+def retry_seconds(play: Play) -> float:
+    seconds = play.reconciler.seconds_to_renewal(play.now)
+    assert seconds is not None
+    return seconds
 
 
 @pytest.mark.finding("E3")
@@ -1218,6 +1233,46 @@ def test_a_renewal_that_checked_nothing_changes_nothing(held: Play) -> None:
     assert held.consul.visible == {A, C}
     assert held.take_notes() == [Kind.WITHDRAWN, Kind.PUBLISHED]
     assert held.reconciler.is_published(A)
+
+
+def test_an_unanswered_publish_that_consul_holds_is_no_trouble_any_more(held: Play) -> None:
+    """The renewal after it tells; one that could not look for it leaves it in doubt."""
+    held.want(C)
+    held.consul.unchecked = {C}
+    held.consul.answer = "deaf"
+    held.step()
+    held.consul.answer = "yes"
+    assert isinstance(held.step(), Renew)
+    assert held.reconciler.error_of(C) is not None
+    held.consul.unchecked = set()
+    held.reconciler.ask_renewal(held.now)
+    held.now += ASKED_RENEWAL_SECONDS
+    while not isinstance(held.step(), Renew):
+        pass
+    assert held.reconciler.error_of(C) is None
+    assert held.consul.visible == {A, B, C}
+
+
+def test_what_could_not_be_looked_for_is_not_withdrawn_for_that(held: Play) -> None:
+    """A renewal also looks for what was withdrawn a moment ago."""
+    held.consul.unchecked = {C}
+    held.run_for(INTERVAL)
+    assert held.take_calls() == ["Renew"]
+
+
+def test_a_repair_waits_for_what_was_wanted_again_meanwhile(held: Play) -> None:
+    """It is over when all that is wanted of it is published, however the wish came and went."""
+    held.consul.leases.clear()
+    held.consul.answer = "denies publishing"
+    held.run_for(INTERVAL + 0.1)
+    assert Kind.LOST in held.take_notes()
+    held.unwant(A)
+    held.want(A)
+    held.consul.answer = "yes"
+    while Kind.REPAIRED not in held.take_notes():
+        held.now += 0.1
+        held.step()
+    assert held.consul.visible == {A, B}
 
 
 # --- many of them

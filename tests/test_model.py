@@ -19,6 +19,7 @@ from consul_matchmaker.model import (
     Instance,
     Registration,
     Snapshot,
+    address_and_port,
     checked_topic,
     warning_of,
 )
@@ -76,6 +77,13 @@ def test_a_scheme_is_told_to_be_left_out() -> None:
     """It is no IPv6 address without brackets."""
     with pytest.raises(ConfigurationError, match="without a scheme"):
         Host.parse("tcp://10.0.0.5:9501")
+
+
+def test_no_port_is_above_65535() -> None:
+    """Wherever an address and a port are read, also where no Host is made of them."""
+    assert address_and_port("10.0.0.5:65535") == ("10.0.0.5", 65535)
+    with pytest.raises(ValueError, match="from 1 to 65535"):
+        address_and_port("10.0.0.5:65536")
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "99999999999999999999"])
@@ -139,7 +147,7 @@ def test_an_ipv4_mapped_address_has_one_spelling(address: str, zone: str) -> Non
     [
         *((each, "nobody") for each in ("0.0.0.0:1", "[::]:1", "[::ffff:0.0.0.0]:1")),
         *((each, "his own") for each in ("127.0.0.1:1", "[::1]:1", "LocalHost.:1")),
-        *((each, None) for each in ("10.0.0.5:1", "[fe80::1%eth0]:1", "node7:1", "localhost7:1")),
+        *((each, None) for each in ("10.0.0.5:1", "[fe80::1%eth0]:1", "node7:1", "localhostX:1")),
     ],
 )
 def test_an_address_that_leads_others_nowhere_is_warned_of(address: str, words: str | None) -> None:
