@@ -17,11 +17,11 @@ SHORT_LEASES = {"session_ttl_min": "2s"}
 
 
 @contextlib.contextmanager
-def guarded_cluster(clients: int = 0) -> Iterator[LocalCluster]:
-    """One server and so many client agents, as local processes."""
+def guarded_cluster(clients: int = 0, **rules: object) -> Iterator[LocalCluster]:
+    """One server and so many client agents, as local processes; *rules* are more words of `acl`."""
     name = "initial_management" if consul_version(find_consul()) >= (1, 11) else "master"
     tokens = {name: MANAGEMENT, "agent": MANAGEMENT}
-    acl = {"enabled": True, "default_policy": "deny", "tokens": tokens}
+    acl = {"enabled": True, "default_policy": "deny", "tokens": tokens, **rules}
     with LocalCluster(1, clients, config={"acl": acl, **SHORT_LEASES}, token=MANAGEMENT) as cluster:
         yield cluster
 

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
+from consul_matchmaker import Matchmaker
 from consul_matchmaker.backends.agent import Agent
 from consul_matchmaker.backends.kv import NOT_OURS, Kv
 from consul_matchmaker.demo.consul_probe import Node
-from consul_matchmaker.errors import LeaseLost, TimedOut, Unavailable
+from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Registration, Snapshot
 from consul_matchmaker.naming import SENTINEL, Key
 from consul_matchmaker.settings import Settings
 from consul_matchmaker.watcher import Watcher
+from integration.access_rules import guarded_cluster, new_token
 from integration.cluster import Cluster, ask, tell
 from tests.contract import ONE, TWO, RegistrarContract, eventually
 
@@ -555,3 +557,20 @@ def test_what_people_see_in_the_ui(kv: Kv, agent: Node, prefix: str, topic: str)
     text = Key.of(registration, lease.id).under(prefix)
     assert ask(agent, f"/v1/kv/{text}?raw")["server"] == "node7"
     kv.release(lease)
+
+
+@pytest.mark.finding("D13")
+def test_where_the_servers_ask_for_list_a_reader_needs_it() -> None:
+    """With `acl.enable_key_list_policy` a token that may only read is refused, which is not taken
+    for a topic without hosts; one that may list looks up, as docs/kv-mode.md says."""
+    with guarded_cluster(enable_key_list_policy=True) as cluster:
+        node = cluster.nodes["server1"]
+        with _reader(node, "read") as reader, pytest.raises(Denied):
+            reader.hosts("scheduler")
+        with _reader(node, "list") as reader:
+            assert list(reader.hosts("scheduler")) == []
+
+
+def _reader(node: Node, policy: str) -> Matchmaker:
+    _, token = new_token(node, f'key_prefix "listed/" {{ policy = "{policy}" }}')
+    return Matchmaker.from_url(f"consul+kv://:{token}@{node.http}/listed?watch=no")

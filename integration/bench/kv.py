@@ -33,6 +33,7 @@ from integration.crowd import Crowd
 
 TTL = 10.0
 INTERVAL = TTL / 3  # of renewals
+EXCHANGE = 1.5  # design, section 7: at most so many bare exchanges for a call
 SLACK = 1.0  # three answers in turn, where two cores play Consul and a thousand clients
 
 
@@ -156,6 +157,36 @@ def bare_exchange(node: Node) -> float:
 
 
 # -- at rest ---------------------------------------------------------------------------------------
+
+
+def exchange(cluster: LocalCluster, rounds: int) -> bool:
+    """One uncached call of Consul's HTTP API, beside the same exchange over `http.client`."""
+    node = cluster.nodes["agent1"]
+    address, path = Host.parse(node.http), "/v1/agent/services"  # the agent answers it by itself
+    connection = http.client.HTTPConnection(address.address, address.port)
+    agent = Agent(Settings.from_url(f"consul+kv://{node.http}"))
+
+    def bare() -> None:
+        connection.request("GET", path, headers={"Accept": "application/json"})
+        connection.getresponse().read()
+
+    ways = {"http.client": bare, "ours": lambda: agent.call("GET", path)}
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(rounds + 1):
+        for way, call in ways.items():
+            began = time.perf_counter()
+            call()
+            if number:  # the first one connects
+                times[way].append(time.perf_counter() - began)
+    agent.close()
+    connection.close()
+    medians = {way: statistics.median(each) for way, each in times.items()}
+    ratio = medians["ours"] / medians["http.client"]
+    print(
+        f"\none call of the HTTP API, {rounds} in turn: ours {1e6 * medians['ours']:.0f} us, "
+        f"http.client {1e6 * medians['http.client']:.0f} us: {ratio:.2f} x (bound {EXCHANGE:g})"
+    )
+    return ratio <= EXCHANGE
 
 
 def raft_index(cluster: LocalCluster) -> int:
@@ -340,6 +371,7 @@ def churn(cluster: LocalCluster, n: int, per_second: float, seconds: float) -> b
 
 
 def parts(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[LocalCluster], bool]]]:
+    yield "exchange", lambda cluster: exchange(cluster, arguments.rounds)
     yield "crash", lambda cluster: crash(cluster, arguments.crashes)
     yield "seen", lambda cluster: seen(cluster, arguments.rounds)
     yield "rest", lambda cluster: rest(cluster, 100, arguments.seconds)
@@ -349,9 +381,9 @@ def parts(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[LocalC
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m integration.bench kv", description=__doc__)
-    parser.add_argument("only", nargs="*", help="crash, seen, rest, herd, churn; default all")
+    parser.add_argument("only", nargs="*", help="exchange, crash, seen, rest, herd, churn; all")
     parser.add_argument("--crashes", type=int, default=20, help="processes killed a liveness")
-    parser.add_argument("--rounds", type=int, default=500, help="registrations timed")
+    parser.add_argument("--rounds", type=int, default=500, help="registrations, and calls, timed")
     parser.add_argument("--leases", type=int, default=1_000, help="of the herd")
     parser.add_argument("--seconds", type=float, default=60.0, help="at rest, and away")
     arguments = parser.parse_args(argv)
