@@ -219,6 +219,7 @@ def _watch_or_none(mm: Matchmaker) -> Iterator[Snapshot] | None:
 # -- registering
 
 
+@pytest.mark.system
 def test_register_and_unregister(mm: Matchmaker, other: Matchmaker) -> None:
     """What one process registers another sees, and sees leaving; other topics are untouched."""
     mm.register("mails", ONE)
@@ -231,6 +232,7 @@ def test_register_and_unregister(mm: Matchmaker, other: Matchmaker) -> None:
     eventually(other.topics, lambda topics: topics == ["mails"])
 
 
+@pytest.mark.system
 def test_a_registration_is_a_context_manager(mm: Matchmaker, memory: Memory) -> None:
     """It ends with its block."""
     with mm.register("scheduler", ONE) as registration:
@@ -310,6 +312,7 @@ def _expired_and_back(mm: Matchmaker, other: Matchmaker, memory: Memory) -> None
     eventually(lambda: memory.lookup("scheduler"), has(ONE))
 
 
+@pytest.mark.system
 def test_closing_takes_everything_back(memory: Memory) -> None:
     """Registrations leave at once, the threads end, and every verb says Closed."""
     before = set(threading.enumerate())
