@@ -423,6 +423,7 @@ class Matchmaker:
     # -- inside
 
     def _first_lookup(self, topic: str, server: str | None, *, complete: bool = True) -> Snapshot:
+        checked_topic(topic)  # before a watch is started, which writes its sentinel key
         with self._lock:
             self._check_open()
             try:

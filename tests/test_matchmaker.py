@@ -216,6 +216,15 @@ def _watch_or_none(mm: Matchmaker) -> Iterator[Snapshot] | None:
         return None
 
 
+@pytest.mark.system
+def test_a_topic_that_is_refused_starts_no_watch() -> None:
+    """Bad input changes nothing: a watch would write to Consul."""
+    with Matchmaker(Settings(mode="kv", addresses=("127.0.0.1:1",))) as mm:
+        with pytest.raises(errors.InvalidTopic):
+            mm.hosts("")
+        assert "consul-matchmaker-watcher" not in {each.name for each in threading.enumerate()}
+
+
 # -- registering
 
 
