@@ -22,10 +22,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from .backoff import Backoff
-from .errors import Closed, Denied, LeaseLost, MatchmakerError
+from .errors import Closed, Denied, LeaseLost, MatchmakerError, TimedOut
 from .model import Held, Lease, Registration, Standing
 
 RENEWALS_PER_TTL = 3  # two renewals may fail before the lease runs out
+FAILED_CHANGES_PER_RENEWAL = 8
+"""So many of them, and then none until a lease that is suspected was tried again: thousands of
+registrations would each ask servers that recover, at paces of their own."""
 RENEWAL_JITTER = 0.1  # a renewal comes up to a tenth early, so that processes drift apart
 FIRST_RENEWAL_FROM = 0.1  # the first one anywhere in 10-100 % of the interval: started together,
 #                           processes do not renew together
@@ -229,6 +232,7 @@ class Reconciler:
         self._to_withdraw: OrderedDict[Registration, None] = OrderedDict()
         self._to_publish: OrderedDict[Registration, None] = OrderedDict()
         self._resting: list[tuple[float, int, Registration]] = []
+        self._failed_changes = 0  # since the lease was tried the last time
         self._rests = itertools.count()
         self._in_flight: Call | None = None
         self._sent_at = 0.0
@@ -386,6 +390,8 @@ class Reconciler:
     def _next_difference(self, lease: Lease, wake_at: float, now: float) -> Action:
         """The next step from what is published to what is wanted; withdrawals first, since a host
         that is shown without serving is worse than one that serves without being shown."""
+        if self.state is State.SUSPECT and self._failed_changes >= FAILED_CHANGES_PER_RENEWAL:
+            return Wait(max(0.0, wake_at - now))
         while self._resting and self._resting[0][0] <= now:
             self._compare(heapq.heappop(self._resting)[2], now)
         for registration in self._to_withdraw:
@@ -465,6 +471,7 @@ class Reconciler:
         assert self.lease is not None
         self._on(Event.CONFIRMED)
         self.counts["renewed"] += 1
+        self._failed_changes = 0
         self._confirmed_at = self._sent_at
         self._renew_at = now + _interval(self.lease) * (1 - RENEWAL_JITTER * self._jitter())
         # A check that was not made proves nothing: what was known before stays known.
@@ -533,6 +540,7 @@ class Reconciler:
         rest = trouble.retry_at, next(self._rests), action.registration
         heapq.heappush(self._resting, rest)
         if not trouble.is_refusal:
+            self._failed_changes += _weight(error)
             # Perhaps the lease is gone: only a renewal tells.  It also tells what really happened.
             self._renew_at = min(self._renew_at, now)
         # One silence is the renewal's to report; a second one may mean that the lease is well.
@@ -545,6 +553,7 @@ class Reconciler:
         self, error: MatchmakerError, now: float, action: Open | Renew | Release
     ) -> None:
         self._on(Event.FAILED)
+        self._failed_changes = _weight(error) - 1
         if self.state is State.CLOSING and not isinstance(action, Release):
             return  # the release comes next, and without delay
         trouble = self._failed_again(self._lease_trouble, error, now)
@@ -647,6 +656,11 @@ def _place(
         where[registration] = None
     else:
         where.pop(registration, None)
+
+
+def _weight(error: MatchmakerError) -> int:
+    """As how many failed changes it counts: what hangs would hold up the next renewal too."""
+    return FAILED_CHANGES_PER_RENEWAL + 1 if isinstance(error, TimedOut) else 1
 
 
 def _interval(lease: Lease) -> float:

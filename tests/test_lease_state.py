@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consul_matchmaker.errors import Closed, Denied, LeaseLost, Unavailable
+from consul_matchmaker.errors import Closed, Denied, LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.lease_state import (
     ASKED_RENEWAL_SECONDS,
     TRANSITIONS,
@@ -53,6 +53,8 @@ class Consul:
     def carry_out(self, call: Call) -> Outcome:
         if self.answer == "fails renewing" and isinstance(call, Renew):
             return Unavailable("status 500")
+        if self.answer == "hanging":
+            return TimedOut("no answer")
         if self.answer == "silent":  # did nothing, and did not say so
             return Unavailable("connection refused")
         if self.answer == "denied" or (
@@ -1273,6 +1275,26 @@ def test_a_repair_waits_for_what_was_wanted_again_meanwhile(held: Play) -> None:
         held.now += 0.1
         held.step()
     assert held.consul.visible == {A, B}
+
+
+@pytest.mark.finding("E3")
+@pytest.mark.parametrize(("answer", "most"), [("silent", 8), ("hanging", 1)])
+def test_a_suspected_lease_keeps_many_changes_from_asking(
+    held: Play, answer: str, most: int
+) -> None:
+    """However many registrations wait, Consul hears of few of them between two tries of the lease:
+    it may be recovering.  Of none where it hangs: that would hold up the next try."""
+    held.consul.answer = answer
+    held.run_for(INTERVAL)
+    held.want(*(Registration(f"topic{number}", Host("10.0.0.5", 9501)) for number in range(1000)))
+    held.take_calls()
+    held.run_for_many(2 * TTL)
+    calls = held.take_calls()
+    assert calls.count("Renew") >= 4
+    assert calls.count("Publish") <= most * (1 + calls.count("Renew"))
+    held.consul.answer = "yes"
+    held.run_for_many(INTERVAL)
+    assert len(held.consul.visible) == 1002
 
 
 # --- many of them
