@@ -843,7 +843,10 @@ class Cache:
         )
         entry.part = None
         share = AHEAD_FROM + (AHEAD_TO - AHEAD_FROM) * self._jitter()
-        entry.retry_at = now + SECONDS_BETWEEN_REFRESHES
+        # An answer that took long is soon, or already, older than its TTL: all the same Consul is
+        # left alone for half as long as it took, at most half a TTL.
+        rest = min(now - answer.taken_at, self._ttl_seconds(answer)) / 2
+        entry.retry_at = now + max(rest, SECONDS_BETWEEN_REFRESHES)
         entry.refresh_at = max(entry.retry_at, now + (fresh_until - now) * share)
         entry.tally = self._fresh.add
         entry.quiet_until = fresh_until
@@ -1013,6 +1016,7 @@ class Cache:
                     error,
                 )
         entry.failures += 1
+        entry.doubt = entry.empty_since = None  # while nobody answered, nothing was repeated
         entry.error = error if isinstance(error, (Unavailable, Denied)) else None
         pause = max(self._backoff.seconds(entry.failures), SECONDS_BETWEEN_REFRESHES)
         if entry.snapshot is None or now >= entry.gone_at:
@@ -1089,8 +1093,10 @@ class Cache:
             self._fly(entry, flight, is_hurried=is_hurried)
         except MatchmakerError as error:
             logger.debug("topic %s: refresh failed: %s", entry.name, error)
-        except Exception:
+        except Exception as error:
             logger.exception("topic %s: unexpected error while asking", entry.name)
+            if entry.flight is flight:  # else nobody could ask any more
+                self._land_failure(entry, flight, error, 0.0)
 
     def _next_at(self, *, is_slow: bool) -> float:
         with self._changed:
