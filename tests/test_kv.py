@@ -455,6 +455,20 @@ def test_checks_are_split_by_their_bytes(consul, kv):
     assert len(consul.bodies) <= 5
 
 
+@pytest.mark.finding("E2", "E7")
+def test_long_keys_of_others_do_not_stop_a_sweep(consul, kv):
+    """Its checks are split by their bytes too; keys longer than we write are left alone."""
+    lease = "11111111-1111-1111-1111-111111111111"
+    long = [f"{PREFIX}/{number:03}{'x' * 7_000}/10-0-0-1_3a9501/{lease}" for number in range(200)]
+    consul.keys.update({key: [b"", None] for key in long})
+    consul.keys[f"{PREFIX}/{'x' * 600_000}/10-0-0-1_3a9501/{lease}"] = [b"", None]
+    consul.bodies.clear()
+    found = kv.orphans()
+    assert max(map(len, consul.bodies)) <= 512 * 1024
+    assert len(found) == 201
+    assert list(found.values()).count(NOT_OURS) == 1
+
+
 @pytest.mark.finding("E1")
 def test_a_check_beside_one_that_may_not_be_made_is_asked_again(consul, kv):
     """Consul names only what the token may not read and looks at nothing else: a key that was

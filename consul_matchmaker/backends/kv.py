@@ -19,16 +19,19 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from typing import TypeVar
 
 from ..errors import Denied, LeaseLost, TimedOut, Unavailable
 from ..model import Held, Host, Instance, Lease, Registration, Snapshot
-from ..naming import SENTINEL, Key, host_folder, topic_folder
+from ..naming import MAX_KEY_BYTES, SENTINEL, Key, host_folder, topic_folder
 from ..settings import Settings
 from ..worker import seconds_since_boot
 from .agent import NO_PARAMETERS, Agent, Answer, go_duration
 from .service_check import ServiceCheck
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CHECKS_PER_REQUEST = 64
 """Operations that Consul takes in one transaction: 64 until 1.14, 128 since (fact B12)."""
@@ -224,37 +227,21 @@ class Kv:
         if not keys:
             self._prove_readable(self._prefix + "/", answer)
         found: dict[str, _Orphan] = {}
-        ours: list[tuple[str, str]] = []
+        checks: list[_Check[str]] = []
+        longest = len(self._prefix) + MAX_KEY_BYTES
         for text in keys:
             entry = self._parsed(text)
-            if entry is not None:
-                ours.append((text, entry.lease_id))
+            if entry is not None and len(text) <= longest:
+                checks.append((text, _check(text, entry.lease_id)))
             elif not text.endswith(f"/{SENTINEL}"):
                 found[text] = _Orphan(NOT_OURS)
-        for start in range(0, len(ours), CHECKS_PER_REQUEST):
-            for text in self._not_held(ours[start : start + CHECKS_PER_REQUEST]):
+        for some in _in_requests(checks):
+            held = set(self._held(some, self._agent.call))
+            for text in [text for text, _ in some if text not in held]:
                 index = self._index_without_session(text)
                 if index is not None:
                     found[text] = _Orphan("held by no session", index)
         return dict(sorted(found.items()))
-
-    def _not_held(self, checks: Collection[tuple[str, str]]) -> list[str]:
-        """Those of *checks*, pairs of key and session, where that session does not hold the key."""
-        left, failed = dict(checks), list[str]()
-        while left:
-            texts = list(left)
-            wanted = [
-                {"KV": {"Verb": "check-session", "Key": text, "Session": left[text]}}
-                for text in texts
-            ]
-            answer = self._agent.call("PUT", "/v1/txn", body=_json(wanted), accept=(409,))
-            if answer.status == 200:
-                break
-            # Consul may have made none but those it names: the rest is asked again.
-            for number in _failed_operations(answer, len(texts)):
-                failed.append(texts[number])
-                del left[texts[number]]
-        return failed
 
     def _index_without_session(self, key: str) -> int | None:
         """The ModifyIndex of *key* if it exists and no session holds it."""
@@ -378,7 +365,7 @@ class Kv:
         for some in _in_requests([self._check_of(lease, each) for each in published]):
             try:
                 if not isinstance(error, TimedOut):  # hanging, it would hold up the next renewal
-                    held.update(self._held(some))
+                    held.update(self._held(some, self._write))
                     continue
             except (Unavailable, Denied) as failure:
                 error = error or failure
@@ -529,12 +516,13 @@ class Kv:
             version=answer.index,
         )
 
-    def _check_of(self, lease: Lease, registration: Registration) -> _Check:
+    def _check_of(self, lease: Lease, registration: Registration) -> _Check[Registration]:
         key = Key.of(registration, lease.id).under(self._prefix)
-        return registration, {"Verb": "check-session", "Key": key, "Session": lease.id}
+        return registration, _check(key, lease.id)
 
-    def _held(self, checks: list[_Check]) -> list[Registration]:
-        """Those of *checks* that Consul holds.
+    @staticmethod
+    def _held(checks: list[_Check[T]], call: Callable[..., Answer]) -> list[T]:
+        """Those of *checks* that Consul holds, asked by *call*.
 
         One that fails makes the transaction fail, and Consul need not have made the others: where
         the token may not read a key it names that key and looks at no other.  So they are asked
@@ -542,12 +530,12 @@ class Kv:
         """
         while checks:
             body = _json([{"KV": check} for _, check in checks])
-            answer = self._write("PUT", "/v1/txn", body=body, accept=(409,))
+            answer = call("PUT", "/v1/txn", body=body, accept=(409,))
             if answer.status == 200:
                 break
             failed = _failed_operations(answer, len(checks))
             checks = [each for number, each in enumerate(checks) if number not in failed]
-        return [registration for registration, _ in checks]
+        return [one for one, _ in checks]
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -637,13 +625,17 @@ def _failed_operations(answer: Answer, count: int) -> set[int]:
     return failed
 
 
-_Check = tuple[Registration, Mapping[str, str]]
-"""A registration, and the operation that checks it."""
+_Check = tuple[T, Mapping[str, str]]
+"""What is looked for, and the operation that checks whether its session holds it."""
 
 
-def _in_requests(checks: Iterable[_Check]) -> Iterator[list[_Check]]:
+def _check(key: str, session: str) -> Mapping[str, str]:
+    return {"Verb": "check-session", "Key": key, "Session": session}
+
+
+def _in_requests(checks: Iterable[_Check[T]]) -> Iterator[list[_Check[T]]]:
     """*checks* in as few requests as Consul's limits allow."""
-    some: list[_Check] = []
+    some: list[_Check[T]] = []
     size = 0
     for check in checks:
         bytes_of_it = len(_json({"KV": check[1]})) + len(", ")
