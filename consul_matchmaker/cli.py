@@ -84,7 +84,7 @@ def _hosts(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> in
             _print(_json_of(snapshot))
         else:
             _print(*(escaped_word(str(host)) for host in snapshot))
-        if snapshot.is_stale:
+        if snapshot.source == "disk":
             _say(f"warning: Consul cannot be asked; this is {snapshot.age_seconds:.0f} s old")
         if not snapshot.is_complete:
             _say("warning: the answer was cut; there are more hosts than these")

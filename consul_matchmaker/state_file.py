@@ -146,7 +146,7 @@ class StateFile:
             found = dict(_answer(*row) for row in _checked(_content(self.path)))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             self._warn("is ignored", error)
             return {}
         return {

@@ -117,6 +117,7 @@ def test_rows_of_another_shape_are_no_answer(tmp_path: Path, clock: ManualClock)
         ["scheduler", None, 0, 1, []],
         ["scheduler", None, float("nan"), True, []],
         ["scheduler", None, "0", True, []],
+        ["scheduler", None, 10**400, True, []],
         ["scheduler", 7, 0, True, []],
         [7, None, 0, True, []],
         ["", None, 0, True, []],

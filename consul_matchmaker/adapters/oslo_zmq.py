@@ -358,10 +358,11 @@ Value = TypeVar("Value")
 
 
 def _remember(table: OrderedDict[Key, Value], key: Key, value: Value, most: int) -> None:
-    """Put it into *table*, from which the oldest goes when there are more than *most*."""
+    """Put it into *table*; of more than *most* the one goes that was put longest ago."""
     table[key] = value
-    if len(table) > most:
-        with contextlib.suppress(KeyError):  # another thread took it out
+    with contextlib.suppress(KeyError):  # another thread took it out
+        table.move_to_end(key)
+        if len(table) > most:
             table.popitem(last=False)
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +62,16 @@ def test_targets_that_were_are_forgotten(conf: cfg.ConfigOpts, memory: Memory) -
         ours.get_hosts(target, "DEALER")
     tables = [ours._known, ours._keys, ours._asked_before]
     assert [len(table) for table in tables if len(table) > 20] == []
+
+
+def test_a_target_in_use_outlives_many_others() -> None:
+    """What goes is what was put longest ago, also when it was put before."""
+    table: OrderedDict[str, int] = OrderedDict()
+    for number in range(100):
+        oslo_zmq._remember(table, "in use", number, 20)
+        oslo_zmq._remember(table, f"reply_{number}", number, 20)
+    assert table["in use"] == 99
+    assert len(table) == 20
 
 
 class Hanging(Memory):
