@@ -116,7 +116,10 @@ FOR_ITSELF = 3.0  # "an agent may report the end of a process up to 3 s later (C
 LATER: dict[tuple[str, Liveness], Bound] = {
     **{("no leader", liveness): Bound(0.0, *KV_GONE) for liveness in EVERY},
     ("no leader", "check"): Bound(FOR_ITSELF, *KV_CHECK),
-    **{("server back", liveness): Bound(FOR_ITSELF, *KV_CHECK) for liveness in ("check",)},
+    # A server that comes back causes an election, and the new term gives every session its time
+    # anew (docs/facts/consul.md, B16).
+    **{("server back", liveness): Bound(0.0, *KV_GONE) for liveness in EVERY},
+    ("server back", "check"): Bound(FOR_ITSELF, *KV_CHECK),
     **{
         (f"agent {what}", "check"): Bound(FOR_ITSELF, *KV_CHECK)
         for what in ("killed", "paused", "left")
@@ -134,7 +137,10 @@ HELD = Bound(7.0, "docs/facts/consul.md", "C. Blocking queries")
 HOLDING = {"no leader", "server back"}
 """Disturbances during which agents hold requests until a server can be asked."""
 
-UNHEARD = {f"agent {what}" for what in ("killed", "paused", "left")} | {"no leader"}
+UNHEARD = {f"agent {what}" for what in ("killed", "paused", "left")} | {
+    "no leader",
+    "server paused",  # it holds the requests of agents that are connected to it
+}
 """Who leaves meanwhile cannot say so, and is gone as if killed; who comes is listed only later: the
 time of `LISTED` counts from its end."""
 
