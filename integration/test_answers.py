@@ -255,6 +255,30 @@ def test_a_stale_read_needs_no_leader(
                 assert time.monotonic() - began < TIMEOUT_SECONDS
 
 
+@pytest.mark.finding("E19")
+def test_many_are_closed_before_one_of_their_polls_ends(
+    agent: Node, prefix: str, topic: str
+) -> None:
+    """Closing waits for no answer of Consul, so closing one after the other does not either."""
+    poll_seconds = 10.0
+
+    def is_watching(each: Matchmaker) -> object:
+        watcher = each.status()["watcher"]
+        return isinstance(watcher, dict) and watcher["is_watching"]
+
+    with contextlib.ExitStack() as stack:
+        many = [
+            stack.enter_context(matchmaker("kv", agent.http, prefix=prefix, ttl_seconds=10))
+            for _ in range(20)
+        ]
+        for each in many:
+            each.hosts(topic)
+        until(lambda: all(is_watching(each) for each in many), 10)
+        began = time.monotonic()
+    assert all(each.status()["is_closed"] for each in many)
+    assert time.monotonic() - began < poll_seconds / 2
+
+
 def test_health_checks_decide_in_catalog_mode(agent: Node, topic: str) -> None:
     """A host whose check turns critical disappears, and comes back when it passes; the last one
     disappears after its absence was confirmed."""
