@@ -191,9 +191,9 @@ def _domain(value: Any) -> str:
     return domain
 
 
-def _token_path(value: Any) -> str:
+def _path(value: Any) -> str:
     if _TOKEN_OF_CONSUL.match(_text(value)):
-        raise _Refused("must be the file that holds the token, not the token itself")
+        raise _Refused("must be a path, and no token; a file that holds one is token_file's")
     return str(value)
 
 
@@ -329,7 +329,7 @@ class Settings:
         10_000,
     )
     state_path: str | None = _knob(
-        _text,
+        _path,
         "folder for last-known-good answers, read at a cold start while Consul is away; "
         "only this program's user may be able to write there",
         None,
@@ -338,7 +338,7 @@ class Settings:
         _secret, "Consul ACL token", None, secret=True, variables=("CONSUL_HTTP_TOKEN",)
     )
     token_file: str | None = _knob(
-        _token_path,
+        _path,
         "file that holds the token; read again when it changes",
         None,
         variables=("CONSUL_HTTP_TOKEN_FILE",),
@@ -347,15 +347,15 @@ class Settings:
         _yes_or_no, "speak HTTPS to the agents", False, variables=("CONSUL_HTTP_SSL",)
     )
     ca_cert: str | None = _knob(
-        _text,
+        _path,
         "file of the CA that signs Consul; without it those of the system count",
         None,
         variables=("CONSUL_CACERT",),
     )
     client_cert: str | None = _knob(
-        _text, "our certificate for Consul", None, variables=("CONSUL_CLIENT_CERT",)
+        _path, "our certificate for Consul", None, variables=("CONSUL_CLIENT_CERT",)
     )
-    client_key: str | None = _knob(_text, "its key", None, variables=("CONSUL_CLIENT_KEY",))
+    client_key: str | None = _knob(_path, "its key", None, variables=("CONSUL_CLIENT_KEY",))
     verify: bool = _knob(
         _yes_or_no,
         "check Consul's certificate",

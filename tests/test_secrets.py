@@ -46,6 +46,8 @@ URLS = [
     f"consul+kv://{AWAY}/p?token={TOKEN}&token={TOKEN}",
     f"consul+kv://{AWAY}/p?token={TOKEN}&token_file={TOKEN}",
     f"consul+kv://{AWAY}/p?token_file={TOKEN}",
+    f"consul+kv://{AWAY}/p?tls=true&ca_cert={TOKEN}",
+    f"consul+kv://{AWAY}/p?state_path={TOKEN}",
     f"consul+kv://{AWAY}/p?token_file=/nonexistent&tag={TOKEN}%20",
     f"consul+kv://{AWAY}/p?ttl_seconds=5;token={TOKEN}",
     f"consul+kv://{AWAY}/p?ttl_seconds=5?token={TOKEN}",
