@@ -15,7 +15,7 @@ from consul_matchmaker.demo.local_consul import LocalCluster
 from integration.access_rules import MANAGEMENT, guarded_cluster, new_token
 from integration.cluster import Cluster, keys, tell
 from integration.registering_process import RegisteringProcess
-from integration.test_registrations import (
+from integration.registrations import (
     INTERVAL,
     SLACK,
     SOON,

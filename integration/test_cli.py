@@ -1,15 +1,12 @@
 """The command line, as processes of its own, against a real Consul."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,58 +14,15 @@ import pytest
 from consul_matchmaker.demo.consul_probe import Node
 from integration.access_rules import MANAGEMENT
 from integration.cluster import Cluster, ask, keys, tell
+from integration.command_line import WAIT_SECONDS, cli, running, said
 from integration.waiting import until
 
-WAIT_SECONDS = 30.0
 SOON_SECONDS = 1.0  # the promise for what Consul is told and not left to find out
 LISTEN = (
     "import socket, sys\n"
     "with socket.create_server(('127.0.0.1', int(sys.argv[1]))) as listener:\n"
     "    while True: listener.accept()[0].close()"
 )
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """The environment without any setting of the machine that runs the tests."""
-    return {**{k: v for k, v in os.environ.items() if not k.startswith("CONSUL_")}, **extra}
-
-
-def cli(*argv: str, **extra: str) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `consul-matchmaker ARGV`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "consul_matchmaker", *argv],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env=environment(**extra),
-        timeout=WAIT_SECONDS,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-@contextmanager
-def running(*argv: str) -> Iterator["subprocess.Popen[str]"]:
-    """`consul-matchmaker ARGV` while the block lasts."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "consul_matchmaker", *argv],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def said(process: "subprocess.Popen[str]", words: str) -> None:
-    assert process.stderr is not None
-    assert any(words in line for line in process.stderr), f"ended without saying {words!r}"
 
 
 @pytest.fixture

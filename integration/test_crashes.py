@@ -8,8 +8,9 @@ import pytest
 
 from consul_matchmaker import Matchmaker
 from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json
+from integration.cluster import keys
 from integration.crowd import Crowd
-from integration.test_registrations import CRASH_SECONDS, SOON, TTL, Sampler, keys
+from integration.registrations import CRASH_SECONDS, SOON, TTL, Sampler
 from integration.waiting import until
 
 pytestmark = pytest.mark.long

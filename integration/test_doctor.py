@@ -8,7 +8,7 @@ import pytest
 from consul_matchmaker.demo.consul_probe import Node, request
 from integration.access_rules import new_token
 from integration.cluster import Cluster, ask, tell
-from integration.test_cli import cli
+from integration.command_line import cli
 from integration.waiting import until
 
 NOBODY = "127.0.0.1:1"  # nothing listens there

@@ -14,7 +14,7 @@ from consul_matchmaker import Matchmaker, Registration
 from consul_matchmaker.demo.consul_probe import Node
 from integration.cluster import Cluster, ask, keys
 from integration.registering_process import RegisteringProcess
-from integration.test_registrations import (
+from integration.registrations import (
     INTERVAL,
     SLACK,
     SOON,

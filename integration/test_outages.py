@@ -14,7 +14,7 @@ import pytest
 from consul_matchmaker import Matchmaker, errors
 from consul_matchmaker.demo.consul_probe import Node, NotReady, check_dns, request
 from integration.cluster import Cluster
-from integration.test_answers import (
+from integration.readers import (
     SCHEDULER_SECONDS,
     TIMEOUT_SECONDS,
     Load,

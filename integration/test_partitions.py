@@ -7,7 +7,7 @@ import pytest
 
 from consul_matchmaker import Matchmaker
 from integration.cluster import Cluster
-from integration.test_registrations import CRASH_SECONDS, INTERVAL, SLACK, SOON, TTL, answers
+from integration.registrations import CRASH_SECONDS, INTERVAL, SLACK, SOON, TTL, answers
 from integration.waiting import until
 
 pytestmark = pytest.mark.docker

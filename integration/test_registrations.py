@@ -1,7 +1,6 @@
 """Registrations against a real Consul: they appear at once, leave in time, and heal themselves."""
 
 import contextlib
-import logging
 import select
 import signal
 import subprocess
@@ -14,87 +13,28 @@ import pytest
 
 from consul_matchmaker import Matchmaker, Registration, errors
 from consul_matchmaker.cache import RETURN_SECONDS, SECONDS_BETWEEN_DOUBTS
-from consul_matchmaker.demo.consul_probe import Node, NotReady, request, wait_until
+from consul_matchmaker.demo.consul_probe import Node, wait_until
 from integration.access_rules import MANAGEMENT, new_token
 from integration.cluster import Cluster, ask, keys, tell
 from integration.registering_process import RegisteringProcess
+from integration.registrations import (
+    CRASH_SECONDS,
+    INTERVAL,
+    SLACK,
+    SOON,
+    TTL,
+    Sampler,
+    answers,
+    delete_key,
+    destroy_session,
+    hosts,
+    lease_of,
+    repairs,
+)
 from integration.waiting import until
-
-TTL = 10.0  # the least that Consul accepts by default
-INTERVAL = TTL / 3
-CRASH_SECONDS = 2 * TTL + 1
-SOON = 1.0
-SLACK = 0.7  # what requests, and two busy cores, may add to a renewal interval
-POLL = 0.02
 
 # A watching reader, and one that asks Consul again every quarter of a second.
 READERS = {"watching": "", "asking": "&watch=false&ttl_seconds=0.25&empty_ttl_seconds=0.25"}
-
-
-def hosts(reader: Matchmaker, topic: str) -> list[str]:
-    return [str(host) for host in reader.hosts(topic)]
-
-
-def lease_of(matchmaker: Matchmaker) -> str:
-    keeper = matchmaker.status()["keeper"]
-    assert isinstance(keeper, dict) and isinstance(keeper["lease"], str)
-    return keeper["lease"]
-
-
-def destroy_session(agent: Node, session: str) -> None:
-    tell(agent, "PUT", f"/v1/session/destroy/{session}")
-
-
-def delete_key(agent: Node, key: str) -> None:
-    tell(agent, "DELETE", f"/v1/kv/{key}")
-
-
-def repairs(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the keepers said at WARNING or above."""
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name == "consul_matchmaker.keeper" and record.levelno >= logging.WARNING
-    ]
-
-
-def answers(node: Node) -> bool:
-    """Whether the agent can reach the servers."""
-    try:
-        return request(node, "GET", "/v1/kv/none?consistent")[0] == 404
-    except NotReady:
-        return False
-
-
-class Sampler:
-    """Looks through every reader all the time, in one thread, and remembers what it saw."""
-
-    def __init__(self, readers: dict[str, Matchmaker], topic: str) -> None:
-        self._readers, self._topic = readers, topic
-        self.seen: dict[str, list[tuple[float, frozenset[str]]]] = {name: [] for name in readers}
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sampler")
-
-    def _run(self) -> None:
-        while not self._end.wait(POLL):
-            for name, reader in self._readers.items():
-                at = time.monotonic()
-                self.seen[name].append((at, frozenset(hosts(reader, self._topic))))
-
-    def __enter__(self) -> "Sampler":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._end.set()
-        self._thread.join()
-
-    def last_with(self, reader: str, host: str) -> float:
-        """When *reader* began the last look that saw *host*."""
-        return max(at for at, found in self.seen[reader] if host in found)
-
-    def always(self, host: str) -> bool:
-        return all(host in found for seen in self.seen.values() for _, found in seen)
 
 
 @pytest.mark.docker

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from integration.cluster import Cluster
+from integration.oslo.calls import CRASH_SECONDS, LOOK_SECONDS, SOON_SECONDS, answers
 from integration.oslo.conftest import QUICK
 from integration.oslo.redis_server import Redis
 from integration.oslo.rpc_process import RpcProcess
-from integration.oslo.test_rpc import CRASH_SECONDS, LOOK_SECONDS, SOON_SECONDS, answers
 from integration.waiting import until
 
 Start = Callable[..., RpcProcess]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from consul_matchmaker.demo.consul_probe import Node
+from integration.oslo.calls import answers
 from integration.oslo.rpc_process import RpcProcess
-from integration.oslo.test_rpc import answers
 from integration.waiting import until
 
 INSTALL_SECONDS = 300
