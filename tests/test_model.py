@@ -24,7 +24,7 @@ from consul_matchmaker.model import (
     warning_of,
 )
 
-from .doubles import DEADLINE_SECONDS, in_thread
+from .doubles import DEADLINE_SECONDS, ManualClock, in_thread
 
 GOOD_HOSTS = [
     ("10.0.0.5:9501", "10.0.0.5", 9501),
@@ -350,7 +350,7 @@ def test_a_narrowed_snapshot_differs_in_its_instances_only() -> None:
         ttl_seconds=7.0,
         taken_at=100.0,
         fresh_until=105.0,
-        clock=lambda: 103.0,
+        clock=ManualClock(103.0),
         confirmed=False,
         details={"agent": "10.0.0.1:8600"},
         version=17,
@@ -384,12 +384,10 @@ def test_what_a_snapshot_computes_once_is_documented() -> None:
 
 def test_age_and_staleness_go_on_counting() -> None:
     """A snapshot that is held grows older, and becomes stale at its time."""
-    now = [100.0]
-    snapshot = Snapshot(
-        "scheduler", (), "kv", taken_at=100.0, fresh_until=105.0, clock=lambda: now[0]
-    )
+    clock = ManualClock(100.0)
+    snapshot = Snapshot("scheduler", (), "kv", taken_at=100.0, fresh_until=105.0, clock=clock)
     assert (snapshot.age_seconds, snapshot.is_stale) == (0.0, False)
-    now[0] = 105.0
+    clock.advance(5)
     assert (snapshot.age_seconds, snapshot.is_stale) == (5.0, True)
     assert str(snapshot) == "<scheduler: 0 hosts, kv, 5.0s old, stale>"
 
