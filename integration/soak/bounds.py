@@ -140,6 +140,7 @@ HOLDING = {"no leader", "server back"}
 UNHEARD = {f"agent {what}" for what in ("killed", "paused", "left")} | {
     "no leader",
     "server paused",  # it holds the requests of agents that are connected to it
+    "server gone",  # an agent asks its address for 10 s, where nothing refuses
 }
 """Who leaves meanwhile cannot say so, and is gone as if killed; who comes is listed only later: the
 time of `LISTED` counts from its end."""

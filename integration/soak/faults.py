@@ -12,7 +12,7 @@ from typing import ClassVar
 from consul_matchmaker.demo.consul_probe import Node, NotReady, request
 from consul_matchmaker.demo.local_consul import ClusterError
 from consul_matchmaker.naming import Key
-from integration.cluster import Cluster, join_again, keys, tell
+from integration.cluster import Cluster, DockerCluster, join_again, keys, tell
 
 from .bounds import LATE_INVALIDATIONS, MACHINE_SECONDS
 from .ledger import Ledger
@@ -117,6 +117,8 @@ class ClusterFaults:
                 self._ledger.disturbed("server back", begun_at, time.monotonic())
                 if event.kind == "pause":
                     self._ledger.disturbed("server paused", begun_at, time.monotonic())
+                elif isinstance(self._cluster, DockerCluster):  # its address is gone with it
+                    self._ledger.disturbed("server gone", begun_at, time.monotonic())
             else:
                 kind = f"agent {self.ENDED[event.kind]}"
                 self._ledger.disturbed(kind, begun_at, time.monotonic(), name)
