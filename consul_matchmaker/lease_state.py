@@ -232,7 +232,7 @@ class Reconciler:
         self._to_withdraw: OrderedDict[Registration, None] = OrderedDict()
         self._to_publish: OrderedDict[Registration, None] = OrderedDict()
         self._resting: list[tuple[float, int, Registration]] = []
-        self._failed_changes = 0  # since the lease was tried the last time
+        self._changes_left = 0  # so many may fail until a suspected lease was tried again
         self._rests = itertools.count()
         self._in_flight: Call | None = None
         self._sent_at = 0.0
@@ -390,8 +390,8 @@ class Reconciler:
     def _next_difference(self, lease: Lease, wake_at: float, now: float) -> Action:
         """The next step from what is published to what is wanted; withdrawals first, since a host
         that is shown without serving is worse than one that serves without being shown."""
-        if self.state is State.SUSPECT and self._failed_changes >= FAILED_CHANGES_PER_RENEWAL:
-            return Wait(max(0.0, wake_at - now))
+        if self.state is State.SUSPECT and self._changes_left <= 0:
+            return Wait(wake_at - now)
         while self._resting and self._resting[0][0] <= now:
             self._compare(heapq.heappop(self._resting)[2], now)
         for registration in self._to_withdraw:
@@ -471,7 +471,6 @@ class Reconciler:
         assert self.lease is not None
         self._on(Event.CONFIRMED)
         self.counts["renewed"] += 1
-        self._failed_changes = 0
         self._confirmed_at = self._sent_at
         self._renew_at = now + _interval(self.lease) * (1 - RENEWAL_JITTER * self._jitter())
         # A check that was not made proves nothing: what was known before stays known.
@@ -540,7 +539,7 @@ class Reconciler:
         rest = trouble.retry_at, next(self._rests), action.registration
         heapq.heappush(self._resting, rest)
         if not trouble.is_refusal:
-            self._failed_changes += _weight(error)
+            self._changes_left = _without_time_out(self._changes_left - 1, error)
             # Perhaps the lease is gone: only a renewal tells.  It also tells what really happened.
             self._renew_at = min(self._renew_at, now)
         # One silence is the renewal's to report; a second one may mean that the lease is well.
@@ -553,7 +552,7 @@ class Reconciler:
         self, error: MatchmakerError, now: float, action: Open | Renew | Release
     ) -> None:
         self._on(Event.FAILED)
-        self._failed_changes = _weight(error) - 1
+        self._changes_left = _without_time_out(FAILED_CHANGES_PER_RENEWAL, error)
         if self.state is State.CLOSING and not isinstance(action, Release):
             return  # the release comes next, and without delay
         trouble = self._failed_again(self._lease_trouble, error, now)
@@ -658,9 +657,9 @@ def _place(
         where.pop(registration, None)
 
 
-def _weight(error: MatchmakerError) -> int:
-    """As how many failed changes it counts: what hangs would hold up the next renewal too."""
-    return FAILED_CHANGES_PER_RENEWAL + 1 if isinstance(error, TimedOut) else 1
+def _without_time_out(changes: int, error: MatchmakerError) -> int:
+    """So many *changes*, or none after a time-out: the next would hold up the next renewal."""
+    return 0 if isinstance(error, TimedOut) else changes
 
 
 def _interval(lease: Lease) -> float:
