@@ -654,19 +654,24 @@ class Cache:
         """Ask the resolver, or wait for whoever asks already; no lock is held meanwhile."""
         flight = _Flight(complete)
         while True:
-            try:
-                with self._changed:
-                    other = self._take_off(entry, flight)
-                if other is flight:
-                    return self._fly(entry, flight)
-            except BaseException as error:
-                # Also an interrupt before `_fly` could have noted it: nobody could ask any more.
-                if entry.flight is flight:
-                    self._land_failure(entry, flight, error, 0.0)
-                raise
-            answer = other.wait(entry.name, self._patience_seconds)
-            if answer is not None and (other.complete or answer.is_complete or not complete):
+            first = self._fly_first(entry, flight)
+            answer = first.wait(entry.name, self._patience_seconds)
+            if answer is not None and (first.complete or answer.is_complete or not complete):
                 return answer
+
+    def _fly_first(self, entry: _Entry, flight: _Flight, *, is_hurried: bool = False) -> _Flight:
+        """The question that is on its way; if there is none, *flight*, which then has landed."""
+        try:
+            with self._changed:
+                first = self._take_off(entry, flight)
+            if first is flight:
+                self._fly(entry, flight, is_hurried=is_hurried)
+            return first
+        except BaseException as error:
+            # Also an interrupt before `_fly` could have noted it: nobody could ask any more.
+            if entry.flight is flight:
+                self._land_failure(entry, flight, error, 0.0)
+            raise
 
     def _take_off(self, entry: _Entry, flight: _Flight) -> _Flight:
         """The question that is on its way: *flight* if there is no other.  The lock is held."""
@@ -1085,18 +1090,12 @@ class Cache:
 
     def _refresh(self, entry: _Entry, *, is_hurried: bool = False) -> None:
         """Ask for *entry*, unless somebody does; that it failed is noted where it is kept."""
-        flight = _Flight()
-        with self._changed:
-            if self._take_off(entry, flight) is not flight:
-                return
         try:
-            self._fly(entry, flight, is_hurried=is_hurried)
+            self._fly_first(entry, _Flight(), is_hurried=is_hurried)
         except MatchmakerError as error:
             logger.debug("topic %s: refresh failed: %s", entry.name, error)
-        except Exception as error:
+        except Exception:
             logger.exception("topic %s: unexpected error while asking", entry.name)
-            if entry.flight is flight:  # else nobody could ask any more
-                self._land_failure(entry, flight, error, 0.0)
 
     def _next_at(self, *, is_slow: bool) -> float:
         with self._changed:

@@ -913,7 +913,14 @@ def test_an_interrupt_between_two_lines_does_not_block_the_others(consul: FakeRe
         def interrupt(frame: Any, event: str, _: object) -> Any:
             nonlocal left
             # `_ask` and all it calls up to the resolver; the landing is not traced.
-            if frame.f_code.co_name not in ("lookup", "_look_closer", "_ask", "_take_off", "_fly"):
+            if frame.f_code.co_name not in (
+                "lookup",
+                "_look_closer",
+                "_ask",
+                "_fly_first",
+                "_take_off",
+                "_fly",
+            ):
                 return None
             if frame.f_code.co_filename != cache_module.__file__:
                 return None
@@ -1298,13 +1305,8 @@ def test_who_answers_slowly_is_asked_no_more_often(
     """An answer that is older than its TTL when it comes is honestly stale, and no reason to ask at
     once: Consul is left alone for half as long as it took, at most half a TTL."""
 
-    class Slow(FakeResolver):
-        def lookup(self, *args: Any, **words: Any) -> Snapshot:
-            asked_at = clock.now
-            clock.advance(seconds)
-            return replace(super().lookup(*args, **words), taken_at=asked_at)
-
-    consul = Slow("dns")
+    consul = SlowConsul(clock)
+    consul.takes["scheduler"] = seconds
     consul.say("scheduler", A)
     cache = made(consul, clock, kv(ttl_seconds=ttl_seconds))
     until = clock.now + 120
