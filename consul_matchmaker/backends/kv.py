@@ -237,9 +237,8 @@ class Kv:
                 found[text] = _Orphan(NOT_OURS)
         for some in _in_requests(checks):
             held = set(self._held(some, self._agent.call))
-            for text in [text for text, _ in some if text not in held]:
-                index = self._index_without_session(text)
-                if index is not None:
+            for text, _ in some:
+                if text not in held and (index := self._index_without_session(text)) is not None:
                     found[text] = _Orphan("held by no session", index)
         return dict(sorted(found.items()))
 
