@@ -113,17 +113,15 @@ leads again at that moment: Consul tries that six times (docs/facts/consul.md, B
 
 FOR_ITSELF = 3.0  # "an agent may report the end of a process up to 3 s later (Consul's own rule)"
 
+ELECTING = {"no leader", "server back"}
+"""Disturbances during which servers elect; agents hold requests until one can be asked."""
+AGENT_AWAY = {f"agent {what}" for what in ("killed", "paused", "left")}
+
 LATER: dict[tuple[str, Liveness], Bound] = {
-    **{("no leader", liveness): Bound(0.0, *KV_GONE) for liveness in EVERY},
-    ("no leader", "check"): Bound(FOR_ITSELF, *KV_CHECK),
-    # A server that comes back causes an election, and the new term gives every session its time
-    # anew (docs/facts/consul.md, B16).
-    **{("server back", liveness): Bound(0.0, *KV_GONE) for liveness in EVERY},
-    ("server back", "check"): Bound(FOR_ITSELF, *KV_CHECK),
-    **{
-        (f"agent {what}", "check"): Bound(FOR_ITSELF, *KV_CHECK)
-        for what in ("killed", "paused", "left")
-    },
+    # A server that comes back causes an election too, and each new term gives every session its
+    # time anew (docs/facts/consul.md, B16).
+    **{(what, liveness): Bound(0.0, *KV_GONE) for what in ELECTING for liveness in EVERY},
+    **{(what, "check"): Bound(FOR_ITSELF, *KV_CHECK) for what in ELECTING | AGENT_AWAY},
     # A renewal that waits in a suspended agent or server is done when that goes on.
     ("agent paused", "session"): Bound(0.0, *KV_GONE),
     ("agent paused", "node"): Bound(0.0, *KV_GONE),
@@ -134,10 +132,8 @@ LATER: dict[tuple[str, Liveness], Bound] = {
 
 HELD = Bound(7.0, "docs/facts/consul.md", "C. Blocking queries")
 """A renewal may be done so much later (`rpc_hold_timeout`): by then its process may be dead."""
-HOLDING = {"no leader", "server back"}
-"""Disturbances during which agents hold requests until a server can be asked."""
 
-UNHEARD = {f"agent {what}" for what in ("killed", "paused", "left")} | {
+UNHEARD = AGENT_AWAY | {
     "no leader",
     "server paused",  # it holds the requests of agents that are connected to it
     "server gone",  # an agent asks its address for 10 s, where nothing refuses
@@ -145,9 +141,8 @@ UNHEARD = {f"agent {what}" for what in ("killed", "paused", "left")} | {
 """Who leaves meanwhile cannot say so, and is gone as if killed; who comes is listed only later: the
 time of `LISTED` counts from its end."""
 
-LAGS: dict[str, Bound] = {
-    "no leader": Bound(5.0, "docs/catalog-mode.md", "What Consul's DNS cannot say"),
-    "server back": Bound(5.0, "docs/catalog-mode.md", "What Consul's DNS cannot say"),
+LAGS = {
+    what: Bound(5.0, "docs/catalog-mode.md", "What Consul's DNS cannot say") for what in ELECTING
 }
 """Disturbances during which, and so long after, a reader of `STALE_MODES` may be behind."""
 

@@ -226,7 +226,7 @@ class Truth:
         for each in self._disturbances:
             if not each.concerns(place) or each.begin > gone_at:
                 continue
-            is_held = each.kind in bounds.HOLDING and place.liveness != "check"
+            is_held = each.kind in bounds.ELECTING and place.liveness != "check"
             if is_held and each.begin <= life.down_at:
                 renewed_at = min(life.down_at, each.end) + bounds.HELD.seconds
                 if renewed_at >= life.down_from:
