@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Sequence
 
 from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, errors
 from consul_matchmaker.demo.consul_probe import Node
 from integration.cluster import tell
+from integration.repeated import Repeated
 
 HOSTS = ("10.0.0.1:5001", "10.0.0.2:5002", "10.0.0.3:5003")
 TTL_SECONDS = 1.0
@@ -74,10 +74,9 @@ class Load:
 
     def __init__(self, reader: Matchmaker, topic: str) -> None:
         self._reader, self._topic = reader, topic
-        self._is_ended = False
         self.failures: list[BaseException | Snapshot] = []
         self.seconds: list[float] = []
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(4)]
+        self._threads = [Repeated(f"load-{number}", 0.002, self._look) for number in range(4)]
 
     def __enter__(self) -> Load:
         for thread in self._threads:
@@ -85,24 +84,21 @@ class Load:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._is_ended = True
         for thread in self._threads:
-            thread.join(10)
+            thread.stop()
 
     def p99(self) -> float:
         """Of the lookups since the last call; in seconds."""
         seconds, self.seconds = sorted(self.seconds), []
         return seconds[int(len(seconds) * 0.99)]
 
-    def _run(self) -> None:
-        while not self._is_ended:
-            began = time.perf_counter()
-            try:
-                found = self._reader.hosts(self._topic)
-                if tuple(map(str, found)) != HOSTS:
-                    self.failures.append(found)
-                self._reader.pick(self._topic)
-            except errors.MatchmakerError as error:
-                self.failures.append(error)
-            self.seconds.append(time.perf_counter() - began)
-            time.sleep(0.002)
+    def _look(self) -> None:
+        began = time.perf_counter()
+        try:
+            found = self._reader.hosts(self._topic)
+            if tuple(map(str, found)) != HOSTS:
+                self.failures.append(found)
+            self._reader.pick(self._topic)
+        except errors.MatchmakerError as error:
+            self.failures.append(error)
+        self.seconds.append(time.perf_counter() - began)

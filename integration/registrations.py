@@ -1,7 +1,6 @@
 """For tests of registrations: how soon things are promised, how they are seen and taken away."""
 
 import logging
-import threading
 import time
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from consul_matchmaker import Matchmaker
 from consul_matchmaker.demo.consul_probe import Node, NotReady, request
 from integration.cluster import tell
+from integration.repeated import Repeated
 
 TTL = 10.0  # the least that Consul accepts by default
 INTERVAL = TTL / 3
@@ -59,22 +59,19 @@ class Sampler:
     def __init__(self, readers: dict[str, Matchmaker], topic: str) -> None:
         self._readers, self._topic = readers, topic
         self.seen: dict[str, list[tuple[float, frozenset[str]]]] = {name: [] for name in readers}
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="sampler")
+        self._looks = Repeated("sampler", POLL, self._look)
 
-    def _run(self) -> None:
-        while not self._end.wait(POLL):
-            for name, reader in self._readers.items():
-                at = time.monotonic()
-                self.seen[name].append((at, frozenset(hosts(reader, self._topic))))
+    def _look(self) -> None:
+        for name, reader in self._readers.items():
+            at = time.monotonic()
+            self.seen[name].append((at, frozenset(hosts(reader, self._topic))))
 
     def __enter__(self) -> "Sampler":
-        self._thread.start()
+        self._looks.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._end.set()
-        self._thread.join()
+        self._looks.stop()
 
     def last_with(self, reader: str, host: str) -> float:
         """When *reader* began the last look that saw *host*."""

@@ -16,7 +16,7 @@ import pytest
 
 from consul_matchmaker import Matchmaker, Snapshot, errors
 from consul_matchmaker.demo.consul_probe import Node, request
-from integration.cluster import Cluster, tell
+from integration.cluster import Cluster, ask
 from integration.readers import (
     HOSTS,
     SCHEDULER_SECONDS,
@@ -110,8 +110,7 @@ def without_a_leader(cluster: Cluster) -> Callable[[], None]:
     left = cluster.nodes["server3"]
 
     def applied(node: Node) -> int:
-        told = json.loads(tell(node, "GET", "/v1/agent/self"))
-        return int(told["Stats"]["raft"]["applied_index"])
+        return int(ask(node, "/v1/agent/self")["Stats"]["raft"]["applied_index"])
 
     def take_away() -> None:
         newest = max(applied(node) for node in cluster.nodes.values() if node.is_server)

@@ -1,7 +1,6 @@
 """A thousand processes killed, fifty at a time: each leaves in time, and no survivor with it."""
 
 import contextlib
-import threading
 import time
 
 import pytest
@@ -11,6 +10,7 @@ from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json
 from integration.cluster import keys
 from integration.crowd import Crowd
 from integration.registrations import CRASH_SECONDS, SOON, TTL, Sampler
+from integration.repeated import Repeated
 from integration.waiting import until
 
 pytestmark = pytest.mark.long
@@ -28,27 +28,24 @@ class Departures:
         self.killed_at: dict[str, float] = {}
         self.seen_after: dict[str, float] = {}
         self.have_left: set[str] = set()
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="departures")
+        self._looks = Repeated("departures", 0.1, self._look)
 
-    def _run(self) -> None:
-        while not self._end.wait(0.1):
-            killed_at, asked_at = dict(self.killed_at), time.monotonic()
-            try:
-                found = read_json(self._agent, f"/v1/kv/{self._prefix}/?keys")
-            except NotReady:  # on a busy machine; no answer says nothing
-                continue
-            there = killed_at.keys() & {key.split("/")[1] for key in found}
-            self.seen_after.update((topic, asked_at - killed_at[topic]) for topic in there)
-            self.have_left |= killed_at.keys() - there
+    def _look(self) -> None:
+        killed_at, asked_at = dict(self.killed_at), time.monotonic()
+        try:
+            found = read_json(self._agent, f"/v1/kv/{self._prefix}/?keys")
+        except NotReady:  # on a busy machine; no answer says nothing
+            return
+        there = killed_at.keys() & {key.split("/")[1] for key in found}
+        self.seen_after.update((topic, asked_at - killed_at[topic]) for topic in there)
+        self.have_left |= killed_at.keys() - there
 
     def __enter__(self) -> "Departures":
-        self._thread.start()
+        self._looks.start()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._end.set()
-        self._thread.join()
+        self._looks.stop()
 
 
 def test_fifty_processes_killed_twenty_times(agent: Node, prefix: str) -> None:

@@ -7,6 +7,7 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from consul_matchmaker.demo.consul_probe import Node, request
 from consul_matchmaker.naming import shard_of
 from integration.catalog import METADATA, instances, register, unregister
 from integration.cluster import Cluster, ask, tell
+from integration.repeated import Repeated
 from integration.waiting import until
 
 # What restarts and transactions of thousands may take on a busy machine with two cores.
@@ -320,7 +322,6 @@ class Lookups:
         self.empty = 0
         self.errors: list[str] = []
         self._topic = topic
-        self._end = threading.Event()
         self._matchmakers = [
             Matchmaker(
                 Settings(
@@ -334,7 +335,7 @@ class Lookups:
             for node in nodes
         ]
         self._threads = [
-            threading.Thread(target=self._run, args=[matchmaker])
+            Repeated("lookups", 0.01, partial(self._look, matchmaker))
             for matchmaker in self._matchmakers
         ]
 
@@ -346,21 +347,19 @@ class Lookups:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._end.set()
         for thread in self._threads:
-            thread.join()
+            thread.stop()
         for matchmaker in self._matchmakers:
             matchmaker.close()
 
-    def _run(self, matchmaker: Matchmaker) -> None:
-        while not self._end.wait(0.01):
-            try:
-                snapshot = matchmaker.hosts(self._topic)
-            except Exception as error:
-                self.errors.append(repr(error))
-            else:
-                self.answers += 1
-                self.empty += len(snapshot) < 3
+    def _look(self, matchmaker: Matchmaker) -> None:
+        try:
+            snapshot = matchmaker.hosts(self._topic)
+        except Exception as error:
+            self.errors.append(repr(error))
+        else:
+            self.answers += 1
+            self.empty += len(snapshot) < 3
 
 
 @pytest.mark.parametrize("which", ["leader", "follower"])

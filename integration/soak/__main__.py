@@ -17,6 +17,7 @@ from pathlib import Path
 
 from consul_matchmaker.demo.consul_probe import NotReady, request
 from integration.cluster import Cluster, keys, tell
+from integration.repeated import Repeated
 
 from . import bounds, clusters, schedule
 from .faults import ClusterFaults, Hand, MemberFaults, Writes, answering, catalog_host
@@ -32,7 +33,6 @@ from .witness import (
     Holdings,
     KeyWitness,
     LeaderWitness,
-    Repeated,
     Stalls,
 )
 

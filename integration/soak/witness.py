@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,24 +19,6 @@ LEADER_SECONDS = 1.0
 SAMPLE_SECONDS = 3.0
 STARVED_SECONDS = 0.5
 REQUEST_SECONDS = 5.0
-
-
-class Repeated(threading.Thread):
-    """Does something again and again until it is stopped."""
-
-    def __init__(self, name: str, pause_seconds: float, step: Callable[[], None]) -> None:
-        super().__init__(name=name, daemon=True)
-        self._pause = pause_seconds
-        self._step = step
-        self._stopping = threading.Event()
-
-    def run(self) -> None:
-        while not self._stopping.wait(self._pause):
-            self._step()
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self.join()
 
 
 class KeyWitness:
