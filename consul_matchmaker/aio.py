@@ -9,30 +9,42 @@ It is one `consul_matchmaker.Matchmaker`, `mm.sync`, and decides nothing itself.
 from __future__ import annotations
 
 import asyncio
+import collections
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from . import matchmaker, model
-from .errors import Closed, Unavailable
+from .answers.belief import is_same
+from .errors import Closed, TimedOut, Unavailable
 from .keeper import Change
+from .matchmaker import ASK_AGAIN_SECONDS, GRACE_SECONDS, nobody_came
 from .model import Host, Snapshot, Standing
 from .settings import Settings
+from .worker import forget_in_child
 
 T = TypeVar("T")
 
-SECONDS_PER_WAIT = 5.0
-"""How long the thread of a cancelled `watch` may live on."""
-SECONDS_BETWEEN_ASKS = 0.5
+_Call = tuple[str, str, "str | None"]
+"""A method, a topic and a server."""
+
+THREAD_NAME = "consul-matchmaker-awaited"
+HANGS = "it has not answered yet"
+MAX_THREADS = 16
+"""That ask Consul at the same moment, for calls that are awaited."""
+LOOK_SECONDS = 0.02
+"""While a registration is waited for, its state is looked at so often; that asks nobody."""
 
 
 class Registration:
     """A `consul_matchmaker.Registration` whose waits are awaited; also an async context manager."""
 
-    def __init__(self, sync: model.Registration) -> None:
+    def __init__(self, sync: model.Registration, owner: matchmaker.Matchmaker) -> None:
         self.sync = sync
+        self._owner = owner
 
     @property
     def topic(self) -> str:
@@ -62,11 +74,11 @@ class Registration:
 
     async def wait_until_published(self, *, timeout_seconds: float) -> None:
         """Return once Consul has confirmed it.  Raises TimedOut, Denied, Closed."""
-        await off_loop(lambda: self.sync.wait_until_published(timeout_seconds=timeout_seconds))
+        await _until(self.sync.wait_until_published, timeout_seconds)
 
     async def wait_until_withdrawn(self, *, timeout_seconds: float) -> None:
         """After `unregister`, return once Consul cannot be showing it.  Raises TimedOut."""
-        await off_loop(lambda: self.sync.wait_until_withdrawn(timeout_seconds=timeout_seconds))
+        await _until(self.sync.wait_until_withdrawn, timeout_seconds)
 
     async def unregister(self) -> None:
         """Take the wish back; only this one."""
@@ -74,7 +86,11 @@ class Registration:
 
     async def drain(self, seconds: float) -> None:
         """Take it back, then go on serving for *seconds* before this returns."""
-        await off_loop(lambda: self.sync.drain(seconds))
+        self.sync.unregister()
+        await self.wait_until_withdrawn(timeout_seconds=seconds)
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._owner.is_closed:
+            await asyncio.sleep(min(left, LOOK_SECONDS))
 
     async def __aenter__(self) -> Registration:
         return self
@@ -89,10 +105,11 @@ class Registration:
 class Matchmaker:
     """`consul_matchmaker.Matchmaker`, awaited; every method means, returns and raises the same.
 
-    An answer at hand is returned without leaving the event loop; so are the calls that only note
-    something (register, reject, acknowledge): they never wait for Consul.  Everything else runs on
-    a thread of its own for as long as it takes, so that one that hangs holds up no other.  A
-    cancelled call stops waiting at once; its question ends by itself, and its answer is kept.
+    A cached answer is returned without leaving the event loop; so are the calls that only note
+    something (register, reject, acknowledge): they never wait for Consul.  What asks Consul runs on
+    one of at most `MAX_THREADS` threads; questions for one topic share one.  A watch, and whoever
+    waits, has no thread: it is called back.  A cancelled call stops waiting at once; its question
+    ends by itself, and its answer is kept.
     """
 
     def __init__(self, settings: Settings | matchmaker.Matchmaker) -> None:
@@ -102,6 +119,9 @@ class Matchmaker:
             else matchmaker.Matchmaker(settings)
         )
         self.settings = self.sync.settings
+        self._threads = _Threads()
+        self._running: dict[_Call, asyncio.Future[Any]] = {}
+        forget_in_child(self._threads)
 
     @classmethod
     def from_url(cls, url: str) -> Matchmaker:
@@ -113,10 +133,18 @@ class Matchmaker:
 
     # -- who serves a topic
 
-    async def hosts(self, topic: str, server: str | None = None) -> Snapshot:
+    async def hosts(
+        self, topic: str, server: str | None = None, *, timeout_seconds: float | None = None
+    ) -> Snapshot:
         """Every live host of *topic*; with *server*, only the one of that name."""
-        held = self.sync.hosts_at_hand(topic, server)
-        return held if held is not None else await off_loop(lambda: self.sync.hosts(topic, server))
+        held = self.sync.cached_hosts(topic, server)
+        if held is not None:
+            return held
+        if timeout_seconds is None:
+            return await self._shared(self.sync.hosts, topic, server)
+        return await self._off_loop(
+            lambda: self.sync.hosts(topic, server, timeout_seconds=timeout_seconds)
+        )
 
     async def pick(
         self, topic: str, server: str | None = None, *, key: str | bytes | None = None
@@ -139,9 +167,23 @@ class Matchmaker:
         self, topic: str, *, timeout_seconds: float, server: str | None = None
     ) -> Snapshot:
         """The hosts of *topic*, as soon as there is one."""
-        return await off_loop(
-            lambda: self.sync.wait_for_hosts(topic, timeout_seconds=timeout_seconds, server=server)
-        )
+        deadline = time.monotonic() + timeout_seconds
+        with _Bell(self.sync, topic, server) as bell:
+            while True:
+                left = max(0.0, deadline - time.monotonic())
+                error: Unavailable | None = None
+                try:
+                    found = await asyncio.wait_for(
+                        self._shared(self.sync.asked_for_hosts, topic, server),
+                        left + GRACE_SECONDS,
+                    )
+                    if found:
+                        return found
+                except (Unavailable, asyncio.TimeoutError) as failure:
+                    error = failure if isinstance(failure, Unavailable) else Unavailable(HANGS)
+                if left <= 0:
+                    raise nobody_came(topic, server, timeout_seconds, error)
+                await bell.wait(min(left, ASK_AGAIN_SECONDS))
 
     async def is_alive(self, topic: str, host: str | Host) -> bool:
         """Whether *host* serves *topic*, by what `hosts` says."""
@@ -152,26 +194,23 @@ class Matchmaker:
         """The hosts of *topic* now, and again at every change, until `close`."""
         last = await self.hosts(topic, server)
         yield last
-        while True:
-            try:
-                changed = await off_loop(
-                    lambda seen: self.sync.next_change(
-                        seen, timeout_seconds=SECONDS_PER_WAIT, server=server
-                    ),
-                    last,
-                )
-            except Closed:
-                return
-            except Unavailable:  # the cache has said so in the log
-                await asyncio.sleep(SECONDS_BETWEEN_ASKS)
-            else:
-                if changed is not None:
-                    last = changed
-                    yield last
+        with suppress(Closed):
+            while True:
+                with _Bell(self.sync, topic, server) as bell:
+                    try:
+                        found = await self.hosts(topic, server)
+                    except Unavailable:  # the cache has said so in the log
+                        await bell.wait(ASK_AGAIN_SECONDS)
+                        continue
+                    if is_same(found, last):
+                        await bell.wait()
+                        continue
+                last = found
+                yield last
 
     async def topics(self) -> list[str]:
         """Every topic that somebody registered, sorted."""
-        return await off_loop(self.sync.topics)
+        return await self._off_loop(self.sync.topics)
 
     # -- that this process serves one
 
@@ -187,7 +226,8 @@ class Matchmaker:
         """Say that *host* serves *topic*; returns at once.  *on_change* is called on a thread of
         the library: hand over with ``loop.call_soon_threadsafe``."""
         return Registration(
-            self.sync.register(topic, host, server, on_change=on_change, beat_seconds=beat_seconds)
+            self.sync.register(topic, host, server, on_change=on_change, beat_seconds=beat_seconds),
+            self.sync,
         )
 
     async def unregister(self, topic: str, host: str | Host) -> None:
@@ -196,15 +236,15 @@ class Matchmaker:
 
     async def expire(self, topic: str, host: str | Host) -> int:
         """Remove *host*'s registrations of *topic* for everybody; return how many there were."""
-        return await off_loop(lambda: self.sync.expire(topic, host))
+        return await self._off_loop(lambda: self.sync.expire(topic, host))
 
     async def orphans(self) -> dict[str, str]:
         """Keys under the prefix that nobody will remove, or that are not ours, with the reason."""
-        return await off_loop(self.sync.orphans)
+        return await self._off_loop(self.sync.orphans)
 
     async def sweep(self) -> list[str]:
         """Remove those `orphans` that are ours and held by no session; return what is gone."""
-        return await off_loop(self.sync.sweep)
+        return await self._off_loop(self.sync.sweep)
 
     # -- what callers found out
 
@@ -220,7 +260,7 @@ class Matchmaker:
 
     async def explain(self, topic: str, server: str | None = None) -> dict[str, object]:
         """Why `hosts` and `pick` say what they say."""
-        return await off_loop(lambda: self.sync.explain(topic, server))
+        return await self._off_loop(lambda: self.sync.explain(topic, server))
 
     def status(self) -> dict[str, object]:
         """Where everything stands; asks nobody, and is not awaited."""
@@ -230,7 +270,8 @@ class Matchmaker:
         """Withdraw every registration, end every thread, close every connection; idempotent.
 
         A cancellation does not stop it: it goes on by itself."""
-        await off_loop(lambda: self.sync.close(timeout_seconds))
+        closing = _Threads()  # the others may all be waiting for Consul
+        await off_loop(closing, lambda: self.sync.close(timeout_seconds))
 
     async def __aenter__(self) -> Matchmaker:
         return self
@@ -243,16 +284,107 @@ class Matchmaker:
     ) -> None:
         await self.close()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.sync.is_closed
+
     def __repr__(self) -> str:
         return f"<aio {self.sync!r}>"
 
 
-async def off_loop(call: Callable[..., T], *arguments: object) -> T:
-    """What *call* returns or raises, run on a thread of its own.
+    async def _off_loop(self, call: Callable[[], T]) -> T:
+        return await off_loop(self._threads, call)
 
-    Not the event loop's pool: that has few threads, is the application's, and is waited for when
-    the loop ends.
+    async def _shared(
+        self, call: Callable[[str, str | None], T], topic: str, server: str | None
+    ) -> T:
+        """What *call* says, run once for all who want it on this loop at this moment; it outlives
+        who gives up."""
+        loop, key = asyncio.get_running_loop(), (call.__name__, topic, server)
+        running = self._running.get(key)
+        if running is None or running.done() or running.get_loop() is not loop:
+            running = asyncio.ensure_future(self._off_loop(lambda: call(topic, server)))
+            running.add_done_callback(lambda done: self._ended(key, done))
+            self._running[key] = running
+        return cast(T, await asyncio.shield(running))
+
+    def _ended(self, key: _Call, done: asyncio.Future[Any]) -> None:
+        if self._running.get(key) is done:
+            del self._running[key]
+        if not done.cancelled():
+            done.exception()  # looked at, also where everybody has given up
+
+
+class _Bell:
+    """Rings on this event loop when the hosts of a topic may be others; see `Matchmaker.telling`."""
+
+    def __init__(self, sync: matchmaker.Matchmaker, topic: str, server: str | None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._rung = asyncio.Event()
+        self._telling = sync.telling(topic, self._ring, server)
+
+    def _ring(self) -> None:
+        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
+            self._loop.call_soon_threadsafe(self._rung.set)
+
+    async def wait(self, seconds: float | None = None) -> None:
+        """Until it rings, or for *seconds*."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._rung.wait(), seconds)
+        self._rung.clear()
+
+    def __enter__(self) -> _Bell:
+        self._telling.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._telling.__exit__(None, None, None)
+
+
+class _Threads:
+    """Runs calls on at most `MAX_THREADS` daemon threads, which end when there is nothing to do.
+
+    Not the event loop's pool: that is the application's, and is waited for when the loop ends.
     """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """In a forked child: there are none."""
+        self._lock = threading.Lock()
+        self._calls: collections.deque[Callable[[], None]] = collections.deque()
+        self._count = 0
+
+    def run(self, call: Callable[[], None]) -> None:
+        """Have *call* run on one of them; raises RuntimeError when there is none to be had."""
+        with self._lock:
+            self._calls.append(call)
+            if self._count == MAX_THREADS:
+                return
+            self._count += 1
+        try:
+            threading.Thread(target=self._run, name=THREAD_NAME, daemon=True).start()
+        except BaseException:
+            with self._lock:
+                self._count -= 1
+                if not self._count:
+                    self._calls.clear()
+                    raise
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._calls:
+                    self._count -= 1
+                    return
+                call = self._calls.popleft()
+            call()
+
+
+async def off_loop(threads: _Threads, call: Callable[[], T]) -> T:
+    """What *call* returns or raises, run on one of *threads*."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -268,11 +400,25 @@ async def off_loop(call: Callable[..., T], *arguments: object) -> T:
         value: T | None = None
         error: BaseException | None = None
         try:
-            value = call(*arguments)
+            value = call()
         except BaseException as failure:
             error = failure
         with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
             loop.call_soon_threadsafe(settle, value, error)
 
-    threading.Thread(target=run, name="consul-matchmaker-awaited", daemon=True).start()
+    threads.run(run)
     return await future
+
+
+async def _until(wait: Callable[..., None], timeout_seconds: float) -> None:
+    """Return when *wait*, a wait of a registration, would; raise what it raises."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            return wait(timeout_seconds=0)
+        except TimedOut as error:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                text = str(error).replace("within 0 s", f"within {timeout_seconds:g} s")
+                raise TimedOut(text) from error
+        await asyncio.sleep(min(left, LOOK_SECONDS))

@@ -98,7 +98,7 @@ def _explain(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> 
             _print(json.dumps(told, default=str))
         else:
             _print(*_lines(told))
-        answer = matchmaker.hosts_at_hand(arguments.topic, server=arguments.server)
+        answer = matchmaker.cached_hosts(arguments.topic, server=arguments.server)
         if answer is None:
             return NO_ANSWER
         return OK if answer else NO_HOSTS

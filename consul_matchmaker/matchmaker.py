@@ -10,44 +10,41 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import fields
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
+from .answers.belief import is_same
+from .answers.cache import Cache
 from .backends import Registrar, Resolver
-from .cache import Cache, is_same
 from .errors import Closed, ConfigurationError, Denied, NoLiveHosts, TimedOut, Unavailable
 from .keeper import Change, Keeper
 from .model import Host, Registration, Snapshot, Standing, checked_topic, warning_of
 from .naming import checked_registration
 from .selection import Quarantine, Selector
 from .settings import Settings
-from .worker import call_within, forget_in_child, seconds_since_boot
+from .worker import forget_in_child, seconds_since_boot
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
     from .backends.kv import Kv
-    from .watcher import Watcher
+    from .answers.watcher import Watcher
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_ASKS = 0.5
+ASK_AGAIN_SECONDS = 0.5
 """While somebody waits for the first host of a topic, Consul is asked this often."""
 SECONDS_TO_CLOSE = 5.0
-SECONDS_OF_GRACE = 0.1
+GRACE_SECONDS = 0.1
 """So much later than asked for a wait may end when Consul hangs: with a timeout of 0 it is what
 Consul has to answer an unknown topic."""
-
-
-class _Lookup(Protocol):
-    def __call__(self, topic: str, server: str | None, *, complete: bool = True) -> Snapshot: ...
 
 
 class Matchmaker:
     """Which hosts serve a topic, and the word that this process serves one.
 
-    Thread-safe.  The constructor opens no socket and starts no thread; at most three start when
-    they are needed, and end with `close`.  A forked child has neither its parent's registrations
+    Thread-safe.  The constructor opens no socket and starts no thread; those that are needed start
+    later, and end with `close`.  A forked child has neither its parent's registrations
     nor its threads and connections; the answers it had stay.  Every method raises Closed after
     `close`.
 
@@ -84,8 +81,7 @@ class Matchmaker:
             self._keeper = Keeper(self._registrar, settings, clock=lasting, jitter=jitter)
         if settings.watch and backend is None:
             self._watcher = _watcher(self._resolver, self._cache, settings, clock, jitter)
-        # Replaced by the cache's own at the first lookup: a cached answer costs one call less.
-        self._lookup: _Lookup = self._first_lookup
+            self._cache.on_topic_used = self._watch_topics
         forget_in_child(self)
 
     @classmethod
@@ -101,13 +97,16 @@ class Matchmaker:
 
     # -- who serves a topic
 
-    def hosts(self, topic: str, server: str | None = None) -> Snapshot:
+    def hosts(
+        self, topic: str, server: str | None = None, *, timeout_seconds: float | None = None
+    ) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only the one of that name.
 
         A known topic is answered from memory.  Raises Unavailable when Consul cannot be asked for
-        an unknown one (or since ``max_stale_seconds``), Denied, InvalidTopic.
+        an unknown one (or since ``max_stale_seconds``), TimedOut when it has not answered after
+        *timeout_seconds* (None: what its requests may take by the settings), Denied, InvalidTopic.
         """
-        return self._lookup(topic, server)
+        return self._cache.lookup(topic, server, timeout_seconds=timeout_seconds)
 
     def pick(
         self, topic: str, server: str | None = None, *, key: str | bytes | None = None
@@ -117,8 +116,7 @@ class Matchmaker:
         With *key*, the same host for the same key in every process, as long as that host lives.
         Raises NoLiveHosts when there is none, and what `hosts` raises.
         """
-        # One of them is enough, but who has a key must choose among the same hosts as the others.
-        return self.picked(self._lookup(topic, server, complete=key is not None), server, key=key)
+        return self.picked(self._cache.lookup(topic, server), server, key=key)
 
     def picked(
         self, snapshot: Snapshot, server: str | None = None, *, key: str | bytes | None = None
@@ -140,21 +138,38 @@ class Matchmaker:
         not be asked, also when it hangs, and Denied at once.
         """
         self._check_open()
-        checked_topic(topic)
-        try:
-            return call_within(
-                timeout_seconds + SECONDS_OF_GRACE,
-                lambda: self._wait_for_hosts(topic, timeout_seconds, server),
-                "consul-matchmaker-waiting",
-            )
-        except TimeoutError as error:
-            raise TimedOut(
-                f"Consul did not answer for {_named(topic, server)} within {timeout_seconds:g} s"
-            ) from error
+        deadline = self._clock() + timeout_seconds
+        while True:
+            left = max(0.0, deadline - self._clock())
+            snapshot, error = None, None
+            try:
+                snapshot = self.asked_for_hosts(topic, server, left + GRACE_SECONDS)
+            except Unavailable as failure:
+                error = failure
+            if snapshot:
+                return snapshot
+            left = deadline - self._clock()
+            if left <= 0:
+                raise nobody_came(topic, server, timeout_seconds, error)
+            pause = min(left, ASK_AGAIN_SECONDS)
+            if snapshot is not None:
+                with suppress(Unavailable):  # the answer was given up meanwhile
+                    self._cache.wait_for_change(topic, snapshot, pause, server)
+            elif self._closing.wait(pause):
+                raise Closed("the matchmaker was closed while waiting")
+
+    def asked_for_hosts(
+        self, topic: str, server: str | None = None, timeout_seconds: float | None = None
+    ) -> Snapshot:
+        """As `hosts`, but where there are none Consul is asked again, half a second apart."""
+        found = self._cache.lookup(topic, server, timeout_seconds=timeout_seconds)
+        if not found and found.age_seconds >= ASK_AGAIN_SECONDS:
+            found = self._cache.refresh(topic, server, timeout_seconds=timeout_seconds)
+        return found
 
     def is_alive(self, topic: str, host: str | Host) -> bool:
         """Whether *host* serves *topic*, by what `hosts` says."""
-        return _host(host) in self._lookup(topic, None)
+        return _host(host) in self._cache.lookup(topic)
 
     def watch(self, topic: str, server: str | None = None) -> Iterator[Snapshot]:
         """The hosts of *topic* now, and again at every change, until `close`.
@@ -162,14 +177,21 @@ class Matchmaker:
         Raises like `hosts` when there is no first answer; a later outage changes nothing and
         raises nothing.
         """
-        first = self._lookup(topic, server)
+        first = self._cache.lookup(topic, server)
         return self._changes(first, server)
 
-    def hosts_at_hand(self, topic: str, server: str | None = None) -> Snapshot | None:
-        """What `hosts` returns when that takes no question to Consul, else None: never waits."""
+    def cached_hosts(self, topic: str, server: str | None = None) -> Snapshot | None:
+        """The cached answer, or None; never asks Consul, never waits."""
         self._check_open()
         checked_topic(topic)
-        return self._cache.at_hand(topic, server)
+        return self._cache.peek(topic, server)
+
+    def telling(
+        self, topic: str, wake: Callable[[], object], server: str | None = None
+    ) -> AbstractContextManager[object]:
+        """As long as the returned context is entered, *wake* is called when the hosts of *topic*
+        may be others, and at `close`, on a thread of the library: it has to return at once."""
+        return self._cache.telling(topic, server, wake)
 
     def next_change(
         self, seen: Snapshot, *, timeout_seconds: float, server: str | None = None
@@ -250,7 +272,7 @@ class Matchmaker:
             self._tell_that_nothing_is_registered()
             return 0
         count = self._registrar.expire(topic, bad)
-        if topic in self._cache.topics_in_use():
+        if self._cache.knows(topic):
             try:
                 self._cache.refresh(topic)
             except (Unavailable, Denied) as error:
@@ -320,7 +342,7 @@ class Matchmaker:
         """
         hosts: tuple[Host, ...] = ()
         with suppress(Unavailable, Denied):
-            hosts = self._lookup(topic, server).hosts
+            hosts = self._cache.lookup(topic, server).hosts
         is_heeded = self._quarantine.is_heeded(topic, hosts)
         what = "avoided by pick" if is_heeded else "used all the same: too many are rejected"
         rejected = self._quarantine.status().get(topic, [])
@@ -333,8 +355,6 @@ class Matchmaker:
         see `backends.traffic.Traffic`; it is empty where a backend speaks to nobody.
         """
         keeper, watcher = self._keeper, self._watcher
-        tell = getattr(self._resolver, "status", None)
-        count = getattr(self._resolver, "wire", None)
         return {
             "mode": self.settings.mode,
             "is_closed": self._closing.is_set(),
@@ -344,9 +364,14 @@ class Matchmaker:
             "quarantines": self._quarantine.begun,
             "keeper": None if keeper is None else keeper.status(),
             "watcher": None if watcher is None else watcher.status(),
-            "backend": None if tell is None else tell(),
-            "wire": {} if count is None else count(),
+            "backend": self._resolver.status(),
+            "wire": self._resolver.wire(),
         }
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closing.is_set()
 
     def close(self, timeout_seconds: float = SECONDS_TO_CLOSE) -> None:
         """Withdraw every registration, end every thread, close every connection; idempotent.
@@ -366,7 +391,6 @@ class Matchmaker:
             if self._closing.is_set():
                 return
             self._closing.set()
-            self._lookup = self._refuse
         deadline = self._clock() + timeout_seconds
 
         def remaining() -> float:
@@ -390,8 +414,6 @@ class Matchmaker:
         self._closing = threading.Event()
         if was_closed:
             self._closing.set()
-        else:
-            self._lookup = self._first_lookup
         for part in (
             self._resolver,
             self._cache,
@@ -422,20 +444,14 @@ class Matchmaker:
 
     # -- inside
 
-    def _first_lookup(self, topic: str, server: str | None, *, complete: bool = True) -> Snapshot:
-        checked_topic(topic)  # before a watch is started, which writes its sentinel key
-        with self._lock:
-            self._check_open()
-            try:
-                if self._watcher is not None:
-                    self._watcher.start()
-                self._lookup = self._cache.lookup
-            except Unavailable as error:  # the next lookup tries again
-                logger.warning("topics are not watched yet: %s", error)
-        return self._cache.lookup(topic, server, complete=complete)
-
-    def _refuse(self, topic: str, server: str | None, *, complete: bool = True) -> Snapshot:
-        raise Closed("this matchmaker was closed: make a new one")
+    def _watch_topics(self) -> None:
+        """There is another topic to watch."""
+        assert self._watcher is not None
+        try:
+            self._watcher.start()
+        except Unavailable as error:  # the next topic tries again
+            logger.warning("topics are not watched yet: %s", error)
+        self._watcher.topics_changed()
 
     def _check_open(self) -> None:
         if self._closing.is_set():
@@ -449,47 +465,10 @@ class Matchmaker:
             except Closed:
                 return
             except Unavailable:  # the cache has said so in the log
-                if self._closing.wait(SECONDS_BETWEEN_ASKS):
+                if self._closing.wait(ASK_AGAIN_SECONDS):
                     return
             else:
                 yield last
-
-    def _wait_for_hosts(self, topic: str, timeout_seconds: float, server: str | None) -> Snapshot:
-        deadline = self._clock() + timeout_seconds
-        snapshot: Snapshot | None = None
-        while True:
-            error: Unavailable | None = None
-            try:
-                if snapshot is None:
-                    snapshot = self._lookup(topic, server)
-                if not snapshot and snapshot.age_seconds >= SECONDS_BETWEEN_ASKS:
-                    snapshot = self._cache.refresh(topic, server)
-            except Unavailable as failure:
-                error = failure
-            if snapshot:
-                return snapshot
-            remaining = deadline - self._clock()
-            if remaining <= 0:
-                raise self._nobody_came(topic, server, timeout_seconds, error)
-            pause = min(remaining, SECONDS_BETWEEN_ASKS)
-            if snapshot is not None and error is None:
-                try:
-                    snapshot = self._cache.wait_for_change(topic, snapshot, pause, server)
-                    continue
-                except Unavailable:  # the answer was given up meanwhile
-                    pass
-            if self._closing.wait(pause):
-                raise Closed("the matchmaker was closed while waiting")
-
-    def _nobody_came(
-        self, topic: str, server: str | None, timeout_seconds: float, error: Unavailable | None
-    ) -> TimedOut | NoLiveHosts:
-        name = _named(topic, server)
-        if error is None:
-            return NoLiveHosts(f"no host served {name} within {timeout_seconds:g} s")
-        waited = TimedOut(f"Consul could not be asked for {name}: {error}")
-        waited.__cause__ = error
-        return waited
 
     def _sweeper(self) -> Kv:
         if not hasattr(self._registrar, "sweep"):
@@ -560,7 +539,7 @@ def _watcher(
     jitter: Callable[[], float],
 ) -> Watcher:
     from .backends.kv import Kv
-    from .watcher import Watcher
+    from .answers.watcher import Watcher
 
     assert isinstance(resolver, Kv)
     return Watcher(resolver, cache, settings, clock=clock, jitter=jitter)
@@ -593,6 +572,20 @@ gives out."""
 
 def _host(host: str | Host) -> Host:
     return host if isinstance(host, Host) else Host.parse(host)
+
+
+def nobody_came(
+    topic: str, server: str | None, timeout_seconds: float, error: Unavailable | None
+) -> TimedOut | NoLiveHosts:
+    """What to raise when no host of *topic* was found in time."""
+    name = _named(topic, server)
+    if error is None:
+        return NoLiveHosts(f"no host served {name} within {timeout_seconds:g} s")
+    waited = TimedOut(
+        f"Consul could not be asked for {name} within {timeout_seconds:g} s: {error}"
+    )
+    waited.__cause__ = error
+    return waited
 
 
 def _named(topic: str, server: str | None) -> str:

@@ -386,6 +386,22 @@ class Snapshot(Sequence[Host]):
             self.version,
         )
 
+    def stamped(
+        self, *, taken_at: float, fresh_until: float, clock: Callable[[], float], confirmed: bool
+    ) -> Snapshot:
+        """The same answer as of another moment; what was computed of its instances is kept."""
+        stamp = {
+            "taken_at": taken_at,
+            "fresh_until": fresh_until,
+            "clock": clock,
+            "confirmed": confirmed,
+        }
+        return _made_of(self.__dict__, stamp)
+
+    def sharing(self, other: Snapshot) -> Snapshot:
+        """The same answer, with the equal instances of *other* and what was computed of them."""
+        return _made_of(other.__dict__, self.__dict__, {"instances": other.instances})
+
     def __len__(self) -> int:
         return len(self.hosts)
 
@@ -411,3 +427,10 @@ class Snapshot(Sequence[Host]):
         if not self.confirmed:
             marks.append("unconfirmed")
         return f"<{self.topic}: {', '.join(marks)}>"
+
+
+def _made_of(*fields: Mapping[str, object]) -> Snapshot:
+    made = object.__new__(Snapshot)
+    for some in fields:
+        made.__dict__.update(some)
+    return made

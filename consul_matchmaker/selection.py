@@ -203,7 +203,7 @@ class Selector:
     ) -> Host:
         name = snapshot.topic, server
         turn = self._turns.get(name)
-        if turn is None or turn.snapshot is not snapshot or turn.avoided != avoided:
+        if turn is None or turn.instances is not snapshot.instances or turn.avoided != avoided:
             turn = self._next_turn(name, snapshot, avoided)
         if key is not None:
             return by_key(turn.choices, key)
@@ -220,7 +220,7 @@ class Selector:
         turn = _Turn(snapshot, avoided, preferred(snapshot.instances, avoided))
         with self._lock:
             last = self._turns.get(name)
-            if last is not None and last.snapshot is snapshot and last.avoided == avoided:
+            if last is not None and last.instances is snapshot.instances and last.avoided == avoided:
                 return last  # another thread was faster
             if last is None:
                 start = self._chance.randrange(len(turn.hosts))
@@ -237,12 +237,12 @@ class Selector:
 class _Turn:
     """Where the round robin of one answer stands; its counter needs no lock."""
 
-    __slots__ = ("avoided", "choices", "counter", "hosts", "snapshot", "weights")
+    __slots__ = ("avoided", "choices", "counter", "hosts", "instances", "weights")
 
     def __init__(
         self, snapshot: Snapshot, avoided: frozenset[Host], choices: Sequence[Instance]
     ) -> None:
-        self.snapshot = snapshot
+        self.instances = snapshot.instances  # the same as long as nothing changes
         self.avoided = avoided
         self.choices = choices
         self.hosts = tuple(instance.host for instance in choices)

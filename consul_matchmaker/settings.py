@@ -253,6 +253,13 @@ class Settings:
         "how long the last good answer is served while Consul cannot be asked",
         3600.0,
     )
+    stale_while_revalidate_seconds: float = _knob(
+        # RFC 5861's name.  3 TTLs: a topic asked for at least so often never waits, and what a
+        # caller gets without a wait is no older than a peer's answer may be while it changes.
+        _seconds(0, 31536000),
+        "how old an answer may be given at once while Consul can be asked; then it is asked first",
+        15.0,
+    )
     confirm_empty_seconds: float = _knob(
         # A restarted Consul server denies live services for 4.0-4.9 s (fact A9); 6 leaves a margin.
         _seconds(0, 3600),

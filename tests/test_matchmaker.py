@@ -609,8 +609,8 @@ def test_the_next_change(memory: Memory) -> None:
     with Matchmaker(kv(ttl_seconds=0.05), backend=memory) as mm:
         seen = mm.hosts("scheduler")
         assert mm.next_change(seen, timeout_seconds=0) is None
-        assert mm.hosts_at_hand("nobody") is None
-        held = mm.hosts_at_hand("scheduler")
+        assert mm.cached_hosts("nobody") is None
+        held = mm.cached_hosts("scheduler")
         assert held is not None and held.hosts == (ONE,)
         changing = in_thread(lambda: mm.next_change(seen, timeout_seconds=DEADLINE_SECONDS))
         memory.declare("scheduler", [TWO])

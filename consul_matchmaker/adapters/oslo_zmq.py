@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 from .. import Host, Matchmaker, Registration, Settings
 from ..errors import Closed, MatchmakerError, NoLiveHosts
-from ..worker import call_within, forget_in_child
+from ..worker import forget_in_child
 from .extras import extra
 from .oslo_config import read_settings
 from .oslo_enable import disable, enable
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 LATE_SECONDS = 5.0
 """How long after `unregister` a register may still come from a thread that has not seen the stop:
 upstream's updater tests its flag, and then registers, with nothing slow in between."""
-SECONDS_OF_GRACE = 0.1
+GRACE_SECONDS = 0.1
 """What Consul has to answer with a ``wait_timeout`` of 0."""
 WITHDRAWAL_SECONDS = 1.0
 """How long a server that stops waits for Consul's word; the withdrawal goes on without it."""
@@ -246,7 +246,7 @@ class MatchmakerConsul:
     def _at_hand(self, where: Where) -> _Answer | None:
         """What takes no question to Consul."""
         try:  # not _translated(), which would be a quarter of what this costs
-            snapshot = self._matchmaker.hosts_at_hand(*where)
+            snapshot = self._matchmaker.cached_hosts(*where)
         except Exception as error:
             _raise_translated(error)
         return None if snapshot is None else self._translate(where, snapshot.hosts)
@@ -256,11 +256,7 @@ class MatchmakerConsul:
         found = self._at_hand(where)
         if found is None:
             with _translated():
-                hosts = call_within(
-                    self._wait_timeout + SECONDS_OF_GRACE,
-                    lambda: self._matchmaker.hosts(*where).hosts,
-                    "consul-matchmaker-asking",
-                )
+                hosts = self._matchmaker.hosts(*where, timeout_seconds=self._wait_timeout + GRACE_SECONDS).hosts
             found = self._translate(where, hosts)
         return found
 

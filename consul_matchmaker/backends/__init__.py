@@ -16,16 +16,25 @@ from ..model import Host, Lease, Registration, Snapshot
 class Resolver(Protocol):
     """Answers which hosts serve a topic."""
 
-    narrows: bool
-    """Whether ``lookup(topic, server)`` can find more than ``lookup(topic).for_server(server)``."""
+    finds_servers: bool
+    """Whether ``lookup(topic, server)`` can find hosts that ``lookup(topic)`` does not name."""
+    longest_lookup_seconds: float
+    """The timeout to give where the caller has none of his own."""
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(
+        self, topic: str, server: str | None = None, *, timeout_seconds: float
+    ) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's.
 
-        With *complete* False whoever asks needs one of them: the first answer will do, and
-        ``is_complete`` says whether it was all.
+        Ends within *timeout_seconds*; ``is_complete`` says whether that was enough for all hosts.
+        Raises Unavailable when Consul cannot be asked (TimedOut: in this time), Denied when it
+        refuses."""
 
-        Raises Unavailable when Consul cannot be asked, Denied when it refuses."""
+    def status(self) -> dict[str, object]:
+        """Where it stands, fit for json."""
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        """What was said to agents and heard from them, by transport; empty where there are none."""
 
     def forget(self) -> None:
         """Drop every connection without touching the network: this is a forked child now."""

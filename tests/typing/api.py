@@ -90,7 +90,7 @@ def use(mm: Matchmaker) -> str:
     with mm.using("scheduler", server=None, key="tenant-42") as host:
         used: Host = host
     changed: Snapshot | None = mm.next_change(mm.hosts("scheduler"), timeout_seconds=1)
-    held: Snapshot | None = mm.hosts_at_hand("scheduler")
+    held: Snapshot | None = mm.cached_hosts("scheduler")
     why: dict[str, object] = mm.explain("scheduler", server="node7")
     return json.dumps({"why": why, "used": str(used), "seen": [str(changed), str(held)]})
 
