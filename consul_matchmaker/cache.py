@@ -24,6 +24,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import enum
+import inspect
 import itertools
 import logging
 import math
@@ -32,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import cachetools
@@ -295,6 +297,7 @@ class Cache:
         self._is_threaded = threaded
         # Can be asked in a hurry: the mark of a resolver whose topics are slow one by one.
         self._lookup_within: _LookupWithin | None = getattr(resolver, "lookup_within", None)
+        self._has_parts = "complete" in inspect.signature(resolver.lookup).parameters
         self._backoff = Backoff(FIRST_RETRY_SECONDS, LONGEST_PAUSE * settings.ttl_seconds, jitter)
         # A lookup ends within three timeouts (DNS), or one an agent (HTTP): then something is lost.
         self._patience_seconds = settings.request_timeout_seconds * (3 + len(settings.addresses))
@@ -329,7 +332,14 @@ class Cache:
 
     # -- what callers ask
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(
+        self,
+        topic: str,
+        server: str | None = None,
+        *,
+        timeout_seconds: float | None = None,
+        complete: bool = True,
+    ) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's.
 
         Does not wait for Consul while there is an answer younger than ``max_stale_seconds``.
@@ -687,10 +697,12 @@ class Cache:
             if is_hurried:
                 assert self._lookup_within is not None
                 answer = self._lookup_within(HURRY_SECONDS, entry.topic, entry.server)
-            elif flight.complete:
-                answer = self._resolver.lookup(entry.topic, entry.server)
             else:
-                answer = self._resolver.lookup(entry.topic, entry.server, complete=False)
+                lookup: Callable[..., Snapshot] = self._resolver.lookup
+                if not flight.complete and self._has_parts:
+                    lookup = partial(lookup, complete=False)
+                seconds = self._patience_seconds
+                answer = lookup(entry.topic, entry.server, timeout_seconds=seconds)
         except BaseException as error:
             if is_hurried and isinstance(error, TimedOut):
                 self._break_off(entry, flight)

@@ -333,8 +333,6 @@ class Matchmaker:
         see `backends.traffic.Traffic`; it is empty where a backend speaks to nobody.
         """
         keeper, watcher = self._keeper, self._watcher
-        tell = getattr(self._resolver, "status", None)
-        count = getattr(self._resolver, "wire", None)
         return {
             "mode": self.settings.mode,
             "is_closed": self._closing.is_set(),
@@ -344,8 +342,8 @@ class Matchmaker:
             "quarantines": self._quarantine.begun,
             "keeper": None if keeper is None else keeper.status(),
             "watcher": None if watcher is None else watcher.status(),
-            "backend": None if tell is None else tell(),
-            "wire": {} if count is None else count(),
+            "backend": self._resolver.status(),
+            "wire": self._resolver.wire(),
         }
 
     def close(self, timeout_seconds: float = SECONDS_TO_CLOSE) -> None:
@@ -538,10 +536,10 @@ def _resolver(settings: Settings, clock: Callable[[], float]) -> Resolver:
         from .backends.dns_srv import DnsSrv
 
         return DnsSrv(settings, clock=clock)
-    from .backends.agent import Agent
+    from .backends.http.api import ConsulApi
     from .backends.kv import Kv
 
-    return Kv(Agent(settings, clock=clock), settings, clock=clock)
+    return Kv(ConsulApi(settings, clock=clock), settings, clock=clock)
 
 
 def _registrar(settings: Settings, backend: Resolver) -> Registrar | None:

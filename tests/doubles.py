@@ -79,7 +79,14 @@ class FakeResolver:
     def count(self, topic: str) -> int:
         return sum(asked == topic for asked, _ in self.asked)
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(
+        self,
+        topic: str,
+        server: str | None = None,
+        *,
+        timeout_seconds: float = DEADLINE_SECONDS,
+        complete: bool = True,
+    ) -> Snapshot:
         self.asked.append((topic, server))
         gate = self._gates.get(topic)
         if gate is not None:
@@ -91,6 +98,12 @@ class FakeResolver:
         if isinstance(said, BaseException):
             raise said
         return snapshot(topic, (), self.source) if said is None else said
+
+    def status(self) -> dict[str, object]:
+        return {}
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        return {}
 
     def forget(self) -> None: ...
 

@@ -75,7 +75,14 @@ class SlowConsul(FakeResolver):
         self.takes: dict[str, float] = {}
         self.answered_at: dict[str, float] = {}
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(
+        self,
+        topic: str,
+        server: str | None = None,
+        *,
+        timeout_seconds: float = DEADLINE_SECONDS,
+        complete: bool = True,
+    ) -> Snapshot:
         self.clock.advance(self.takes.get(topic, 0.0))
         self.answered_at[topic] = self.clock()
         return super().lookup(topic, server, complete=complete)
@@ -1204,7 +1211,14 @@ class VersionedConsul(FakeResolver):
 
     version = 100
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(
+        self,
+        topic: str,
+        server: str | None = None,
+        *,
+        timeout_seconds: float = DEADLINE_SECONDS,
+        complete: bool = True,
+    ) -> Snapshot:
         answer = super().lookup(topic, server, complete=complete)
         return replace(answer, version=self.version)
 

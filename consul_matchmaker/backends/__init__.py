@@ -19,13 +19,17 @@ class Resolver(Protocol):
     narrows: bool
     """Whether ``lookup(topic, server)`` can find more than ``lookup(topic).for_server(server)``."""
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's.
 
-        With *complete* False whoever asks needs one of them: the first answer will do, and
-        ``is_complete`` says whether it was all.
+        Ends within *timeout_seconds*.  Raises Unavailable when Consul cannot be asked, TimedOut
+        when that takes too long, Denied when it refuses."""
 
-        Raises Unavailable when Consul cannot be asked, Denied when it refuses."""
+    def status(self) -> dict[str, object]:
+        """What there is to tell of the way to Consul, as plain values that JSON can say."""
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        """What was exchanged with Consul's agents, by transport; see `traffic.Traffic`."""
 
     def forget(self) -> None:
         """Drop every connection without touching the network: this is a forked child now."""
