@@ -12,8 +12,8 @@ from .settings import Settings
 from .srv_wire import NXDOMAIN, REFUSED, SERVFAIL, BadReply, Reply
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
-    from .backends.agent import Agent
     from .backends.dns_srv import DnsSrv
+    from .backends.http.api import ConsulApi
     from .backends.kv import Kv
 
 SERVERS = "_consul._tcp.service"
@@ -129,31 +129,31 @@ def _heard(dns_srv: DnsSrv, address: Host, datacenter: str = "", *, by_tcp: bool
 
 
 def _of_kv(settings: Settings) -> Iterator[Finding]:
-    from .backends.agent import Agent
+    from .backends.http.api import ConsulApi
     from .backends.kv import Kv
 
-    agent = Agent(settings)
-    with contextlib.closing(Kv(agent, settings)) as kv:
+    api = ConsulApi(settings)
+    with contextlib.closing(Kv(api, settings)) as kv:
         usable = 0
         for address in settings.addresses:
-            usable += yield from _of_http(agent, address)
+            usable += yield from _of_http(api, address)
         if usable:
             yield from _of_keys(kv, settings)
             yield _tried("a session", lambda: _with_a_session(kv))
             yield _tried(f"writing {settings.prefix}/", lambda: _with_a_write(kv))
 
 
-def _of_http(agent: Agent, address: Host) -> Generator[Finding, None, bool]:
+def _of_http(api: ConsulApi, address: Host) -> Generator[Finding, None, bool]:
     what = f"{address} HTTP"
     try:
-        answer = agent.call("GET", "/v1/status/leader", at=address)
+        answer = api.call("GET", "/v1/status/leader", at=address)
         leader = answer.json()
         if not isinstance(leader, str):
             raise answer.unexpected()
     except (Unavailable, Denied) as error:
         yield Finding("fail", what, str(error))
         return False
-    version = _version(agent, address)
+    version = _version(api, address)
     if not leader:
         text = f"{version} answers, but knows no leader: see `consul operator raft list-peers`"
         yield Finding("fail", what, text)
@@ -162,9 +162,9 @@ def _of_http(agent: Agent, address: Host) -> Generator[Finding, None, bool]:
     return True
 
 
-def _version(agent: Agent, address: Host) -> str:
+def _version(api: ConsulApi, address: Host) -> str:
     try:
-        told = agent.call("GET", "/v1/agent/self", at=address).json()
+        told = api.call("GET", "/v1/agent/self", at=address).json()
         return f"Consul {told['Config']['Version']}"
     except (Unavailable, Denied, TypeError, KeyError):
         return "Consul (which version, this token may not know)"

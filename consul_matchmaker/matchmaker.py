@@ -517,10 +517,10 @@ def _resolver(settings: Settings, clock: Callable[[], float]) -> Resolver:
         from .backends.dns_srv import DnsSrv
 
         return DnsSrv(settings, clock=clock)
-    from .backends.agent import Agent
+    from .backends.http.api import ConsulApi
     from .backends.kv import Kv
 
-    return Kv(Agent(settings, clock=clock), settings, clock=clock)
+    return Kv(ConsulApi(settings, clock=clock), settings, clock=clock)
 
 
 def _registrar(settings: Settings, backend: Resolver) -> Registrar | None:

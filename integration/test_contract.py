@@ -10,8 +10,8 @@ import pytest
 
 from consul_matchmaker import Matchmaker
 from consul_matchmaker.backends import Resolver
-from consul_matchmaker.backends.agent import Agent
 from consul_matchmaker.backends.dns_srv import DnsSrv
+from consul_matchmaker.backends.http.api import ConsulApi
 from consul_matchmaker.backends.kv import Kv
 from consul_matchmaker.demo.consul_probe import Node
 from consul_matchmaker.model import Host
@@ -29,7 +29,7 @@ class TestKvContract(RegistrarContract):
     @pytest.fixture
     def backend(self, agent: Node, prefix: str) -> Iterator[Backend]:
         settings = Settings(mode="kv", addresses=(Host.parse(agent.http),), prefix=prefix)
-        backend = Kv(Agent(settings), settings)
+        backend = Kv(ConsulApi(settings), settings)
         yield backend
         backend.close()
 
@@ -40,7 +40,7 @@ class TestKvContract(RegistrarContract):
     @pytest.fixture
     def away(self) -> Iterator[Resolver]:
         settings = Settings(mode="kv", addresses=(Host.parse(NOBODY),))
-        backend = Kv(Agent(settings), settings)
+        backend = Kv(ConsulApi(settings), settings)
         yield backend
         backend.close()
 
@@ -56,7 +56,7 @@ class TestKvContractWithConsistentReads(TestKvContract):
             prefix=prefix,
             consistency="consistent",
         )
-        backend = Kv(Agent(settings), settings)
+        backend = Kv(ConsulApi(settings), settings)
         yield backend
         backend.close()
 

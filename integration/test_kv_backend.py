@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from consul_matchmaker import Matchmaker
-from consul_matchmaker.backends.agent import Agent
+from consul_matchmaker.backends.http.api import ConsulApi
 from consul_matchmaker.backends.kv import NOT_OURS, Kv
 from consul_matchmaker.demo.consul_probe import Node
 from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
@@ -36,7 +36,7 @@ def make_kv(agent: Node, prefix: str) -> Iterator[MakeKv]:
     def make(*addresses: str, **values: Any) -> Kv:
         values = {"mode": "kv", "prefix": prefix, "addresses": addresses or (agent.http,), **values}
         settings = Settings.from_mapping(values, {})
-        made.append(Kv(Agent(settings), settings))
+        made.append(Kv(ConsulApi(settings), settings))
         return made[-1]
 
     yield make
@@ -119,7 +119,7 @@ def test_a_destroyed_session_is_lost(kv: Kv, agent: Node, topic: str) -> None:
     lease = kv.open()
     kv.publish(lease, Registration(topic, ONE))
     tell(agent, "PUT", f"/v1/session/destroy/{lease.id}")
-    assert kv.lookup(topic).hosts == ()
+    assert kv.lookup(topic, timeout_seconds=5).hosts == ()
     with pytest.raises(Unavailable):
         kv.publish(lease, Registration(topic, ONE))
     with pytest.raises(LeaseLost):
@@ -210,9 +210,9 @@ def test_a_restarted_process_and_its_predecessor_do_not_meet(
     dead.publish(dead_lease, registration)
     lease = kv.open()
     kv.publish(lease, registration)
-    assert kv.lookup(topic).hosts == (ONE,)
+    assert kv.lookup(topic, timeout_seconds=5).hosts == (ONE,)
     dead.release(dead_lease)
-    assert kv.lookup(topic).hosts == (ONE,)
+    assert kv.lookup(topic, timeout_seconds=5).hosts == (ONE,)
     assert set(kv.renew(lease)) == {registration}
     kv.release(lease)
 
@@ -228,7 +228,7 @@ def test_a_killed_agent_is_unavailable_and_then_back(kv: Kv, cluster: Cluster, t
     cluster.kill("agent1")
     started = time.monotonic()
     verbs: list[Callable[[], object]] = [
-        lambda: kv.lookup(topic),
+        lambda: kv.lookup(topic, timeout_seconds=5),
         lambda: kv.renew(lease),
         kv.topics,
         kv.open,
@@ -240,7 +240,7 @@ def test_a_killed_agent_is_unavailable_and_then_back(kv: Kv, cluster: Cluster, t
     cluster.start("agent1")
     held = eventually(lambda: _renewed(kv, lease), bool, ELECTION_SECONDS)
     assert held == {registration}
-    assert kv.lookup(topic).hosts == (ONE,)
+    assert kv.lookup(topic, timeout_seconds=5).hosts == (ONE,)
     kv.release(lease)
 
 
@@ -254,11 +254,11 @@ def _renewed(kv: Kv, lease: Any) -> set[Registration]:
 def test_a_paused_agent_times_out(make_kv: MakeKv, cluster: Cluster, topic: str) -> None:
     """An agent that accepts and says nothing holds a call no longer than its timeout."""
     kv = make_kv(request_timeout_seconds=1)
-    kv.lookup(topic)
+    kv.lookup(topic, timeout_seconds=5)
     cluster.pause("agent1")
     started = time.monotonic()
     with pytest.raises(TimedOut):
-        kv.lookup(topic)
+        kv.lookup(topic, timeout_seconds=5)
     assert time.monotonic() - started < 5
     cluster.resume("agent1")
     assert eventually(lambda: _looked_up(kv, topic), bool)
@@ -266,7 +266,7 @@ def test_a_paused_agent_times_out(make_kv: MakeKv, cluster: Cluster, topic: str)
 
 def _looked_up(kv: Kv, topic: str) -> bool:
     try:
-        kv.lookup(topic)
+        kv.lookup(topic, timeout_seconds=5)
     except Unavailable:
         return False
     return True
@@ -283,7 +283,7 @@ def test_a_second_address_takes_over(
     kv.publish(lease, registration)
     cluster.kill("agent1")
     assert set(kv.renew(lease)) == {registration}
-    assert kv.lookup(topic).hosts == (ONE,)
+    assert kv.lookup(topic, timeout_seconds=5).hosts == (ONE,)
     assert kv.status()["agent"] == other.http
     kv.release(lease)
 
@@ -293,12 +293,12 @@ def test_a_paused_agent_costs_one_timeout(
 ) -> None:
     """With another address at hand, one call waits, and none after it."""
     kv = make_kv(agent.http, cluster.nodes["server1"].http, request_timeout_seconds=2)
-    kv.lookup(topic)
+    kv.lookup(topic, timeout_seconds=5)
     cluster.pause("agent1")
-    kv.lookup(topic)
+    kv.lookup(topic, timeout_seconds=5)
     started = time.monotonic()
     for _ in range(10):
-        kv.lookup(topic)
+        kv.lookup(topic, timeout_seconds=5)
     assert time.monotonic() - started < 2  # one that waited would have taken as long
     assert kv.status()["agents_away"] == [agent.http]
 
@@ -321,7 +321,7 @@ def test_a_lost_leader_never_looks_like_a_lost_lease(kv: Kv, cluster: Cluster, t
             break
     else:
         pytest.fail(f"no renewal succeeded after {failures} failures")
-    assert kv.lookup(topic).hosts == (ONE,)
+    assert kv.lookup(topic, timeout_seconds=5).hosts == (ONE,)
     kv.release(lease)
 
 

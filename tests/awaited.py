@@ -28,8 +28,14 @@ class Awaited:
     def __init__(self, mm: Matchmaker) -> None:
         self._mm = mm
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
         return run(aio.Matchmaker(self._mm).hosts(topic, server))
+
+    def status(self) -> dict[str, object]:
+        return self._mm.status()
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        return {}
 
     def forget(self) -> None:
         self._mm.forget()

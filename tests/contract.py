@@ -65,7 +65,7 @@ class ResolverContract:
 
     def test_no_hosts_is_an_answer(self, resolver: Resolver, topic: str) -> None:
         """A topic that nobody serves has an empty snapshot, not an error."""
-        snapshot = resolver.lookup(topic)
+        snapshot = resolver.lookup(topic, timeout_seconds=5)
         assert snapshot.hosts == ()
         assert snapshot.topic == topic
         assert snapshot.is_complete
@@ -75,7 +75,7 @@ class ResolverContract:
     ) -> None:
         """An answer has every host once, in order, IPv6 included."""
         set_hosts(topic, [TWO, SIX, ONE])
-        snapshot = eventually(lambda: resolver.lookup(topic), has(ONE, TWO, SIX))
+        snapshot = eventually(lambda: resolver.lookup(topic, timeout_seconds=5), has(ONE, TWO, SIX))
         assert list(snapshot) == sorted([ONE, TWO, SIX])
         assert snapshot.is_complete
 
@@ -85,18 +85,18 @@ class ResolverContract:
         """Two ports of one address are two hosts."""
         other = Host(ONE.address, 5002)
         set_hosts(topic, [ONE, other])
-        eventually(lambda: resolver.lookup(topic), has(ONE, other))
+        eventually(lambda: resolver.lookup(topic, timeout_seconds=5), has(ONE, other))
 
     def test_hosts_that_leave_are_gone(
         self, resolver: Resolver, topic: str, set_hosts: Callable[[str, list[Host]], None]
     ) -> None:
         """What no longer serves the topic is not in the answer; the rest is."""
         set_hosts(topic, [ONE, TWO])
-        eventually(lambda: resolver.lookup(topic), has(ONE, TWO))
+        eventually(lambda: resolver.lookup(topic, timeout_seconds=5), has(ONE, TWO))
         set_hosts(topic, [TWO])
-        eventually(lambda: resolver.lookup(topic), has(TWO))
+        eventually(lambda: resolver.lookup(topic, timeout_seconds=5), has(TWO))
         set_hosts(topic, [])
-        eventually(lambda: resolver.lookup(topic), has())
+        eventually(lambda: resolver.lookup(topic, timeout_seconds=5), has())
 
     def test_topics_are_told_apart(
         self, resolver: Resolver, topic: str, set_hosts: Callable[[str, list[Host]], None]
@@ -105,38 +105,40 @@ class ResolverContract:
         longer = topic + "2"
         set_hosts(topic, [ONE])
         set_hosts(longer, [TWO])
-        eventually(lambda: resolver.lookup(topic), has(ONE))
-        eventually(lambda: resolver.lookup(longer), has(TWO))
+        eventually(lambda: resolver.lookup(topic, timeout_seconds=5), has(ONE))
+        eventually(lambda: resolver.lookup(longer, timeout_seconds=5), has(TWO))
 
     def test_an_unknown_server_has_no_host(
         self, resolver: Resolver, topic: str, set_hosts: Callable[[str, list[Host]], None]
     ) -> None:
         """Asked for a server that is not there, the answer is empty."""
         set_hosts(topic, [ONE])
-        eventually(lambda: resolver.lookup(topic), has(ONE))
-        assert resolver.lookup(topic, "nobody-here").hosts == ()
+        eventually(lambda: resolver.lookup(topic, timeout_seconds=5), has(ONE))
+        assert resolver.lookup(topic, "nobody-here", timeout_seconds=5).hosts == ()
 
     def test_an_answer_knows_its_age(self, resolver: Resolver, topic: str) -> None:
         """A snapshot says when it was taken, on a clock that goes on."""
-        snapshot = eventually(lambda: resolver.lookup(topic), lambda seen: not seen.is_stale)
+        snapshot = eventually(
+            lambda: resolver.lookup(topic, timeout_seconds=5), lambda seen: not seen.is_stale
+        )
         assert 0 <= snapshot.age_seconds < 60
 
     @pytest.mark.parametrize("bad", ["", None, 7, b"bytes"])
     def test_what_is_no_topic_is_refused(self, resolver: Resolver, bad: object) -> None:
         """An empty topic, or one that is no text, is a mistake of the caller."""
         with pytest.raises(InvalidTopic):
-            resolver.lookup(bad)  # type: ignore[arg-type]
+            resolver.lookup(bad, timeout_seconds=5)  # type: ignore[arg-type]
 
     def test_an_outage_is_an_error(self, away: Resolver, topic: str) -> None:
         """Where nothing answers the lookup raises Unavailable: never an empty answer."""
         with pytest.raises(Unavailable):
-            away.lookup(topic)
+            away.lookup(topic, timeout_seconds=5)
 
     def test_it_works_after_a_fork_was_handled(self, resolver: Resolver, topic: str) -> None:
         """After forget() it connects anew by itself."""
-        resolver.lookup(topic)
+        resolver.lookup(topic, timeout_seconds=5)
         resolver.forget()
-        assert resolver.lookup(topic).hosts == ()
+        assert resolver.lookup(topic, timeout_seconds=5).hosts == ()
 
 
 class RegistrarContract(ResolverContract):
@@ -173,21 +175,21 @@ class RegistrarContract(ResolverContract):
     def test_published_is_seen_at_once(self, backend: Backend, lease: Lease, topic: str) -> None:
         """What publish() returned from is in the next answer, with its server name."""
         backend.publish(lease, Registration(topic, ONE, "node1"))
-        assert backend.lookup(topic).hosts == (ONE,)
-        assert backend.lookup(topic, "node1").hosts == (ONE,)
-        assert backend.lookup(topic, "node2").hosts == ()
+        assert backend.lookup(topic, timeout_seconds=5).hosts == (ONE,)
+        assert backend.lookup(topic, "node1", timeout_seconds=5).hosts == (ONE,)
+        assert backend.lookup(topic, "node2", timeout_seconds=5).hosts == ()
 
     def test_every_verb_is_idempotent(self, backend: Backend, lease: Lease, topic: str) -> None:
         """Twice is as good as once, for each of them."""
         registration = Registration(topic, ONE)
         for _ in range(2):
             backend.publish(lease, registration)
-        assert backend.lookup(topic).hosts == (ONE,)
+        assert backend.lookup(topic, timeout_seconds=5).hosts == (ONE,)
         for _ in range(2):
             assert set(backend.renew(lease)) == {registration}
         for _ in range(2):
             backend.withdraw(lease, registration)
-        assert backend.lookup(topic).hosts == ()
+        assert backend.lookup(topic, timeout_seconds=5).hosts == ()
         for _ in range(2):
             backend.release(lease)
 
@@ -203,9 +205,9 @@ class RegistrarContract(ResolverContract):
             backend.publish(lease, registration)
         backend.withdraw(lease, mine[0])
         assert set(backend.renew(lease)) == set(mine[1:])
-        assert backend.lookup(topic).hosts == (ONE, TWO)
-        assert backend.lookup(topic, "a").hosts == ()
-        assert backend.lookup(topic + "2").hosts == (ONE,)
+        assert backend.lookup(topic, timeout_seconds=5).hosts == (ONE, TWO)
+        assert backend.lookup(topic, "a", timeout_seconds=5).hosts == ()
+        assert backend.lookup(topic + "2", timeout_seconds=5).hosts == (ONE,)
 
     def test_release_takes_all(self, backend: Backend, topic: str) -> None:
         """A lease that is released takes everything with it, at once."""
@@ -213,8 +215,8 @@ class RegistrarContract(ResolverContract):
         backend.publish(lease, Registration(topic, ONE))
         backend.publish(lease, Registration(topic + "2", TWO))
         backend.release(lease)
-        assert backend.lookup(topic).hosts == ()
-        assert backend.lookup(topic + "2").hosts == ()
+        assert backend.lookup(topic, timeout_seconds=5).hosts == ()
+        assert backend.lookup(topic + "2", timeout_seconds=5).hosts == ()
 
     def test_a_released_lease_is_lost(self, backend: Backend, topic: str) -> None:
         """Renewing it raises LeaseLost; publishing under it raises, and shows nothing."""
@@ -224,7 +226,7 @@ class RegistrarContract(ResolverContract):
             backend.renew(lease)
         with pytest.raises(MatchmakerError):
             backend.publish(lease, Registration(topic, ONE))
-        assert backend.lookup(topic).hosts == ()
+        assert backend.lookup(topic, timeout_seconds=5).hosts == ()
 
     def test_leases_do_not_meet(self, backend: Backend, lease: Lease, topic: str) -> None:
         """The same host under two leases is one host, and stays until both have left: a restarted
@@ -233,10 +235,10 @@ class RegistrarContract(ResolverContract):
         predecessor = backend.open()
         backend.publish(predecessor, registration)
         backend.publish(lease, registration)
-        assert backend.lookup(topic).hosts == (ONE,)
+        assert backend.lookup(topic, timeout_seconds=5).hosts == (ONE,)
         backend.withdraw(lease, Registration(topic, TWO))  # not published: nothing happens
         backend.release(predecessor)
-        assert backend.lookup(topic).hosts == (ONE,)
+        assert backend.lookup(topic, timeout_seconds=5).hosts == (ONE,)
         assert set(backend.renew(lease)) == {registration}
 
     def test_expire_removes_whoever_owns_it(
@@ -249,7 +251,7 @@ class RegistrarContract(ResolverContract):
         backend.publish(lease, Registration(topic, TWO))
         assert backend.expire(topic, ONE) == 3
         assert backend.expire(topic, ONE) == 0
-        assert backend.lookup(topic).hosts == (TWO,)
+        assert backend.lookup(topic, timeout_seconds=5).hosts == (TWO,)
         assert set(backend.renew(lease)) == {Registration(topic, TWO)}
         assert set(backend.renew(other)) == set()
         backend.release(other)
@@ -271,9 +273,9 @@ class RegistrarContract(ResolverContract):
         """Slashes, dots, spaces and any Unicode text survive, and reach no other topic."""
         strange = f"{topic}{name}"
         backend.publish(lease, Registration(strange, ONE, server=name))
-        assert backend.lookup(strange).hosts == (ONE,)
-        assert backend.lookup(strange, name).hosts == (ONE,)
-        assert backend.lookup(topic).hosts == ()
+        assert backend.lookup(strange, timeout_seconds=5).hosts == (ONE,)
+        assert backend.lookup(strange, name, timeout_seconds=5).hosts == (ONE,)
+        assert backend.lookup(topic, timeout_seconds=5).hosts == ()
         assert strange in backend.topics()
 
     @pytest.mark.parametrize("text", ["10.0.0.1:5001", "host/topic/server/1f2e", "é b%"])
@@ -282,6 +284,6 @@ class RegistrarContract(ResolverContract):
     ) -> None:
         """What is not host:port comes back as it was, and is not taken for a host:port."""
         backend.publish(lease, Registration(topic, Host.opaque(text)))
-        (host,) = backend.lookup(topic)
+        (host,) = backend.lookup(topic, timeout_seconds=5)
         assert host == Host.opaque(text)
         assert host.port is None

@@ -93,10 +93,20 @@ def test_heartbeat(matcher: MatchMakerConsul, memory: Memory, own: Matchmaker) -
     with nothing registered there is nothing to start."""
     matcher.start_heartbeat()
     matcher.stop_heartbeat()
-    eventually(lambda: not memory.lookup("conductor") and not memory.lookup("cert"), bool)
+    eventually(
+        lambda: (
+            not memory.lookup("conductor", timeout_seconds=5)
+            and not memory.lookup("cert", timeout_seconds=5)
+        ),
+        bool,
+    )
     matcher.start_heartbeat()
     eventually(
-        lambda: len(memory.lookup("conductor")) == 4 and len(memory.lookup("cert")) == 1, bool
+        lambda: (
+            len(memory.lookup("conductor", timeout_seconds=5)) == 4
+            and len(memory.lookup("cert", timeout_seconds=5)) == 1
+        ),
+        bool,
     )
     with pytest.raises(MatchMakerException, match="Register"):
         MatchMakerConsul(own).start_heartbeat()

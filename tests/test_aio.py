@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -88,10 +89,10 @@ def test_no_awaited_call_asks_consul_on_the_event_loop(verb: str) -> None:
 
     class Noting(FakeResolver):
         def lookup(
-            self, topic: str, server: str | None = None, *, complete: bool = True
+            self, topic: str, server: str | None = None, *, timeout_seconds: float = 1.0, **how: Any
         ) -> Snapshot:
             threads.append(threading.current_thread().name)
-            return super().lookup(topic, server, complete=complete)
+            return super().lookup(topic, server, timeout_seconds=timeout_seconds, **how)
 
     consul = Noting()
     consul.say("scheduler", str(ONE))

@@ -46,10 +46,8 @@ LAYERS = {
 }
 OWNERS = {
     "cachetools": {"cache"},
-    "consul": {"backends.agent"},
+    "consul": {"backends.http.exchange"},
     "dns": {"backends.dns_srv"},
-    "requests": {"backends.agent"},
-    "urllib3": {"backends.agent"},  # what requests is made of
 }
 # What a rule has no business with: clocks, chance drawn by itself, locks, threads, the network.
 NOT_FOR_RULES = {

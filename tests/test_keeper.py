@@ -84,7 +84,7 @@ class ByHand:
         self.clock.now = until
 
     def visible(self, topic: str = "scheduler") -> list[str]:
-        return [str(host) for host in self.memory.lookup(topic)]
+        return [str(host) for host in self.memory.lookup(topic, timeout_seconds=5)]
 
 
 @pytest.fixture
@@ -153,9 +153,9 @@ def test_unregister_takes_back_only_that_one(by_hand: ByHand) -> None:
     by_hand.keeper.unregister(A)
     by_hand.keeper.unregister(A)
     by_hand.run()
-    assert by_hand.memory.lookup("scheduler", "node7").hosts == (A.host,)
+    assert by_hand.memory.lookup("scheduler", "node7", timeout_seconds=5).hosts == (A.host,)
     assert by_hand.visible("conductor") == ["10.0.0.5:9501"]
-    assert len(by_hand.memory.lookup("scheduler").instances) == 1
+    assert len(by_hand.memory.lookup("scheduler", timeout_seconds=5).instances) == 1
 
 
 def test_unregister_host_takes_back_every_server_of_it(by_hand: ByHand) -> None:
@@ -258,7 +258,7 @@ def test_a_waiter_is_woken_by_the_publication(threaded: Callable[[Memory], Keepe
     memory = Memory()
     registration = threaded(memory).register(A)
     registration.wait_until_published(timeout_seconds=LONG)
-    assert memory.lookup("scheduler").hosts == (A.host,)
+    assert memory.lookup("scheduler", timeout_seconds=5).hosts == (A.host,)
 
 
 def test_a_waiter_is_woken_by_close(threaded: Callable[[Memory], Keeper]) -> None:
@@ -465,8 +465,8 @@ def test_unregistered_while_its_publication_is_under_way(
     gate.open_up.set()
     keeper.wait_until_withdrawn(B, LONG)
     registration.wait_until_published(timeout_seconds=LONG)
-    assert gate.lookup("conductor").hosts == ()
-    assert gate.lookup("scheduler").hosts == (A.host,)
+    assert gate.lookup("conductor", timeout_seconds=5).hosts == ()
+    assert gate.lookup("scheduler", timeout_seconds=5).hosts == (A.host,)
 
 
 def test_registered_again_while_everything_is_being_released(
@@ -483,7 +483,7 @@ def test_registered_again_while_everything_is_being_released(
         registration.wait_until_published(timeout_seconds=0)
     gate.open_up.set()
     registration.wait_until_published(timeout_seconds=LONG)
-    assert gate.lookup("scheduler").hosts == (A.host,)
+    assert gate.lookup("scheduler", timeout_seconds=5).hosts == (A.host,)
 
 
 def test_closed_while_the_lease_is_being_opened(threaded: Callable[[Memory], Keeper]) -> None:
@@ -684,7 +684,7 @@ def test_a_forked_child_has_nothing_and_leaves_its_parent_alone() -> None:
             sys.exit(0)
         os.waitpid(child, 0)
         say(keeper.standing(registration))
-        say(len(keeper._registrar.lookup("scheduler")))
+        say(len(keeper._registrar.lookup("scheduler", timeout_seconds=5)))
     """) == [
         "open parent",
         "<Keeper IDLE, 0 published>",
@@ -908,7 +908,7 @@ def test_draining_waits_after_the_withdrawal(threaded: Callable[[Memory], Keeper
     registration.unregister()
     keeper.wait_until_withdrawn(registration, LONG)
     registration.drain(0.001)
-    assert memory.lookup("scheduler").hosts == ()
+    assert memory.lookup("scheduler", timeout_seconds=5).hosts == ()
     again = keeper.register(A)
     again.wait_until_published(timeout_seconds=LONG)
     drained = threading.Thread(target=again.drain, args=[60.0])

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import consul_matchmaker.backends.kv  # noqa: F401  here, as urllib3 then looks for IPv6
+import consul_matchmaker.backends.kv  # noqa: F401  here, as what it imports looks for IPv6
 from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, errors
 from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.worker import seconds_since_boot
@@ -246,8 +246,8 @@ def test_a_registration_is_a_context_manager(mm: Matchmaker, memory: Memory) -> 
     """It ends with its block."""
     with mm.register("scheduler", ONE) as registration:
         registration.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
-        assert memory.lookup("scheduler").hosts == (ONE,)
-    eventually(lambda: memory.lookup("scheduler"), has())
+        assert memory.lookup("scheduler", timeout_seconds=5).hosts == (ONE,)
+    eventually(lambda: memory.lookup("scheduler", timeout_seconds=5), has())
 
 
 @pytest.mark.system
@@ -259,7 +259,7 @@ def test_register_does_not_need_consul(mm: Matchmaker, memory: Memory) -> None:
         registration.wait_until_published(timeout_seconds=0.2)
     memory.is_available = True
     registration.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
-    assert memory.lookup("scheduler").hosts == (ONE,)
+    assert memory.lookup("scheduler", timeout_seconds=5).hosts == (ONE,)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def _expired_and_back(mm: Matchmaker, other: Matchmaker, memory: Memory) -> None
     assert mm.hosts("scheduler").hosts == ()
     assert mm.expire("scheduler", ONE) == 0
     other.acknowledge("scheduler", ONE)  # its own: renew and verify now
-    eventually(lambda: memory.lookup("scheduler"), has(ONE))
+    eventually(lambda: memory.lookup("scheduler", timeout_seconds=5), has(ONE))
 
 
 @pytest.mark.system
@@ -331,7 +331,7 @@ def test_closing_takes_everything_back(memory: Memory) -> None:
     eventually(lambda: len(set(threading.enumerate()) - before), lambda _: _looked_up(mm))
     mm.close()
     mm.close()
-    assert memory.lookup("scheduler").hosts == ()
+    assert memory.lookup("scheduler", timeout_seconds=5).hosts == ()
     assert set(threading.enumerate()) <= before
     for verb in (
         lambda: mm.hosts("scheduler"),
@@ -395,15 +395,15 @@ def test_a_child_is_not_its_parent(memory: Memory) -> None:
                 assert isinstance(keeper, dict) and keeper["registrations"] == []
                 mine = mm.register("mails", TWO)
                 mine.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
-                assert memory.lookup("scheduler").hosts == (ONE,)
+                assert memory.lookup("scheduler", timeout_seconds=5).hosts == (ONE,)
                 mm.close()
-                assert memory.lookup("mails").hosts == ()
-                assert memory.lookup("scheduler").hosts == (ONE,)
+                assert memory.lookup("mails", timeout_seconds=5).hosts == ()
+                assert memory.lookup("scheduler", timeout_seconds=5).hosts == (ONE,)
                 code = 0
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert memory.lookup("scheduler").hosts == (ONE,)
+        assert memory.lookup("scheduler", timeout_seconds=5).hosts == (ONE,)
         with pytest.raises(errors.Closed):
             mm.close()
             mm.hosts("jobs")
@@ -650,7 +650,7 @@ def test_closing_inside_another_call_is_refused_at_once(mm: Matchmaker, memory: 
     """As a signal handler would that interrupts it; nothing is done, and it says what to do."""
     interrupted: list[str] = []
 
-    def lookup(topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
         with pytest.raises(RuntimeError, match=r"interrupts hosts\(\) .* set a flag"):
             mm.close()
         interrupted.append(topic)

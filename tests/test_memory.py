@@ -39,9 +39,9 @@ def test_a_lease_lives_twice_its_ttl_after_the_last_renewal() -> None:
     clock.advance(19)
     memory.renew(lease)
     clock.advance(19.9)
-    assert memory.lookup("scheduler").hosts == (ONE,)
+    assert memory.lookup("scheduler", timeout_seconds=5).hosts == (ONE,)
     clock.advance(0.1)
-    assert memory.lookup("scheduler").hosts == ()
+    assert memory.lookup("scheduler", timeout_seconds=5).hosts == ()
     with pytest.raises(LeaseLost):
         memory.renew(lease)
 
@@ -54,9 +54,9 @@ def test_ending_a_lease_is_noticed_by_its_owner() -> None:
     memory.end_lease(lease.id)
     with pytest.raises(LeaseLost):
         memory.renew(lease)
-    assert memory.lookup("scheduler").hosts == (TWO,)
+    assert memory.lookup("scheduler", timeout_seconds=5).hosts == (TWO,)
     memory.end_lease()
-    assert memory.lookup("scheduler").hosts == ()
+    assert memory.lookup("scheduler", timeout_seconds=5).hosts == ()
 
 
 def test_deleting_leaves_the_lease() -> None:
@@ -73,8 +73,8 @@ def test_declared_hosts_need_no_lease() -> None:
     memory = Memory()
     heavy = Instance(TWO, weight=5)
     memory.declare("scheduler", ["10.0.0.1:5001", heavy])
-    assert memory.lookup("scheduler").hosts == (ONE, TWO)
-    assert heavy in memory.lookup("scheduler").instances
+    assert memory.lookup("scheduler", timeout_seconds=5).hosts == (ONE, TWO)
+    assert heavy in memory.lookup("scheduler", timeout_seconds=5).instances
     assert memory.topics() == ["scheduler"]
     memory.declare("scheduler", [])
     assert memory.topics() == []
@@ -88,7 +88,7 @@ def test_every_verb_can_be_made_to_fail() -> None:
     for switch, error in (("is_available", Unavailable), ("is_denied", Denied)):
         setattr(memory, switch, not getattr(memory, switch))
         for verb in (
-            lambda: memory.lookup("scheduler"),
+            lambda: memory.lookup("scheduler", timeout_seconds=5),
             memory.open,
             lambda: memory.publish(lease, registration),
             lambda: memory.withdraw(lease, registration),

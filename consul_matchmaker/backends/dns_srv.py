@@ -147,7 +147,14 @@ class DnsSrv:
         self._resolved: dict[str, tuple[list[str], float]] = {}  # host names, and until when
         self._name_threads = threading.Semaphore(NAME_THREADS)
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(
+        self,
+        topic: str,
+        server: str | None = None,
+        *,
+        timeout_seconds: float | None = None,
+        complete: bool = True,
+    ) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's.
 
         *server* is the tag an instance has, else its node's name or its address, with or without

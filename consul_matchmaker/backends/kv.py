@@ -26,8 +26,8 @@ from ..model import Held, Host, Instance, Lease, Registration, Snapshot
 from ..naming import MAX_KEY_BYTES, SENTINEL, Key, host_folder, topic_folder
 from ..settings import Settings
 from ..worker import seconds_since_boot
-from .agent import NO_PARAMETERS, Agent, Answer, go_duration
-from .service_check import ServiceCheck
+from .http.api import Answer, ConsulApi, go_duration
+from .liveness import ServiceCheck
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +122,9 @@ class Kv:
     narrows = False
 
     def __init__(
-        self, agent: Agent, settings: Settings, *, clock: Callable[[], float] = time.monotonic
+        self, api: ConsulApi, settings: Settings, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._agent = agent
+        self._api = api
         self._settings = settings
         self._prefix = settings.prefix
         self._clock = clock
@@ -132,18 +132,19 @@ class Kv:
         if settings.liveness == "check":
             # A suspended machine has to notice that its beat is late.
             lasting = seconds_since_boot if clock is time.monotonic else clock
-            self._check = ServiceCheck(agent, settings.check_ttl_seconds, clock=lasting)
+            self._check = ServiceCheck(api, settings.check_ttl_seconds, clock=lasting)
         self._begin()
 
     def forget(self) -> None:
         """In a forked child: no connection, no lease, nothing published."""
-        self._agent.forget()
+        self._api.forget()
         if self._check is not None:
             self._check.forget()
         self._begin()
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
+        self._line = self._api.line()
         # By lease, and until when a renewal has to look for it.
         self._published: dict[str, dict[Registration, float]] = {}
         self._unanswered: set[tuple[str, Registration]] = set()  # publishes that may still arrive
@@ -160,18 +161,20 @@ class Kv:
 
     def close(self) -> None:
         """Close every connection, also a poll that waits; leases are left alone."""
-        self._agent.close()
+        self._line.close()
+        self._api.close()
 
     def end_polls(self) -> None:
         """Make every `poll` raise Unavailable at once, now and from now on."""
-        self._agent.end_polls()
+        self._line.close()
 
     # -- Resolver ----------------------------------------------------------------------------
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's."""
+        until = time.monotonic() + timeout_seconds
         folder = topic_folder(self._prefix, topic)
-        keys, answer = self._keys_under(folder)
+        keys, answer = self._keys_under(folder, until=until)
         entries = [entry for entry in self._registrations(keys) if entry.topic == topic]
         snapshot = self._snapshot(topic, entries, answer, _details(answer, keys))
         return snapshot if server is None else snapshot.for_server(server)
@@ -205,7 +208,7 @@ class Kv:
 
     def poll_timeout_seconds(self, wait_seconds: float) -> float:
         """How long a poll may take before it counts as unanswered."""
-        return self._agent.poll_timeout_seconds(wait_seconds)
+        return self._api.poll_timeout_seconds(wait_seconds)
 
     def topics(self) -> list[str]:
         """Every topic that has a registration, sorted."""
@@ -222,7 +225,7 @@ class Kv:
         return {key: entry.reason for key, entry in self._orphans().items()}
 
     def _orphans(self) -> dict[str, _Orphan]:
-        answer = self._agent.call("GET", _kv(self._prefix + "/"), {"keys": ""}, accept=(404,))
+        answer = self._api.call("GET", _kv(self._prefix + "/"), {"keys": ""}, accept=(404,))
         keys = _keys_of(answer)
         if not keys:
             self._prove_readable(self._prefix + "/", answer)
@@ -236,7 +239,7 @@ class Kv:
             elif not text.endswith(f"/{SENTINEL}"):
                 found[text] = _Orphan(NOT_OURS)
         for some in _in_requests(checks):
-            held = set(self._held(some, self._agent.call))
+            held = set(self._held(some))
             for text, _ in some:
                 if text not in held and (index := self._index_without_session(text)) is not None:
                     found[text] = _Orphan("held by no session", index)
@@ -244,7 +247,7 @@ class Kv:
 
     def _index_without_session(self, key: str) -> int | None:
         """The ModifyIndex of *key* if it exists and no session holds it."""
-        answer = self._agent.call("GET", _kv(key), accept=(404,))
+        answer = self._api.call("GET", _kv(key), accept=(404,))
         if answer.status == 404:
             return None
         try:
@@ -263,19 +266,19 @@ class Kv:
         for key, entry in self._orphans().items():
             if entry.index is None:
                 continue
-            answer = self._agent.call("DELETE", _kv(key), {"cas": str(entry.index)})
+            answer = self._api.call("DELETE", _kv(key), {"cas": str(entry.index)})
             # Read back: Consul says true also where there was nothing to delete.
             if answer.json() is True and self._is_gone(key):
                 removed.append(key)
         return removed
 
     def _is_gone(self, key: str) -> bool:
-        return self._agent.call("GET", _kv(key), accept=(404,)).status == 404
+        return self._api.call("GET", _kv(key), accept=(404,)).status == 404
 
     def prove_writable(self) -> None:
         """Raise Denied when the token may not write under the prefix.  Writes nothing: the index
         that is asked for is no key's."""
-        self._agent.call("PUT", _kv(f"{self._prefix}/{SENTINEL}"), {"cas": str(NO_INDEX)})
+        self._api.call("PUT", _kv(f"{self._prefix}/{SENTINEL}"), {"cas": str(NO_INDEX)})
 
     # -- Registrar ---------------------------------------------------------------------------
 
@@ -300,7 +303,7 @@ class Kv:
             place = self._check.register()
             wanted["ServiceChecks"] = [{"ID": self._check.id}]
         try:
-            answer = self._write("PUT", "/v1/session/create", body=_json(wanted), at=place)
+            answer = self._api.call("PUT", "/v1/session/create", body=_json(wanted), at=place)
         except Unavailable as error:
             if ttl_seconds >= CONSUL_SESSION_TTL_MIN_SECONDS:
                 raise
@@ -320,7 +323,7 @@ class Kv:
             self._published.setdefault(lease.id, {})[registration] = math.inf
             was_unanswered = (lease.id, registration) in self._unanswered
             self._unanswered.add((lease.id, registration))
-        answer = self._write(
+        answer = self._api.call(
             "PUT", _kv(key), {"acquire": lease.id}, self._description(registration)
         )
         if not was_unanswered:
@@ -331,7 +334,7 @@ class Kv:
 
     def withdraw(self, lease: Lease, registration: Registration) -> None:
         """Delete the one key that *lease* holds for *registration*."""
-        self._write("DELETE", _kv(Key.of(registration, lease.id).under(self._prefix)))
+        self._api.call("DELETE", _kv(Key.of(registration, lease.id).under(self._prefix)))
         with self._lock:
             published = self._published.get(lease.id, {})
             if (lease.id, registration) not in self._unanswered:
@@ -348,7 +351,7 @@ class Kv:
         what this process has published, however big the cluster is, and writes nothing to Raft.
         A check that fails leaves the lease renewed, and its keys unchecked in what is returned.
         """
-        answer = self._write("PUT", f"/v1/session/renew/{lease.id}", accept=(404,))
+        answer = self._api.call("PUT", f"/v1/session/renew/{lease.id}", accept=(404,))
         if answer.status == 404:
             self._drop(lease)
             raise LeaseLost(f"{answer.where}: Consul has ended this session; open another")
@@ -364,7 +367,7 @@ class Kv:
         for some in _in_requests([self._check_of(lease, each) for each in published]):
             try:
                 if not isinstance(error, TimedOut):  # hanging, it would hold up the next renewal
-                    held.update(self._held(some, self._write))
+                    held.update(self._held(some))
                     continue
             except (Unavailable, Denied) as failure:
                 error = error or failure
@@ -379,7 +382,7 @@ class Kv:
 
     def release(self, lease: Lease) -> None:
         """Destroy the session; Consul deletes its keys with it, in the same Raft entry."""
-        self._write("PUT", f"/v1/session/destroy/{lease.id}", accept=(404,))
+        self._api.call("PUT", f"/v1/session/destroy/{lease.id}", accept=(404,))
         self._drop(lease)
         if self._check is not None:
             self._check.deregister()
@@ -393,19 +396,19 @@ class Kv:
         folder = host_folder(self._prefix, topic, host)
         keys, _ = self._keys_under(folder)
         if keys:
-            self._agent.call("DELETE", _kv(folder), {"recurse": ""})
+            self._api.call("DELETE", _kv(folder), {"recurse": ""})
         return len(self._registrations(keys))
 
     def status(self) -> dict[str, object]:
         """Which agent is in use, and how many keys were not understood when last met."""
-        return {**self._agent.status(), "unknown_keys": self._unknown_keys}
+        return {**self._api.status(), "unknown_keys": self._unknown_keys}
 
     def wire(self) -> dict[str, dict[str, int]]:
         """What was said to agents and heard from them, by transport; see `Traffic`."""
-        return self._agent.wire()
+        return self._api.wire()
 
     def __repr__(self) -> str:
-        return f"<Kv {self._prefix}/ at {self._agent!r}>"
+        return f"<Kv {self._prefix}/ at {self._api!r}>"
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -413,21 +416,25 @@ class Kv:
         self,
         folder: str,
         after: tuple[int, float] | None = None,
+        *,
+        until: float = math.inf,
     ) -> tuple[list[str], Answer]:
         """The keys that begin with *folder*, and the answer they are from."""
         params = {"keys": "", **self._consistency()}
         if after is None:
-            answer = self._agent.call("GET", _kv(folder), params, accept=(404,))
+            answer = self._api.call(
+                "GET", _kv(folder), params, accept=(404,), timeout_seconds=_left(until)
+            )
         else:
             index, wait_seconds = after
             if index > 0:
                 params["index"] = str(index)
-            answer = self._agent.poll(_kv(folder), params, wait_seconds, accept=(404,))
+            answer = self._line.poll(_kv(folder), params, wait_seconds, accept=(404,))
             if not answer.index:  # without one the next poll would not wait
                 raise answer.unexpected()
         keys = _keys_of(answer)
         if not keys and after is None:
-            self._prove_readable(folder, answer)
+            self._prove_readable(folder, answer, until)
         return keys, answer
 
     def _consistency(self) -> dict[str, str]:
@@ -439,7 +446,7 @@ class Kv:
         what a token may no longer read is missing."""
         now = self._clock()
         if (
-            self._proven_for == self._agent.token_changes
+            self._proven_for == self._api.token_changes
             and now < self._proven_until
             and self._proven_keys.issubset(keys)
         ):
@@ -448,9 +455,9 @@ class Kv:
         self._proven_for = -1
         self._prove_readable(self._prefix + "/", answer)
         self._proven_keys, self._proven_until = frozenset(keys), now + PROOF_SECONDS
-        self._proven_for = self._agent.token_changes
+        self._proven_for = self._api.token_changes
 
-    def _prove_readable(self, folder: str, answer: Answer) -> None:
+    def _prove_readable(self, folder: str, answer: Answer, until: float = math.inf) -> None:
         """Raise Denied when *answer* lacks something because the token may not read *folder*.
 
         Consul hides what a token may not list, as if it did not exist (fact D4); only a single key
@@ -458,7 +465,13 @@ class Kv:
         """
         if answer.is_filtered:
             raise self._hidden(folder, answer)
-        self._agent.call("GET", _kv(folder + SENTINEL), self._consistency(), accept=(404,))
+        self._api.call(
+            "GET",
+            _kv(folder + SENTINEL),
+            self._consistency(),
+            accept=(404,),
+            timeout_seconds=_left(until),
+        )
 
     def _hidden(self, folder: str, answer: Answer) -> Denied:
         return Denied(
@@ -519,9 +532,8 @@ class Kv:
         key = Key.of(registration, lease.id).under(self._prefix)
         return registration, _check(key, lease.id)
 
-    @staticmethod
-    def _held(checks: list[_Check[T]], call: Callable[..., Answer]) -> list[T]:
-        """Those of *checks* that Consul holds, asked by *call*.
+    def _held(self, checks: list[_Check[T]]) -> list[T]:
+        """Those of *checks* that Consul holds.
 
         One that fails makes the transaction fail, and Consul need not have made the others: where
         the token may not read a key it names that key and looks at no other.  So they are asked
@@ -529,7 +541,7 @@ class Kv:
         """
         while checks:
             body = _json([{"KV": check} for _, check in checks])
-            answer = call("PUT", "/v1/txn", body=body, accept=(409,))
+            answer = self._api.call("PUT", "/v1/txn", body=body, accept=(409,))
             if answer.status == 200:
                 break
             failed = _failed_operations(answer, len(checks))
@@ -537,22 +549,6 @@ class Kv:
         return [one for one, _ in checks]
 
     # -- writing -----------------------------------------------------------------------------
-
-    def _write(
-        self,
-        method: str,
-        path: str,
-        params: Mapping[str, str] = NO_PARAMETERS,
-        body: bytes = b"",
-        *,
-        accept: tuple[int, ...] = (),
-        at: Host | None = None,
-    ) -> Answer:
-        """A call of the Registrar's: while its answer is waited for, the check is beaten on."""
-        meanwhile = None if self._check is None else self._check.beat_meanwhile
-        return self._agent.call(
-            method, path, params, body, accept=accept, at=at, meanwhile=meanwhile
-        )
 
     def _drop(self, lease: Lease) -> None:
         with self._lock:
@@ -569,7 +565,7 @@ class Kv:
             return
         text = "Kept by consul-matchmaker so that watching this folder stays cheap."
         try:
-            self._agent.call(
+            self._api.call(
                 "PUT", _kv(f"{self._prefix}/{SENTINEL}"), {"cas": "0"}, text.encode("ascii")
             )
         except Denied:
@@ -594,6 +590,11 @@ class Kv:
                 "registered_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             }
         )
+
+
+def _left(until: float) -> float | None:
+    """The seconds until then; None: as many as a call takes by default."""
+    return None if until == math.inf else until - time.monotonic()
 
 
 def _details(answer: Answer, keys: Sequence[str]) -> dict[str, object]:

@@ -49,9 +49,7 @@ class Memory:
 
     # -- Resolver
 
-    def lookup(
-        self, topic: str, server: str | None = None, *, timeout_seconds: float = 0.0
-    ) -> Snapshot:
+    def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
         """Every live host of *topic*; with *server*, only that server's."""
         checked_topic(topic)
         asked_at = self._clock()
@@ -130,6 +128,14 @@ class Memory:
                 for registration in lease.registrations
             }
             return sorted(found | {topic for topic, hosts in self._declared.items() if hosts})
+
+    def status(self) -> dict[str, object]:
+        """Nothing to tell."""
+        return {}
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        """Nothing is exchanged with anybody."""
+        return {}
 
     def forget(self) -> None:
         """In a forked child: a new lock.  What it holds stays, as it would in Consul."""

@@ -20,10 +20,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
 
 from consul_matchmaker import Matchmaker, Settings
-from consul_matchmaker.backends.agent import Agent, Answer
+from consul_matchmaker.backends.http.api import ConsulApi
 from consul_matchmaker.backends.kv import Kv
 from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json, request
 from consul_matchmaker.demo.local_consul import LocalCluster
@@ -164,13 +163,13 @@ def exchange(cluster: LocalCluster, rounds: int) -> bool:
     node = cluster.nodes["agent1"]
     address, path = Host.parse(node.http), "/v1/agent/services"  # the agent answers it by itself
     connection = http.client.HTTPConnection(address.address, address.port)
-    agent = Agent(Settings.from_url(f"consul+kv://{node.http}"))
+    api = ConsulApi(Settings.from_url(f"consul+kv://{node.http}"))
 
     def bare() -> None:
         connection.request("GET", path, headers={"Accept": "application/json"})
         connection.getresponse().read()
 
-    ways = {"http.client": bare, "ours": lambda: agent.call("GET", path)}
+    ways = {"http.client": bare, "ours": lambda: api.call("GET", path)}
     times: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         for way, call in ways.items():
@@ -178,7 +177,7 @@ def exchange(cluster: LocalCluster, rounds: int) -> bool:
             call()
             if number:  # the first one connects
                 times[way].append(time.perf_counter() - began)
-    agent.close()
+    api.close()
     connection.close()
     medians = {way: statistics.median(each) for way, each in times.items()}
     ratio = medians["ours"] / medians["http.client"]
@@ -299,20 +298,6 @@ def is_whole(node: Node, prefix: str, n: int) -> bool:
 # -- churn -----------------------------------------------------------------------------------------
 
 
-class CountingAgent(Agent):
-    """Counts what polls bring."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings)
-        self.polls = self.poll_bytes = 0
-
-    def poll(self, *args: Any, **how: Any) -> Answer:
-        answer = super().poll(*args, **how)
-        self.polls += 1
-        self.poll_bytes += len(answer.body)
-        return answer
-
-
 def churn(cluster: LocalCluster, n: int, per_second: float, seconds: float) -> bool:
     """One watching reader, in a process of its own, while registrations come and go."""
     print(f"\n{n} registrations, {per_second:g} of them replaced each second, for {seconds:g} s")
@@ -320,7 +305,7 @@ def churn(cluster: LocalCluster, n: int, per_second: float, seconds: float) -> b
     settings = Settings.from_mapping(
         {"mode": "kv", "prefix": prefix, "addresses": (node.http,)}, {}
     )
-    kv = Kv(Agent(settings), settings)
+    kv = Kv(ConsulApi(settings), settings)
     lease = kv.open()
     present = [
         Registration(f"topic{port % 20}", Host("10.0.0.1", port)) for port in range(1, n + 1)

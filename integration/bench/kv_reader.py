@@ -5,32 +5,32 @@ import sys
 import time
 
 from consul_matchmaker import Settings
+from consul_matchmaker.backends.http.api import ConsulApi
 from consul_matchmaker.backends.kv import Kv
 from consul_matchmaker.cache import Cache
 from consul_matchmaker.watcher import Watcher
-from integration.bench.kv import CountingAgent
 
 
 def main(url: str) -> None:
-    # A Matchmaker's own parts, over an agent that counts.
+    # A Matchmaker's own parts: all that they exchange once all is known are polls.
     settings = Settings.from_url(url, {})
-    agent = CountingAgent(settings)
-    kv = Kv(agent, settings)
+    kv = Kv(ConsulApi(settings), settings)
     cache = Cache(kv, settings)
     watcher = Watcher(kv, cache, settings)
     for number in range(20):
         cache.lookup(f"topic{number}")
     watcher.start()
-    while not agent.polls:
+    while not watcher.status()["answers"]:
         time.sleep(0.01)
     print("ready", flush=True)
-    polls, size = agent.polls, agent.poll_bytes
+    before = kv.wire()["http"]
     cpu, began = time.process_time(), time.monotonic()
     sys.stdin.read()
+    after = kv.wire()["http"]
     said = {
         "cpu_share": (time.process_time() - cpu) / (time.monotonic() - began),
-        "bytes": agent.poll_bytes - size,
-        "answers": agent.polls - polls,
+        "bytes": after["received_bytes"] - before["received_bytes"],
+        "answers": after["replies"] - before["replies"],
     }
     watcher.close(2)
     cache.close(1)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from ..errors import Denied, Unavailable
 from ..model import Host
 from ..worker import seconds_since_boot
-from .agent import Agent, go_duration
+from .http.api import ConsulApi, go_duration
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +34,12 @@ class ServiceCheck:
 
     def __init__(
         self,
-        agent: Agent,
+        api: ConsulApi,
         ttl_seconds: float,
         *,
         clock: Callable[[], float] = seconds_since_boot,
     ) -> None:
-        self._agent = agent
+        self._api = api
         self._ttl_seconds = ttl_seconds
         self._beat_seconds = BEAT_EVERY * ttl_seconds
         self._clock = clock
@@ -77,9 +77,9 @@ class ServiceCheck:
         }
         body = json.dumps(service).encode("ascii")
         path = "/v1/agent/service/register"
-        answer = self._agent.call("PUT", path, body=body, at=at, timeout_seconds=timeout_seconds)
+        answer = self._api.call("PUT", path, body=body, at=at, timeout_seconds=timeout_seconds)
         assert answer.address is not None
-        self._token_changes = self._agent.token_changes
+        self._token_changes = self._api.token_changes
         return answer.address
 
     def beat(self) -> float | None:
@@ -106,7 +106,7 @@ class ServiceCheck:
         if place is None:
             return
         try:
-            self._agent.call("PUT", f"/v1/agent/service/deregister/{self.id}", at=place)
+            self._api.call("PUT", f"/v1/agent/service/deregister/{self.id}", at=place)
         except (Unavailable, Denied) as error:
             logger.debug("service %s stays for %s: %s", self.id, DEREGISTER_AFTER, error)
 
@@ -124,13 +124,13 @@ class ServiceCheck:
         error: Unavailable | Denied | None = None
         has_beaten = False
         try:
-            if self._agent.token_changes != self._token_changes:
+            if self._api.token_changes != self._token_changes:
                 # The agent tells the servers of this check with the token that registered it: once
                 # that one is revoked they would never hear that we are gone.
                 self._register(place, timeout_seconds)
             else:
                 path = f"/v1/agent/check/pass/{self.id}"
-                self._agent.call("PUT", path, at=place, timeout_seconds=timeout_seconds)
+                self._api.call("PUT", path, at=place, timeout_seconds=timeout_seconds)
         except (Unavailable, Denied) as failure:
             error = failure
         else:

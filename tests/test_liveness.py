@@ -2,8 +2,8 @@
 
 import pytest
 
-from consul_matchmaker.backends.agent import Answer
-from consul_matchmaker.backends.service_check import BEAT_EVERY, ServiceCheck
+from consul_matchmaker.backends.http.api import Answer
+from consul_matchmaker.backends.liveness import BEAT_EVERY, ServiceCheck
 from consul_matchmaker.errors import Denied, Unavailable
 from consul_matchmaker.model import Host
 

@@ -16,16 +16,12 @@ import tracemalloc
 
 import pytest
 
-from consul_matchmaker.backends.agent import (
-    IDLE_CONNECTIONS,
-    MAX_ANSWER_BYTES,
-    Agent,
-    go_duration,
-)
+from consul_matchmaker.backends.http.api import ConsulApi, go_duration
+from consul_matchmaker.backends.http.exchange import IDLE_CONNECTIONS, MAX_ANSWER_BYTES
 from consul_matchmaker.errors import Denied, TimedOut, Unavailable
 from consul_matchmaker.settings import Settings
 
-from .doubles import ManualClock
+from .doubles import DEADLINE_SECONDS, ManualClock, in_thread
 from .http_servers import Server, reply
 
 pytestmark = pytest.mark.system
@@ -42,7 +38,7 @@ def server():
 def agent_at(*addresses, **settings):
     clock = settings.pop("clock", time.monotonic)
     values = {"mode": "kv", "request_timeout_seconds": 5, "addresses": ",".join(addresses)}
-    return Agent(Settings(**{**values, **settings}), clock=clock)
+    return ConsulApi(Settings(**{**values, **settings}), clock=clock)
 
 
 def closed_port():
@@ -126,7 +122,6 @@ def python_calls(function):
 
 
 @pytest.mark.finding("C11")
-@pytest.mark.xfail(strict=True, reason="C11: mended by the rebuild of HTTP")
 def test_a_call_does_little_more_than_one_of_http_client(server):
     """What a lookup costs is Consul's and the network's.  `python -m integration.bench kv exchange`
     measures it in seconds."""
@@ -489,6 +484,40 @@ def test_a_silent_agent_times_out():
         assert len(server.requests) <= 1  # none while the server has not come to read it
 
 
+def test_the_time_of_a_call_is_for_all_agents_together():
+    """However many are silent; and one that had less time than the setting gives is not away."""
+    with Server() as first, Server() as second:
+        for server in (first, second):
+            server.behave = lambda request, server=server: lambda sock: server.stopping.wait(30)
+        agent = agent_at(first.address, second.address, request_timeout_seconds=1)
+        started = time.monotonic()
+        with pytest.raises(TimedOut):
+            agent.call("GET", "/v1/kv/a", timeout_seconds=1.3)
+        assert 1.2 < time.monotonic() - started < 1.9
+        assert agent.status() == {"agent": first.address, "agents_away": [first.address]}
+
+
+def test_a_short_deadline_says_nothing_of_the_agent():
+    """Who has no time to wait for it changes nothing for the others."""
+    with Server() as server:
+        server.behave = lambda request: lambda sock: server.stopping.wait(30)
+        agent = agent_at(server.address)
+        for seconds in (0.1, 0.0, -1.0):
+            with pytest.raises(TimedOut):
+                agent.call("GET", "/v1/kv/a", timeout_seconds=seconds)
+        assert agent.status()["agents_away"] == []
+
+
+def test_a_tls_handshake_is_within_the_deadline():
+    """An agent that takes the connection and says nothing is no longer waited for than others."""
+    with Server() as silent:
+        agent = agent_at(silent.address, tls=True, verify=False, request_timeout_seconds=0.3)
+        started = time.monotonic()
+        with pytest.raises(TimedOut):
+            agent.call("GET", "/v1/kv/a")
+        assert time.monotonic() - started < 5
+
+
 def test_the_deadline_of_one_call_does_not_reach_the_next():
     """A connection that was kept starts each call with the whole time."""
     with Server(lambda request: reply(body=b"x" * 100)) as server:
@@ -591,11 +620,28 @@ def test_a_forked_child_leaves_the_parents_connection_alone(server):
     assert server.connections == 2
 
 
-# -- polls ----------------------------------------------------------------------------------------
+# -- lines ----------------------------------------------------------------------------------------
+
+
+def waits_for_ever(server):
+    """Answers all but polls, which wait until the server stops."""
+    return lambda request: (
+        (lambda sock: server.stopping.wait(30)) if "wait=" in request.target else reply()
+    )
+
+
+def polling(line, server):
+    """A poll on a thread of its own, which has reached *server*."""
+    seen = len(server.requests)
+    poll = in_thread(lambda: line.poll("/v1/kv/p/", {}, 20))
+    while len(server.requests) == seen:
+        assert not poll.done(), poll.result()
+        threading.Event().wait(0.01)
+    return poll
 
 
 def test_a_poll_has_a_connection_of_its_own():
-    """A poll says how long to wait, and calls meanwhile are not held up."""
+    """It says how long to wait, and calls meanwhile are not held up."""
     release = threading.Event()
 
     def behave(request):
@@ -606,51 +652,69 @@ def test_a_poll_has_a_connection_of_its_own():
 
     with Server(behave) as server:
         agent = agent_at(server.address)
-        answers = []
-        thread = threading.Thread(
-            target=lambda: answers.append(
-                agent.poll("/v1/kv/p/", {"keys": "", "index": "7"}, 2.5, accept=())
-            )
-        )
-        thread.start()
+        line = agent.line()
+        params = {"keys": "", "index": "7"}
+        poll = in_thread(lambda: line.poll("/v1/kv/p/", params, 2.5))
         while not server.requests:
-            thread.join(0.01)
+            threading.Event().wait(0.01)
         agent.call("GET", "/v1/kv/a")
         release.set()
-        thread.join(10)
-        assert answers[0].index == 8
+        assert poll.result(DEADLINE_SECONDS).index == 8
+        line.poll("/v1/kv/p/", params, 2.5)
         assert server.requests[0].target == "/v1/kv/p/?keys=&index=7&wait=2500ms"
         assert server.connections == 2
 
 
-def test_ending_polls_wakes_the_one_that_waits(caplog):
-    """A poll in flight ends at once, without a retry, and none begins after; calls go on."""
-    with Server() as server:
-        server.behave = lambda request: (
-            (lambda sock: server.stopping.wait(30)) if "wait=" in request.target else reply()
-        )
-        agent = agent_at(server.address)
-        errors = []
+@pytest.mark.parametrize("when", ["it waits", "it is not used", "it was used"])
+def test_an_interrupt_ends_one_poll(server, when):
+    """The one that waits, or else the next, at once, without a retry and without blame for the
+    agent; one after it works again."""
+    agent = agent_at(server.address)
+    line = agent.line()
+    if when == "it waits":
+        server.behave = waits_for_ever(server)
+        poll = polling(line, server)
+        line.interrupt()
+        with pytest.raises(Unavailable, match="given up"):
+            poll.result(DEADLINE_SECONDS)
+    else:
+        if when == "it was used":
+            line.poll("/v1/kv/p/", {}, 20)
+        line.interrupt()
+        seen = len(server.requests)
+        with pytest.raises(Unavailable, match="given up"):
+            line.poll("/v1/kv/p/", {}, 20)
+        assert len(server.requests) == seen
+    server.behave = lambda request: reply()
+    line.poll("/v1/kv/p/", {}, 20)
+    assert agent.status() == {"agent": server.address, "agents_away": []}
 
-        def poll():
-            try:
-                agent.poll("/v1/kv/p/", {}, 20, accept=())
-            except Unavailable as error:
-                errors.append(error)
 
-        thread = threading.Thread(target=poll)
-        thread.start()
-        while not server.requests:
-            thread.join(0.01)
-        started = time.monotonic()
-        agent.end_polls()
-        thread.join(10)
-        poll()
-        assert time.monotonic() - started < 5
-        assert len(errors) == 2
-        assert len([r for r in server.requests if "wait=" in r.target]) < 3
-        agent.call("GET", "/v1/kv/a")
-        assert agent.status() == {"agent": server.address, "agents_away": []}
+def test_a_closed_line_stays_closed(server):
+    """What waits on it ends, and nothing more is asked; calls go on."""
+    server.behave = waits_for_ever(server)
+    agent = agent_at(server.address)
+    line = agent.line()
+    poll = polling(line, server)
+    line.close()
+    with pytest.raises(Unavailable):
+        poll.result(DEADLINE_SECONDS)
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="given up"):
+            line.poll("/v1/kv/p/", {}, 20)
+    assert len(server.requests) == 1
+    agent.call("GET", "/v1/kv/a")
+    assert agent.status() == {"agent": server.address, "agents_away": []}
+
+
+def test_a_line_goes_where_it_is_told(server):
+    """With `at` it asks that agent and no other, and its connection to another is closed."""
+    with Server() as other:
+        agent = agent_at(server.address, other.address)
+        line = agent.line()
+        for at, where in zip(agent._settings.addresses, (server, other), strict=True):
+            assert line.poll("/v1/kv/p/", {}, 20, at=at).address == at
+            assert [request.path for request in where.requests] == ["/v1/kv/p/"]
 
 
 # -- tokens ---------------------------------------------------------------------------------------
@@ -813,7 +877,7 @@ def test_the_pause_of_a_dead_agent_is_jittered():
         for share in (0.0, 0.999):
             with Server(lambda request: None) as dead:
                 settings = Settings(mode="kv", addresses=(dead.address, other.address))
-                agent = Agent(settings, clock=clock, jitter=lambda share=share: share)
+                agent = ConsulApi(settings, clock=clock, jitter=lambda share=share: share)
                 agent.call("GET", "/v1/kv/a")
                 clock.now += 0.5  # half of the first pause
                 other.behave = lambda request: reply(500)
@@ -946,9 +1010,9 @@ def test_tls_without_verification(tls_server, caplog):
     for _ in range(3):
         assert agent.call("GET", "/v1/kv/a").status == 200
         tls_server.close_connections()
-    assert agent.poll("/v1/kv/a", {}, 1, accept=()).status == 200
+    assert agent.line().poll("/v1/kv/a", {}, 1).status == 200
     (record,) = caplog.records
-    assert (record.levelno, record.name) == (logging.WARNING, "consul_matchmaker.backends.agent")
+    assert (record.levelno, record.name) == (logging.WARNING, "consul_matchmaker.backends.http.api")
     assert "ca_cert" in record.getMessage()
 
 
@@ -970,69 +1034,14 @@ def test_a_missing_ca_file_is_named(tls_server, tmp_path):
         )
 
 
-def test_a_tls_poll_can_be_ended(tls_server, certificate):
-    """Ending polls wakes one over TLS as well."""
-    tls_server.behave = lambda request: lambda sock: tls_server.stopping.wait(30)
-    agent = agent_at(tls_server.address, tls=True, ca_cert=certificate[0])
-    ended = threading.Event()
-
-    def poll():
-        with contextlib.suppress(Unavailable):
-            agent.poll("/v1/kv/p/", {}, 20, accept=())
-        ended.set()
-
-    threading.Thread(target=poll, daemon=True).start()
-    while not tls_server.requests:
-        ended.wait(0.01)
-    agent.end_polls()
-    assert ended.wait(5)
-
-
-# -- what is done while an answer is waited for ----------------------------------------------------
-
-
-def waiting_for_a_slow_answer(server, agent):
-    """Call the agent, which answers once it was asked three more things; return those."""
-    asked = threading.Semaphore(0)
-
-    def behave(request):
-        if request.path == "/slow":
-            for _ in range(3):
-                assert asked.acquire(timeout=10)
-            return reply(body=b'"at last"')
-        asked.release()
-        return reply()
-
-    server.behave = behave
-
-    def beat():
-        agent.call("PUT", "/beat", timeout_seconds=5)
-        return 0.001
-
-    assert agent.call("GET", "/slow", meanwhile=beat).json() == "at last"
-    return [request for request in server.requests if request.path == "/beat"]
-
-
-def test_a_thread_that_waits_for_an_answer_can_do_other_things(server):
-    """It even asks the same agent meanwhile, over a second connection, which is kept."""
-    agent = agent_at(server.address)
-    assert len(waiting_for_a_slow_answer(server, agent)) >= 3
-    assert server.connections == 2
-    waiting_for_a_slow_answer(server, agent)
-    assert server.connections == 2
-
-
-def test_the_deadline_holds_whatever_is_done_meanwhile():
-    """What is done while waiting makes no call longer than it may take."""
-    with Server() as server:
-        server.behave = lambda request: lambda sock: server.stopping.wait(30)
-        agent = agent_at(server.address, request_timeout_seconds=1.5)
-        times = []
-        started = time.monotonic()
-        with pytest.raises(TimedOut):
-            agent.call("GET", "/v1/kv/a", meanwhile=lambda: times.append(1) or 0.05)
-        assert time.monotonic() - started < 5
-        assert len(times) >= 3
+def test_a_tls_poll_can_be_interrupted(tls_server, certificate):
+    """One over TLS is woken as well."""
+    tls_server.behave = waits_for_ever(tls_server)
+    line = agent_at(tls_server.address, tls=True, ca_cert=certificate[0]).line()
+    poll = polling(line, tls_server)
+    line.interrupt()
+    with pytest.raises(Unavailable, match="given up"):
+        poll.result(DEADLINE_SECONDS)
 
 
 def test_a_call_at_one_agent_goes_nowhere_else(server):
@@ -1051,16 +1060,6 @@ def test_a_call_at_one_agent_goes_nowhere_else(server):
     assert agent.status()["agents_away"] == []
 
 
-def test_waiting_over_tls_does_other_things_too(tls_server, certificate):
-    """What TLS has decrypted already is not waited for."""
-    cert, key = certificate
-    agent = agent_at(tls_server.address, tls=True, ca_cert=cert, client_cert=cert, client_key=key)
-    assert len(waiting_for_a_slow_answer(tls_server, agent)) >= 3
-    tls_server.behave = lambda request: reply(body=b'"' + b"x" * 300_000 + b'"')
-    answer = agent.call("GET", "/big", meanwhile=lambda: 0.01)
-    assert len(answer.body) == 300_002
-
-
 # -- what is counted --------------------------------------------------------------------------
 
 
@@ -1077,7 +1076,7 @@ def test_queries_and_bytes_are_counted_exactly():
         agent.call("PUT", "/v1/kv/b", body=b"twelve bytes", accept=(404,))
         with pytest.raises(Denied):
             agent.call("GET", "/v1/kv/c")
-        agent.poll("/v1/kv/a", {}, 1.0, accept=())
+        agent.line().poll("/v1/kv/a", {}, 1.0)
     assert agent.wire() == {
         "http": {
             "queries": 4,
