@@ -32,7 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import cachetools
 
@@ -88,12 +88,6 @@ SAVES_PER_MAX_STALE = 4
 """Without a change it is written so often in ``max_stale_seconds``, so that it does not run out."""
 
 _NEVER = math.inf
-
-
-class _LookupWithin(Protocol):
-    """`lookup`, or TimedOut after *seconds*; as `backends.dns_srv.DnsSrv` has it."""
-
-    def __call__(self, seconds: float, topic: str, server: str | None = None) -> Snapshot: ...
 
 
 class State(enum.Enum):
@@ -287,14 +281,14 @@ class Cache:
         wall_clock: Callable[[], float] = time.time,
         threaded: bool = True,
     ) -> None:
-        self.narrows = resolver.narrows
+        self.finds_servers = resolver.finds_servers
         self._resolver = resolver
         self._settings = settings
         self._clock = clock
         self._jitter = jitter
         self._is_threaded = threaded
-        # Can be asked in a hurry: the mark of a resolver whose topics are slow one by one.
-        self._lookup_within: _LookupWithin | None = getattr(resolver, "lookup_within", None)
+        # In the catalog topics are slow one by one; in KV they are one server's matter.
+        self._can_hurry = settings.mode == "catalog"
         self._backoff = Backoff(FIRST_RETRY_SECONDS, LONGEST_PAUSE * settings.ttl_seconds, jitter)
         # A lookup ends within three timeouts (DNS), or one an agent (HTTP): then something is lost.
         self._patience_seconds = settings.request_timeout_seconds * (3 + len(settings.addresses))
@@ -364,7 +358,7 @@ class Cache:
         snapshot, tally = self._look_closer(entry, now)
         if server is not None:
             snapshot = snapshot.for_server(server)
-            if not snapshot.instances and self.narrows:
+            if not snapshot.instances and self.finds_servers:
                 entry = self._at_hand.get((topic, server))
                 if entry is None or not _has_answer(entry, now):
                     return None
@@ -383,7 +377,7 @@ class Cache:
             if server is None:
                 return snapshot
             narrowed = snapshot.for_server(server)
-            if narrowed or not self.narrows:
+            if narrowed or not self.finds_servers:
                 return narrowed
             return self._ask(self._entry(topic, server))
         finally:
@@ -598,7 +592,7 @@ class Cache:
         self, snapshot: Snapshot, tally: Callable[[], int], server: str
     ) -> tuple[Snapshot, Callable[[], int]]:
         narrowed = snapshot.for_server(server)
-        if narrowed.instances or not self.narrows:
+        if narrowed.instances or not self.finds_servers:
             return narrowed, tally
         entry = self._entry(snapshot.topic, server)
         entry.asked_at = now = self._clock()
@@ -684,13 +678,10 @@ class Cache:
     def _fly(self, entry: _Entry, flight: _Flight, *, is_hurried: bool = False) -> Snapshot:
         began = self._clock()
         try:
-            if is_hurried:
-                assert self._lookup_within is not None
-                answer = self._lookup_within(HURRY_SECONDS, entry.topic, entry.server)
-            elif flight.complete:
-                answer = self._resolver.lookup(entry.topic, entry.server)
-            else:
-                answer = self._resolver.lookup(entry.topic, entry.server, complete=False)
+            seconds = HURRY_SECONDS if is_hurried else self._resolver.longest_lookup_seconds
+            answer = self._resolver.lookup(entry.topic, entry.server, timeout_seconds=seconds)
+            if is_hurried and not answer.is_complete and self._clock() - began >= seconds:
+                raise TimedOut(f"topic {entry.name}: no complete answer within {seconds:g} s")
         except BaseException as error:
             if is_hurried and isinstance(error, TimedOut):
                 self._break_off(entry, flight)
@@ -714,7 +705,7 @@ class Cache:
         self._start_refreshers()
 
     def _note_speed(self, entry: _Entry, seconds: float) -> None:
-        entry.is_slow = self._lookup_within is not None and seconds >= HURRY_SECONDS
+        entry.is_slow = self._can_hurry and seconds >= HURRY_SECONDS
         self._has_slow = self._has_slow or entry.is_slow
 
     def _land_part(self, entry: _Entry, flight: _Flight, answer: Snapshot) -> Snapshot:
@@ -1062,7 +1053,7 @@ class Cache:
         for entry in self._due(is_slow=False):
             if self._refresher.is_stopping:
                 return None
-            self._refresh(entry, is_hurried=self._lookup_within is not None)
+            self._refresh(entry, is_hurried=self._can_hurry)
         if self._clock() >= self._save_at():
             self._save()
         return self._pause(min(self._next_at(is_slow=False), self._save_at()))

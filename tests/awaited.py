@@ -23,12 +23,13 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 class Awaited:
     """The facade as a Resolver, so that the contract can be asked of it."""
 
-    narrows = True
+    finds_servers = True
+    longest_lookup_seconds = DEADLINE_SECONDS
 
     def __init__(self, mm: Matchmaker) -> None:
         self._mm = mm
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
         return run(aio.Matchmaker(self._mm).hosts(topic, server))
 
     def forget(self) -> None:

@@ -34,12 +34,13 @@ class ManualClock:
 class FakeResolver:
     """Answers from a table, remembers each question, and can be held up topic by topic."""
 
-    def __init__(self, source: Source = "memory", *, narrows: bool = False) -> None:
-        self.narrows = narrows
+    longest_lookup_seconds = DEADLINE_SECONDS
+
+    def __init__(self, source: Source = "memory", *, finds_servers: bool = False) -> None:
+        self.finds_servers = finds_servers
         self.source = source
         self.asked: list[tuple[str, str | None]] = []
         self._says: dict[tuple[str, str | None], Snapshot | BaseException] = {}
-        self._parts: dict[str, Snapshot] = {}
         self._gates: dict[str, threading.Event] = {}
         self._arrivals: dict[str, threading.Event] = {}
 
@@ -54,10 +55,6 @@ class FakeResolver:
         self._says[topic, server] = snapshot(
             topic, hosts, self.source, is_complete=is_complete, ttl_seconds=ttl_seconds
         )
-
-    def say_first(self, topic: str, *hosts: str | Instance) -> None:
-        """What who needs only some hosts of *topic* is told, as an incomplete answer."""
-        self._parts[topic] = snapshot(topic, hosts, self.source, is_complete=False)
 
     def fail(self, topic: str, error: BaseException | None = None) -> None:
         self._says[topic, None] = error or Unavailable("Consul is away")
@@ -79,18 +76,24 @@ class FakeResolver:
     def count(self, topic: str) -> int:
         return sum(asked == topic for asked, _ in self.asked)
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(
+        self, topic: str, server: str | None = None, *, timeout_seconds: float = DEADLINE_SECONDS
+    ) -> Snapshot:
         self.asked.append((topic, server))
         gate = self._gates.get(topic)
         if gate is not None:
             self._arrivals[topic].set()
             assert gate.wait(DEADLINE_SECONDS)
         said = self._says.get((topic, server))
-        if not complete:
-            said = self._parts.get(topic, said)
         if isinstance(said, BaseException):
             raise said
         return snapshot(topic, (), self.source) if said is None else said
+
+    def status(self) -> dict[str, object]:
+        return {}
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        return {}
 
     def forget(self) -> None: ...
 

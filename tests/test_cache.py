@@ -75,25 +75,26 @@ class SlowConsul(FakeResolver):
         self.takes: dict[str, float] = {}
         self.answered_at: dict[str, float] = {}
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
         self.clock.advance(self.takes.get(topic, 0.0))
         self.answered_at[topic] = self.clock()
-        return super().lookup(topic, server, complete=complete)
+        return super().lookup(topic, server, timeout_seconds=timeout_seconds)
 
 
 class HurriedConsul(SlowConsul):
-    """One that can be asked in a hurry, as DNS can."""
+    """One that ends in the time it is given."""
 
     def __init__(self, clock: ManualClock) -> None:
         super().__init__(clock)
         self.hurried: list[str] = []
 
-    def lookup_within(self, seconds: float, topic: str, server: str | None = None) -> Snapshot:
-        self.hurried.append(topic)
-        if self.takes.get(topic, 0.0) > seconds or topic in self._gates:
-            self.clock.advance(seconds)
-            raise TimedOut("not so fast")
-        return self.lookup(topic, server)
+    def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
+        if timeout_seconds == HURRY_SECONDS:
+            self.hurried.append(topic)
+            if self.takes.get(topic, 0.0) > timeout_seconds or topic in self._gates:
+                self.clock.advance(timeout_seconds)
+                raise TimedOut("not so fast")
+        return super().lookup(topic, server, timeout_seconds=timeout_seconds)
 
 
 def made(
@@ -171,13 +172,18 @@ def test_an_answer_is_as_old_as_its_question(clock: ManualClock, settings: Setti
 
 @pytest.mark.finding("A1")
 def test_what_a_resolver_says_of_its_answers_age_is_kept(clock: ManualClock) -> None:
-    """A resolver knows best which of its questions was answered; the cache is one itself."""
-    consul = FakeResolver()
+    """A resolver knows best which of its questions was answered."""
+
+    class Late(FakeResolver):
+        def lookup(
+            self, topic: str, server: str | None = None, *, timeout_seconds: float
+        ) -> Snapshot:
+            answer = super().lookup(topic, server, timeout_seconds=timeout_seconds)
+            return replace(answer, taken_at=clock() - 4, clock=clock)
+
+    consul = Late()
     consul.say("scheduler", A)
-    below = made(consul, clock)
-    below.lookup("scheduler")
-    clock.advance(4)
-    answer = made(below, clock).lookup("scheduler")  # type: ignore[arg-type]
+    answer = made(consul, clock).lookup("scheduler")
     assert answer.age_seconds == 4
     clock.advance(1)
     assert answer.is_stale
@@ -629,54 +635,6 @@ def test_an_unknown_topic_is_asked_for_once(consul: FakeResolver, hosts: tuple[s
     assert cache.close(DEADLINE_SECONDS)
 
 
-def test_who_needs_one_host_does_not_wait_for_all(
-    clock: ManualClock,
-) -> None:
-    """Some of the hosts will do for a first pick; all of them are asked for in the background, and
-    nobody who wants all is given less."""
-    dns = FakeResolver("dns")
-    cache = made(dns, clock, catalog())
-    dns.say("scheduler", A, B, C)
-    dns.say_first("scheduler", A)
-    assert shown(cache.lookup("scheduler", complete=False)) == [A]
-    assert shown(cache.lookup("scheduler", complete=False)) == [A]
-    assert dns.count("scheduler") == 1
-    cache.step()
-    assert dns.count("scheduler") == 2
-    assert shown(cache.lookup("scheduler", complete=False)) == [A, B, C]
-    assert cache.lookup("scheduler").is_complete
-    assert dns.count("scheduler") == 2
-
-
-def test_who_wants_all_hosts_is_not_given_some(clock: ManualClock) -> None:
-    """Not what a pick left behind, nor the answer a pick is just asking for."""
-    dns = FakeResolver("dns")
-    cache = made(dns, clock, catalog())
-    dns.say("scheduler", A, B, C)
-    dns.say_first("scheduler", A)
-    dns.hold("scheduler")
-    pick = in_thread(lambda: cache.lookup("scheduler", complete=False))
-    dns.wait_until_asked("scheduler")
-    hosts = in_thread(lambda: cache.lookup("scheduler"))
-    dns.let_go("scheduler")
-    assert shown(pick.result(DEADLINE_SECONDS)) in ([A], [A, B, C])
-    assert shown(hosts.result(DEADLINE_SECONDS)) == [A, B, C]
-    dns.say("other", A, B)
-    dns.say_first("other", B)
-    assert shown(cache.lookup("other", complete=False)) == [B]
-    assert shown(cache.lookup("other")) == [A, B]
-
-
-def test_a_part_that_is_all_there_is_needs_no_second_question(clock: ManualClock) -> None:
-    """A small topic's first answer is complete: it is held like any other."""
-    dns = FakeResolver("dns")
-    cache = made(dns, clock, catalog())
-    dns.say("scheduler", A)
-    assert shown(cache.lookup("scheduler", complete=False)) == [A]
-    assert cache.lookup("scheduler").is_complete
-    assert dns.count("scheduler") == 1
-
-
 def test_a_failure_is_everybodys_and_does_not_make_them_stampede(consul: FakeResolver) -> None:
     """All who wait get the error, each its own exception, and nobody asks again just then."""
     clock = ManualClock()
@@ -822,7 +780,11 @@ def test_who_waits_for_a_question_that_is_broken_off_asks_himself(clock: ManualC
             super().__init__(clock)
             self.is_asked, self.goes_on = threading.Event(), threading.Event()
 
-        def lookup_within(self, seconds: float, topic: str, server: str | None = None) -> Snapshot:
+        def lookup(
+            self, topic: str, server: str | None = None, *, timeout_seconds: float
+        ) -> Snapshot:
+            if timeout_seconds != HURRY_SECONDS:
+                return super().lookup(topic, server, timeout_seconds=timeout_seconds)
             self.is_asked.set()
             assert self.goes_on.wait(DEADLINE_SECONDS)
             raise TimedOut("not so fast")
@@ -1204,8 +1166,8 @@ class VersionedConsul(FakeResolver):
 
     version = 100
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
-        answer = super().lookup(topic, server, complete=complete)
+    def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
+        answer = super().lookup(topic, server, timeout_seconds=timeout_seconds)
         return replace(answer, version=self.version)
 
 
@@ -1505,7 +1467,7 @@ def test_a_server_is_found_in_the_topics_answer(cache: Cache, consul: FakeResolv
 
 def test_a_resolver_that_narrows_is_asked_for_the_server(clock: ManualClock) -> None:
     """Only where the topic's answer has no such server, and remembered like any answer."""
-    consul = FakeResolver("dns", narrows=True)
+    consul = FakeResolver("dns", finds_servers=True)
     cache = made(consul, clock, catalog())
     consul.say("scheduler", f"{A}=node1")
     consul.say("scheduler", B, server="node2")
@@ -1623,10 +1585,14 @@ def test_an_answer_wakes_only_those_who_wait_for_its_topic(consul: FakeResolver)
         looks = 0
 
         def lookup(
-            self, topic: str, server: str | None = None, *, complete: bool = True
+            self,
+            topic: str,
+            server: str | None = None,
+            *,
+            timeout_seconds: float = DEADLINE_SECONDS,
         ) -> Snapshot:
             type(self).looks += topic == "scheduler"
-            return super().lookup(topic, server, complete=complete)
+            return super().lookup(topic, server, timeout_seconds=timeout_seconds)
 
     cache = Noting(consul, kv(ttl_seconds=60))
     consul.say("scheduler", A)
@@ -2006,20 +1972,9 @@ def test_an_answer_that_fails_to_be_refreshed_counts_as_fresh_while_it_is(
     assert counted(doubting) == {"asked": 1, "fresh": 4, "stale": 5}
 
 
-def test_some_hosts_are_counted_for_what_they_are(clock: ManualClock) -> None:
-    """A pick that is given a part of the answer found neither a fresh answer nor none."""
-    dns = FakeResolver("dns")
-    cache = made(dns, clock, catalog())
-    dns.say("scheduler", A, B, C)
-    dns.say_first("scheduler", A)
-    for _ in range(3):
-        cache.lookup("scheduler", complete=False)
-    assert counted(cache) == {"asked": 1, "part": 2}
-
-
 def test_a_server_that_has_to_be_asked_for_counts_once(clock: ManualClock) -> None:
     """As what was found of it, and not once more as its topic's answer."""
-    consul = FakeResolver("dns", narrows=True)
+    consul = FakeResolver("dns", finds_servers=True)
     cache = made(consul, clock, catalog())
     consul.say("scheduler", f"{A}=node1")
     consul.say("scheduler", B, server="node2")

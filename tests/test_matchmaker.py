@@ -589,7 +589,7 @@ def test_explaining_an_answer(memory: Memory) -> None:
 def test_waiting_ends_in_time_although_consul_hangs() -> None:
     """However long a question hangs, for a topic or a server of it, the wait is as long as asked
     for; the error says so."""
-    consul = FakeResolver(narrows=True)
+    consul = FakeResolver(finds_servers=True)
     consul.hold("scheduler")
     with Matchmaker(catalog(), backend=consul) as mm:
         for timeout_seconds in (0.0, 0.3):
@@ -650,7 +650,7 @@ def test_closing_inside_another_call_is_refused_at_once(mm: Matchmaker, memory: 
     """As a signal handler would that interrupts it; nothing is done, and it says what to do."""
     interrupted: list[str] = []
 
-    def lookup(topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
         with pytest.raises(RuntimeError, match=r"interrupts hosts\(\) .* set a flag"):
             mm.close()
         interrupted.append(topic)

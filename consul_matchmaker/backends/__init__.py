@@ -16,16 +16,26 @@ from ..model import Host, Lease, Registration, Snapshot
 class Resolver(Protocol):
     """Answers which hosts serve a topic."""
 
-    narrows: bool
-    """Whether ``lookup(topic, server)`` can find more than ``lookup(topic).for_server(server)``."""
+    finds_servers: bool
+    """Whether ``lookup(topic, server)`` can find hosts that ``lookup(topic)`` does not name."""
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    longest_lookup_seconds: float
+    """How long a lookup may need: the *timeout_seconds* to give where the caller has none."""
+
+    def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's.
 
-        With *complete* False whoever asks needs one of them: the first answer will do, and
-        ``is_complete`` says whether it was all.
+        Ends within *timeout_seconds*, whatever it still lacks: ``is_complete`` says whether the
+        answer is all there is.
 
-        Raises Unavailable when Consul cannot be asked, Denied when it refuses."""
+        Raises Unavailable when Consul cannot be asked, TimedOut when nothing came in time, Denied
+        when it refuses."""
+
+    def status(self) -> dict[str, object]:
+        """Which agent is asked first, and which are left alone for now."""
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        """What was said to agents and heard from them, by transport; see `Traffic`."""
 
     def forget(self) -> None:
         """Drop every connection without touching the network: this is a forked child now."""

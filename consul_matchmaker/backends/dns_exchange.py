@@ -15,7 +15,7 @@ import time
 from ..model import Host
 from ..srv_coverage import UDP_LIMIT_LOCAL, UDP_LIMIT_REMOTE
 from ..srv_wire import NOERROR, NXDOMAIN, BadReply, NotOurs, Reply, read
-from ..worker import call_within
+from .host_names import HostNames
 from .traffic import Traffic
 
 IDLE_SECONDS = 6.0
@@ -43,23 +43,6 @@ def _is_ip(address: str) -> bool:
     return True
 
 
-def resolve_by_system(name: str) -> list[str]:
-    """The addresses this machine's own resolver has for *name*: IPv4, or IPv6 where there are none.
-
-    [] when it knows no such name; raises OSError when it cannot tell.  May take as long as the
-    system's resolver likes.
-    """
-    try:
-        infos = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        if error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)):
-            return []
-        raise
-    families = {info[0] for info in infos}
-    family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
-    return sorted({str(info[4][0]) for info in infos if info[0] == family})
-
-
 def _read(wire: bytes, query: bytes, traffic: Traffic, extra_bytes: int = 0) -> Reply:
     """*wire* as the reply to *query*, counted; raises BadReply."""
     size = len(wire) + extra_bytes
@@ -78,11 +61,12 @@ class NotConnected(ConnectionError):
 
 
 class Channel:
-    """One agent's DNS, over both transports, counted in *udp* and *tcp*.  Thread-safe; opens
-    nothing when made."""
+    """One agent's DNS, over both transports, counted in *udp* and *tcp*; *names* resolves its
+    address where that is a host name.  Thread-safe; opens nothing when made."""
 
-    def __init__(self, agent: Host, udp: Traffic, tcp: Traffic) -> None:
+    def __init__(self, agent: Host, names: HostNames, udp: Traffic, tcp: Traffic) -> None:
         self.agent = agent
+        self._names = names
         self.udp, self.tcp = udp, tcp
         self.forget()
 
@@ -148,21 +132,15 @@ class Channel:
     def _resolved(self, until: float) -> _Place:
         place = self._place  # another thread may forget it meanwhile
         if place is None:
-            if _is_ip(self.agent.address):
-                found = self._places()
-            else:  # it is resolved by the system, which may hang, until nothing comes from there
-                seconds = max(0.0, until - time.monotonic())
-                found = call_within(seconds, self._places, "consul-matchmaker-names")
-            place = self._place = found[self._useless_places % len(found)]
+            address, port = self.agent.address, self.agent.port
+            # IPv4 first, where Consul listens by default, though `localhost` is IPv6 as well.
+            found = [address] if _is_ip(address) else self._names.addresses(address, until)
+            if not found:
+                raise OSError(f"there is no host of the name {address}")
+            address = found[self._useless_places % len(found)]
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            place = self._place = (family, (address, port))
         return place
-
-    def _places(self) -> list[_Place]:
-        """Every address of the agent; IPv4 first, where Consul listens by default, though
-        `localhost` is IPv6 as well."""
-        agent = self.agent
-        found = socket.getaddrinfo(agent.address, agent.port, type=socket.SOCK_DGRAM)
-        found.sort(key=lambda each: each[0] != socket.AF_INET)
-        return [(each[0], each[4]) for each in found]
 
     def unreachable(self) -> None:
         """Nothing came from the agent: resolve its name anew, and take its next address."""

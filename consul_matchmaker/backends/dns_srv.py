@@ -14,7 +14,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -22,15 +22,15 @@ import dns.exception
 import dns.message
 import dns.name
 
-from ..backoff import Backoff
 from ..errors import ConfigurationError, InvalidTopic, TimedOut, Unavailable
 from ..model import Host, Instance, Snapshot, ipv6_text
 from ..naming import SERVICE_LABEL, is_translated, service_of, shard_tag
 from ..settings import Settings
 from ..srv_coverage import MAX_ANSWERS, TCP_LIMIT, is_covered, may_be_cut
 from ..srv_wire import NOERROR, NXDOMAIN, REFUSED, SERVFAIL, BadReply, Reply, Srv
-from ..worker import call_within
-from .dns_exchange import Channel, Stream, resolve_by_system
+from .agents import Agents
+from .dns_exchange import Channel, Stream
+from .host_names import HostNames, resolve_by_system
 from .traffic import Traffic
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 EXCHANGES_PER_LOOKUP = 3
-"""A lookup ends after this many times ``request_timeout_seconds``, whatever it still lacks."""
+"""A lookup with time enough ends after this many times ``request_timeout_seconds``."""
 UDP_SHARE = 0.2
 RESENDS_PER_TIMEOUT = 10
 """A query goes out by UDP twice, a tenth of the timeout apart, and after a fifth of it by TCP,
@@ -52,11 +52,6 @@ MAX_OUTSTANDING = 4
 """How many repeated queries wait for an answer, on two connections: Consul answers those of one
 connection one by one, and those of two at the same time.  Measured with 1,000 hosts on two busy
 cores: 6.5-7.2 bare exchanges for all of them, where one connection took 8.0."""
-FIRST_REST_SECONDS, LONGEST_REST_SECONDS = 1.0, 60.0
-"""How long an agent that could not be asked is left alone, doubling, when there are others."""
-NAME_THREADS = 4
-"""How many host names this machine's resolver is asked for at a time: it may hang, and its threads
-with it."""
 
 _RCODES = {1: "FORMERR", SERVFAIL: "SERVFAIL", 4: "NOTIMP", REFUSED: "REFUSED"}
 _REMEDIES = {
@@ -103,11 +98,11 @@ class DnsSrv:
     Opens no socket and starts no thread when made.  Raises ConfigurationError where ``domain``,
     ``tag`` or ``datacenters`` cannot be parts of a DNS name.
 
-    Service addresses that are host names are resolved by the system's resolver (*resolve*), on a
-    thread beside the caller's, so that a slow one cannot hold a lookup past its end.
+    Host names, of agents as well as of services, are resolved by the system's resolver
+    (*resolve*) beside the caller's thread, so that a slow one holds no lookup past its end.
     """
 
-    narrows = True
+    finds_servers = True
 
     def __init__(
         self,
@@ -118,9 +113,9 @@ class DnsSrv:
         resolve: Callable[[str], list[str]] = resolve_by_system,
     ) -> None:
         self._settings = settings
-        self._resolve = resolve
         self._clock = clock
         self._timeout_seconds = settings.request_timeout_seconds
+        self.longest_lookup_seconds = EXCHANGES_PER_LOOKUP * settings.request_timeout_seconds
         self._domain = _checked_domain(settings.domain)
         for setting, labels in (("tag", [settings.tag]), ("datacenters", settings.datacenters)):
             for label in labels:
@@ -131,57 +126,54 @@ class DnsSrv:
                     )
         if settings.tag is not None and settings.tag.lower() == "tcp":
             raise ConfigurationError("tag: DNS takes 'tcp' for no tag at all: give it another name")
-        self._udp, self._tcp = Traffic(), Traffic()
-        self._agents = _Agents(settings.addresses, self._udp, self._tcp, clock, jitter)
         # Names whose query bytes, size, addresses and log lines are remembered: two of each topic
         # in use, so that none is made anew for each lookup.
         self._max_remembered = 2 * settings.max_topics
         self._queries: dict[tuple[str, str, int], bytes] = {}
-        self._forget_names()
+        self._names = HostNames(
+            ttl_seconds=settings.ttl_seconds,
+            empty_ttl_seconds=settings.empty_ttl_seconds,
+            most=self._max_remembered,
+            clock=clock,
+            resolve=resolve,
+        )
+        self._udp, self._tcp = Traffic(), Traffic()
+        self._channels = [self._channel(address) for address in settings.addresses]
+        self._agents = Agents(
+            settings.addresses, "Consul DNS at", self._timeout_seconds, clock=clock, jitter=jitter
+        )
+        self._forget_topics()
 
-    def _forget_names(self) -> None:
+    def _channel(self, agent: Host) -> Channel:
+        return Channel(agent, self._names, self._udp, self._tcp)
+
+    def _forget_topics(self) -> None:
         self._lock = threading.Lock()
         self._topic_of: dict[str, str] = {}
         self._said: set[tuple[str, str]] = set()
         self._large: set[str] = set()  # names whose answer did not fit UDP the last time
-        self._resolved: dict[str, tuple[list[str], float]] = {}  # host names, and until when
-        self._name_threads = threading.Semaphore(NAME_THREADS)
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(
+        self, topic: str, server: str | None = None, *, timeout_seconds: float | None = None
+    ) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's.
 
         *server* is the tag an instance has, else its node's name or its address, with or without
-        the port.  The datacenters are asked in their order until one has hosts.  With *complete*
-        False the first answer will do, and ``is_complete`` tells whether it was all.
+        the port.  The datacenters are asked in their order until one has hosts.
 
-        Ends within three times ``request_timeout_seconds``.  Raises Unavailable (TimedOut) when
-        Consul cannot be asked, InvalidTopic when DNS cannot carry the topic's service.
+        Ends within *timeout_seconds*, by default `longest_lookup_seconds`; an answer that could
+        not be completed by then is not ``is_complete``.  Raises Unavailable when Consul cannot be
+        asked (TimedOut when nothing came in time), InvalidTopic when DNS cannot carry the topic's
+        service.
         """
-        until = time.monotonic() + EXCHANGES_PER_LOOKUP * self._timeout_seconds
-        return self._lookup(topic, server, until, complete=complete)
-
-    def lookup_within(self, seconds: float, topic: str, server: str | None = None) -> Snapshot:
-        """As `lookup`, but TimedOut after *seconds*, which then is no failure of any agent."""
-        until = time.monotonic() + seconds
-        answer = self._lookup(topic, server, until, is_hurried=True)
-        if not answer.is_complete and time.monotonic() >= until:
-            raise TimedOut(f"{topic}: no complete answer within {seconds:g} s")
-        return answer
-
-    def _lookup(
-        self,
-        topic: str,
-        server: str | None,
-        until: float,
-        *,
-        complete: bool = True,
-        is_hurried: bool = False,
-    ) -> Snapshot:
+        if timeout_seconds is None:
+            timeout_seconds = self.longest_lookup_seconds
+        until = time.monotonic() + timeout_seconds
         service = self._service(topic)
         found, failure = _Found(), None
         asked_at = math.inf
         for datacenter in self._settings.datacenters or ("",):
-            lookup = _Lookup(self, service, datacenter, until, complete, is_hurried)
+            lookup = _Lookup(self, service, datacenter, until)
             try:
                 found = lookup.topic() if server is None else lookup.server(server)
             except Unavailable as error:
@@ -209,7 +201,7 @@ class DnsSrv:
     def probe(self, agent: Host, labels: str, kind: str, *, by_tcp: bool) -> Reply:
         """What *agent* says of *labels* in the domain by one transport, whatever it is worth: for
         who looks for a fault.  Raises OSError (TimeoutError) and BadReply."""
-        channel = Channel(agent, self._udp, self._tcp)
+        channel = self._channel(agent)
         until = time.monotonic() + self._timeout_seconds
         try:
             query = self._query(f"{labels}.{self._domain}", kind, channel.udp_limit(until))
@@ -223,12 +215,16 @@ class DnsSrv:
         """Drop every connection without touching the network: this is a forked child now."""
         self._udp.forget()
         self._tcp.forget()
+        self._names.forget()
+        for channel in self._channels:
+            channel.forget()
         self._agents.forget()
-        self._forget_names()
+        self._forget_topics()
 
     def close(self) -> None:
         """Close every connection; a later lookup opens others."""
-        self._agents.close()
+        for channel in self._channels:
+            channel.close()
 
     def status(self) -> dict[str, object]:
         """Which agent is asked first, and which are left alone for now."""
@@ -239,7 +235,7 @@ class DnsSrv:
         return {"udp": self._udp.counts(), "tcp": self._tcp.counts()}
 
     def __repr__(self) -> str:
-        return f"<DnsSrv {self._agents}>"
+        return f"<DnsSrv {self._agents!r}>"
 
     def _service(self, topic: str) -> str:
         settings = self._settings
@@ -288,58 +284,15 @@ class DnsSrv:
             _remember(self._queries, (name, kind, size), query, self._max_remembered)
         return query
 
-    def _by_system(self, name: str, until: float) -> list[str]:
-        """The addresses that this machine's resolver has for the host *name*, remembered as long as
-        answers are fresh; raises OSError when it cannot tell by *until*."""
-        settings = self._settings
-        known = self._resolved.get(name)
-        if known is not None and self._clock() < known[1]:
-            return known[0]
-        asked_at, threads = self._clock(), self._name_threads
-        is_running = False
-
-        def resolve() -> list[str]:
-            nonlocal is_running
-            is_running = True
-            try:
-                return self._resolve(name)
-            finally:
-                threads.release()
-
-        if not threads.acquire(timeout=max(0.0, until - time.monotonic())):
-            raise TimeoutError("no time was left to resolve it, the system's resolver hangs")
-        try:
-            seconds = max(0.0, until - time.monotonic())
-            addresses = call_within(seconds, resolve, "consul-matchmaker-names")
-        except RuntimeError as error:
-            if is_running:
-                raise
-            threads.release()
-            raise OSError(f"no thread to be had: {error}") from error
-        seconds = settings.ttl_seconds if addresses else settings.empty_ttl_seconds
-        held = addresses, asked_at + seconds
-        _remember(self._resolved, name, held, self._max_remembered)
-        return addresses
-
 
 class _Lookup:
     """One lookup in one datacenter, until its deadline."""
 
-    def __init__(
-        self,
-        resolver: DnsSrv,
-        service: str,
-        datacenter: str,
-        until: float,
-        complete: bool,
-        is_hurried: bool,
-    ) -> None:
+    def __init__(self, resolver: DnsSrv, service: str, datacenter: str, until: float) -> None:
         self._resolver = resolver
         self._settings = resolver._settings
         self._timeout_seconds = resolver._timeout_seconds
         self._until = until
-        self._complete = complete
-        self._is_hurried = is_hurried
         self._is_query = service.endswith(".query")
         self._service = service
         self._suffix = f".{datacenter}.{resolver._domain}" if datacenter else f".{resolver._domain}"
@@ -354,7 +307,13 @@ class _Lookup:
             return self._ask(self._name(self._settings.tag or "tcp"))
         found = _Found()
         for number in range(self._settings.shards):
-            found.add(self._ask(self._name(shard_tag(number))))
+            try:
+                found.add(self._ask(self._name(shard_tag(number))))
+            except Unavailable:
+                if not found.instances:
+                    raise
+                found.is_complete = False
+                break
         return found
 
     def server(self, server: str) -> _Found:
@@ -388,47 +347,46 @@ class _Lookup:
         """What the first agent that can be asked says of *name*."""
         reasons: list[str] = []
         timed_out = True
-        agents = self._resolver._agents.in_order()
+        candidates = self._resolver._agents.candidates()
         # The time first: an agent that this yields after a rest is ours to try.
         while (began := time.monotonic()) < self._until:
-            agent = next(agents, None)
-            if agent is None:
+            candidate = next(candidates, None)
+            if candidate is None:
                 break
+            channel = self._resolver._channels[candidate.index]
             try:
-                found = self._ask_agent(agent, name)
+                found = self._ask_agent(channel, name)
             except (OSError, BadReply, _Failed) as error:
-                if isinstance(error, _Failed) and error.rcode == SERVFAIL:
-                    agent.worked()  # it is the cluster that fails; asking costs no time
-                elif not (isinstance(error, TimeoutError) and self._excuses(agent, began)):
-                    agent.failed(_reason(error), self._timeout_seconds)
+                reason = _reason(error)
+                reasons.append(f"{candidate.address} {reason}")
                 timed_out = timed_out and isinstance(error, TimeoutError)
-                reasons.append(f"{agent.channel.agent} {_reason(error)}")
+                if isinstance(error, _Failed) and error.rcode == SERVFAIL:
+                    candidate.could_not_help(reason)  # it is the cluster that fails
+                    continue
+                if isinstance(error, TimeoutError):
+                    is_away = candidate.timed_out(reason, self._until - began)
+                else:
+                    is_away = candidate.failed(reason)
+                if is_away:
+                    channel.unreachable()
             except BaseException:
-                agent.was_not_asked()
+                candidate.was_not_asked()
                 raise
             else:
-                agent.worked()
+                candidate.worked()
                 return found
         if timed_out:
             tried = "; ".join(reasons) or "no time was left"
             raise TimedOut(
-                f"no answer for {name} within {self._timeout_seconds:g} s: {tried}: "
+                f"no answer for {name} in time: {tried}: "
                 "is a Consul agent's DNS there? (request_timeout_seconds allows more time)"
             )
         raise Unavailable(f"no usable answer for {name}: {'; '.join(reasons)}")
 
-    def _excuses(self, agent: _Agent, began: float) -> bool:
-        """Whether *agent* may be well although it did not answer what was asked at *began*."""
-        if agent.failures:
-            return False
-        # It answered others meanwhile: what it had to ask, another datacenter, is what hangs.
-        return self._is_hurried or agent.worked_at > began
-
     # -- how to ask
 
-    def _ask_agent(self, agent: _Agent, name: str) -> _Found:
-        """What *agent* says of *name*, completed if it could have been cut."""
-        channel = agent.channel
+    def _ask_agent(self, channel: Channel, name: str) -> _Found:
+        """What the agent says of *name*, completed if it could have been cut."""
         limit = channel.udp_limit(min(time.monotonic() + self._timeout_seconds, self._until))
         asked_at = self._resolver._clock()
         query = self._resolver._query(name, "SRV", limit)
@@ -441,11 +399,8 @@ class _Lookup:
         if may_be_cut(reply, TCP_LIMIT if is_tcp else limit, is_tcp=is_tcp):
             if len(large) < self._resolver._max_remembered:
                 large.add(name)
-            if self._complete:
-                union.was_completed = True
-                self._complete_union(channel, query, union, is_tcp=is_tcp)
-            else:
-                union.is_complete = False
+            union.was_completed = True
+            self._complete_union(channel, query, union, is_tcp=is_tcp)
         elif is_tcp and not may_be_cut(reply, limit, is_tcp=False):
             large.discard(name)
         found = self._found(name, channel, union)
@@ -605,7 +560,9 @@ class _Lookup:
         """
         name = Host.parse(f"{target.rstrip('.').lower()}:1").address
         until = min(time.monotonic() + self._timeout_seconds, self._until)
-        return self._resolver._by_system(name, until)
+        addresses = self._resolver._names.addresses(name, until)
+        # One way to reach a host: IPv4, or IPv6 where there are none.
+        return sorted(each for each in addresses if (":" in each) == (":" in addresses[0]))
 
 
 class _Union:
@@ -646,94 +603,6 @@ class _Union:
     @property
     def ttl_seconds(self) -> int:
         return min((ttl for ttl in self._ttls if ttl), default=0)
-
-
-class _Agent:
-    """An agent, and whether it could be asked the last time."""
-
-    def __init__(self, agent: Host, agents: _Agents) -> None:
-        self.channel = Channel(agent, agents.udp, agents.tcp)
-        self._agents = agents
-        self.failures = 0
-        self.rest_until = 0.0
-        self.worked_at = 0.0  # an instant of time.monotonic
-
-    def worked(self) -> None:
-        self.worked_at = time.monotonic()
-        if self.failures:
-            self.failures = 0
-            logger.info("Consul DNS at %s answers again", self.channel.agent)
-
-    def was_not_asked(self) -> None:
-        """Whoever took it for a try gave up: let others try it."""
-        self.rest_until = 0.0
-
-    def failed(self, reason: str, timeout_seconds: float) -> None:
-        self.failures += 1
-        self.channel.unreachable()
-        rest = self._agents.backoff.seconds(self.failures)
-        self.rest_until = self._agents.clock() + timeout_seconds + rest
-        if self.failures == 1:
-            logger.warning("Consul DNS at %s: %s", self.channel.agent, reason)
-
-
-class _Agents:
-    """The agents in the order of the settings, those that did not answer last.  Thread-safe."""
-
-    def __init__(
-        self,
-        hosts: Iterable[Host],
-        udp: Traffic,
-        tcp: Traffic,
-        clock: Callable[[], float],
-        jitter: Callable[[], float],
-    ) -> None:
-        self.udp, self.tcp = udp, tcp
-        self.clock = clock
-        self.backoff = Backoff(FIRST_REST_SECONDS, LONGEST_REST_SECONDS, jitter)
-        self._hosts = tuple(hosts)
-        self.forget()
-
-    def forget(self) -> None:
-        for agent in getattr(self, "_agents", ()):
-            agent.channel.forget()
-        self._lock = threading.Lock()
-        self._agents = [_Agent(host, self) for host in self._hosts]
-
-    def close(self) -> None:
-        for agent in self._agents:
-            agent.channel.close()
-
-    def in_order(self) -> Iterator[_Agent]:
-        """Every agent once: those that work, or are due for a try, before those that rest."""
-        now = self.clock()
-        resting = []
-        for agent in self._agents:
-            with self._lock:
-                rests = agent.failures > 0 and now < agent.rest_until
-                if agent.failures and not rests:
-                    # Ours to try: the others leave it alone meanwhile.
-                    agent.rest_until = now + LONGEST_REST_SECONDS
-            if rests:
-                resting.append(agent)
-            else:
-                yield agent
-        yield from sorted(resting, key=lambda agent: agent.rest_until)
-
-    def status(self) -> dict[str, object]:
-        now = self.clock()
-        away = [agent for agent in self._agents if agent.failures and now < agent.rest_until]
-        first = next((agent for agent in self._agents if agent not in away), self._agents[0])
-        return {
-            "agent": str(first.channel.agent),
-            "agents_away": [str(agent.channel.agent) for agent in away],
-        }
-
-    def __repr__(self) -> str:
-        states = (
-            f"{agent.channel.agent}{' (rests)' if agent.failures else ''}" for agent in self._agents
-        )
-        return ", ".join(states)
 
 
 def _remember(table: dict[_K, _V], key: _K, value: _V, most: int) -> None:

@@ -119,7 +119,7 @@ class Kv:
     Makes no connection before the first call.
     """
 
-    narrows = False
+    finds_servers = False
 
     def __init__(
         self, agent: Agent, settings: Settings, *, clock: Callable[[], float] = time.monotonic
@@ -128,6 +128,7 @@ class Kv:
         self._settings = settings
         self._prefix = settings.prefix
         self._clock = clock
+        self.longest_lookup_seconds = settings.request_timeout_seconds * len(settings.addresses)
         self._check: ServiceCheck | None = None
         if settings.liveness == "check":
             # A suspended machine has to notice that its beat is late.
@@ -168,7 +169,9 @@ class Kv:
 
     # -- Resolver ----------------------------------------------------------------------------
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
+    def lookup(
+        self, topic: str, server: str | None = None, *, timeout_seconds: float = math.inf
+    ) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's."""
         folder = topic_folder(self._prefix, topic)
         keys, answer = self._keys_under(folder)

@@ -33,7 +33,8 @@ class Memory:
     Consul may take away.  `declare` lists hosts that need no lease, as operators do in a catalog.
     """
 
-    narrows = False
+    finds_servers = False
+    longest_lookup_seconds = 0.0  # it waits for nothing
 
     def __init__(
         self, *, session_ttl_seconds: float = 10.0, clock: Callable[[], float] = time.monotonic
@@ -48,8 +49,10 @@ class Memory:
 
     # -- Resolver
 
-    def lookup(self, topic: str, server: str | None = None, *, complete: bool = True) -> Snapshot:
-        """Every live host of *topic*; with *server*, only that server's."""
+    def lookup(
+        self, topic: str, server: str | None = None, *, timeout_seconds: float = 0.0
+    ) -> Snapshot:
+        """Every live host of *topic*; with *server*, only that server's.  Waits for nothing."""
         checked_topic(topic)
         asked_at = self._clock()
         with self._lock:
@@ -63,6 +66,14 @@ class Memory:
             instances = [*self._declared.get(topic, ()), *sorted(found, key=_order)]
         snapshot = Snapshot(topic, tuple(instances), "memory", taken_at=asked_at, clock=self._clock)
         return snapshot if server is None else snapshot.for_server(server)
+
+    def status(self) -> dict[str, object]:
+        """Nothing: there is no agent."""
+        return {}
+
+    def wire(self) -> dict[str, dict[str, int]]:
+        """Nothing: there is no transport."""
+        return {}
 
     # -- Registrar
 
