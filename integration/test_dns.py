@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from consul_matchmaker import Host, Matchmaker, Settings
-from consul_matchmaker.backends.dns_srv import DnsSrv
+from consul_matchmaker.backends.dns.names import shard_of
+from consul_matchmaker.backends.dns.resolver import DnsSrv
 from consul_matchmaker.demo.consul_probe import Node, request
-from consul_matchmaker.naming import shard_of
 from integration.catalog import METADATA, instances, register, unregister
 from integration.cluster import Cluster, ask, tell
 from integration.repeated import Repeated
@@ -237,7 +237,7 @@ def test_names_as_openstack_has_them(
     resolver: Callable[..., DnsSrv], agent: Node, name: str
 ) -> None:
     """The service that operators have to define is really found under the topic's name."""
-    from consul_matchmaker.naming import service_of
+    from consul_matchmaker.backends.dns.names import service_of
 
     service = service_of(name, "{topic}", {})
     definition = {"Name": service, "ID": "named", "Address": "10.0.0.9", "Port": 9}

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from consul_matchmaker.backends.dns_exchange import Channel
-from consul_matchmaker.backends.dns_srv import DnsSrv
+from consul_matchmaker.backends.dns.exchange import Channel
+from consul_matchmaker.backends.dns.resolver import DnsSrv
 from consul_matchmaker.backends.host_names import HostNames
 from consul_matchmaker.backends.traffic import Traffic
 from consul_matchmaker.errors import ConfigurationError, InvalidTopic, TimedOut, Unavailable
@@ -1257,7 +1257,7 @@ def test_many_targets_without_addresses_end_at_the_timeout(resolver: Lookup) -> 
 def test_http_is_never_imported() -> None:
     """Catalog mode works without consul, requests and urllib3."""
     program = (
-        "import sys, consul_matchmaker.backends.dns_srv;"
+        "import sys, consul_matchmaker.backends.dns.resolver;"
         "print({'consul', 'requests', 'urllib3'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -30,8 +30,9 @@ LAYERS = {
         "backoff",
         "lease_state",
         "blocking_query",
-        "srv_wire",
-        "srv_coverage",
+        "backends.dns.wire",
+        "backends.dns.coverage",
+        "backends.dns.names",
     ),
     "outside": (
         "worker",
@@ -47,7 +48,7 @@ LAYERS = {
 OWNERS = {
     "cachetools": {"cache"},
     "consul": {"backends.agent"},
-    "dns": {"backends.dns_srv"},
+    "dns": {"backends.dns.names"},
     "requests": {"backends.agent"},
     "urllib3": {"backends.agent"},  # what requests is made of
 }

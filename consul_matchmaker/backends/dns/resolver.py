@@ -1,7 +1,7 @@
 """Answer lookups by SRV records over Consul DNS.  Never speaks HTTP, never writes.
 
-What is asked is ``_<service>._<tag or tcp>.service[.<datacenter>].<domain>.``; how a topic becomes
-a service is `naming.service_of`.
+What is asked is in `names`, how it travels in `exchange`, what bytes mean in `wire`, when an answer
+is whole in `coverage`, and where a target is in `targets`.
 """
 
 from __future__ import annotations
@@ -14,59 +14,29 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
-import dns.exception
-import dns.message
-import dns.name
-
-from ..errors import ConfigurationError, InvalidTopic, TimedOut, Unavailable
-from ..model import Host, Instance, Snapshot, ipv6_text
-from ..naming import SERVICE_LABEL, is_translated, service_of, shard_tag
-from ..settings import Settings
-from ..srv_coverage import MAX_ANSWERS, TCP_LIMIT, is_covered, may_be_cut
-from ..srv_wire import NOERROR, NXDOMAIN, REFUSED, SERVFAIL, BadReply, Reply, Srv
-from .agents import Agents
-from .dns_exchange import Channel, Stream
-from .host_names import HostNames, resolve_by_system
-from .traffic import Traffic
+from ...errors import ConfigurationError, InvalidTopic, TimedOut, Unavailable
+from ...model import Host, Instance, Snapshot
+from ...settings import Settings
+from ..agents import Agents
+from ..host_names import HostNames, resolve_by_system
+from ..traffic import Traffic
+from .coverage import MAX_ANSWERS, TCP_LIMIT, Union, may_be_cut
+from .exchange import SERVFAIL_TRIES, Channel, Stream
+from .names import Names, is_translated, query_for, service_of
+from .targets import Targets, node_of
+from .wire import NXDOMAIN, SERVFAIL, BadReply, ErrorReply, Reply
 
 logger = logging.getLogger(__name__)
 
-_K = TypeVar("_K")
-_V = TypeVar("_V")
-
 EXCHANGES_PER_LOOKUP = 3
 """A lookup with time enough ends after this many times ``request_timeout_seconds``."""
-UDP_SHARE = 0.2
-RESENDS_PER_TIMEOUT = 10
-"""A query goes out by UDP twice, a tenth of the timeout apart, and after a fifth of it by TCP,
-which repairs losses by itself.  More would make Consul answer a topic of thousands, which takes it
-0.3 s, several times at once.  Where there is no TCP, UDP goes on every tenth: when a fifth of all
-packets is lost, 0.36 of all exchanges fail, and ten of them in a row once in 27,000."""
-SERVFAIL_TRIES = 3
-"""While Consul elects a leader single queries fail, and the next one works (fact A9)."""
 MAX_OUTSTANDING = 4
 """How many repeated queries wait for an answer, on two connections: Consul answers those of one
 connection one by one, and those of two at the same time.  Measured with 1,000 hosts on two busy
 cores: 6.5-7.2 bare exchanges for all of them, where one connection took 8.0."""
-
-_RCODES = {1: "FORMERR", SERVFAIL: "SERVFAIL", 4: "NOTIMP", REFUSED: "REFUSED"}
-_REMEDIES = {
-    SERVFAIL: "Consul has no leader, or cannot reach it: see `consul members`",
-    REFUSED: "is this Consul's DNS port, and `domain` its domain?",
-}
-
-
-class _Failed(Exception):
-    """An agent gave an answer that is none; says which."""
-
-    def __init__(self, rcode: int) -> None:
-        text = f"answered {_RCODES.get(rcode, f'rcode {rcode}')}"
-        super().__init__(f"{text} ({_REMEDIES.get(rcode, 'is this Consul DNS?')})")
-        self.rcode = rcode
 
 
 @dataclass(slots=True)
@@ -95,8 +65,7 @@ class _Found:
 class DnsSrv:
     """The hosts of a topic, as Consul's catalog and health checks have them.  Thread-safe.
 
-    Opens no socket and starts no thread when made.  Raises ConfigurationError where ``domain``,
-    ``tag`` or ``datacenters`` cannot be parts of a DNS name.
+    Opens no socket and starts no thread when made.
 
     Host names, of agents as well as of services, are resolved by the system's resolver
     (*resolve*) beside the caller's thread, so that a slow one holds no lookup past its end.
@@ -116,21 +85,12 @@ class DnsSrv:
         self._clock = clock
         self._timeout_seconds = settings.request_timeout_seconds
         self.longest_lookup_seconds = EXCHANGES_PER_LOOKUP * settings.request_timeout_seconds
-        self._domain = _checked_domain(settings.domain)
-        for setting, labels in (("tag", [settings.tag]), ("datacenters", settings.datacenters)):
-            for label in labels:
-                if label is not None and not SERVICE_LABEL.match(label.lower()):
-                    raise ConfigurationError(
-                        f"{setting}: {label!r} cannot be asked for over DNS: "
-                        "use up to 62 letters, digits, '-' and '_'"
-                    )
-        if settings.tag is not None and settings.tag.lower() == "tcp":
-            raise ConfigurationError("tag: DNS takes 'tcp' for no tag at all: give it another name")
+        self._names = Names(settings)
         # Names whose query bytes, size, addresses and log lines are remembered: two of each topic
         # in use, so that none is made anew for each lookup.
         self._max_remembered = 2 * settings.max_topics
         self._queries: dict[tuple[str, str, int], bytes] = {}
-        self._names = HostNames(
+        self._host_names = HostNames(
             ttl_seconds=settings.ttl_seconds,
             empty_ttl_seconds=settings.empty_ttl_seconds,
             most=self._max_remembered,
@@ -145,7 +105,7 @@ class DnsSrv:
         self._forget_topics()
 
     def _channel(self, agent: Host) -> Channel:
-        return Channel(agent, self._names, self._udp, self._tcp)
+        return Channel(agent, self._host_names, self._udp, self._tcp)
 
     def _forget_topics(self) -> None:
         self._lock = threading.Lock()
@@ -204,10 +164,10 @@ class DnsSrv:
         channel = self._channel(agent)
         until = time.monotonic() + self._timeout_seconds
         try:
-            query = self._query(f"{labels}.{self._domain}", kind, channel.udp_limit(until))
+            query = self._query(f"{labels}.{self._names.domain}", kind, channel.udp_limit(until))
             if by_tcp:
                 return channel.ask_tcp(query, until)
-            return channel.ask_udp(query, self._timeout_seconds / RESENDS_PER_TIMEOUT, until)
+            return channel.ask_udp(query, self._timeout_seconds, until)
         finally:
             channel.close()
 
@@ -215,7 +175,7 @@ class DnsSrv:
         """Drop every connection without touching the network: this is a forked child now."""
         self._udp.forget()
         self._tcp.forget()
-        self._names.forget()
+        self._host_names.forget()
         for channel in self._channels:
             channel.forget()
         self._agents.forget()
@@ -277,11 +237,11 @@ class DnsSrv:
         """The query for *name*, all but its id, which every sending makes anew."""
         query = self._queries.get((name, kind, size))
         if query is None:
-            try:
-                query = dns.message.make_query(name, kind, use_edns=0, payload=size).to_wire()
-            except dns.exception.DNSException as error:
-                raise InvalidTopic(f"{name!r} cannot be asked for over DNS: {error}") from None
-            _remember(self._queries, (name, kind, size), query, self._max_remembered)
+            query = query_for(name, kind, size)
+            while len(self._queries) >= self._max_remembered:
+                with contextlib.suppress(StopIteration, RuntimeError):  # another thread was faster
+                    self._queries.pop(next(iter(self._queries)), None)
+            self._queries[name, kind, size] = query
         return query
 
 
@@ -290,38 +250,32 @@ class _Lookup:
 
     def __init__(self, resolver: DnsSrv, service: str, datacenter: str, until: float) -> None:
         self._resolver = resolver
-        self._settings = resolver._settings
         self._timeout_seconds = resolver._timeout_seconds
         self._until = until
-        self._is_query = service.endswith(".query")
-        self._service = service
-        self._suffix = f".{datacenter}.{resolver._domain}" if datacenter else f".{resolver._domain}"
-        self._addresses: dict[str, list[str]] = {}  # of targets that had to be asked for
+        self._service, self._datacenter = service, datacenter
+        self._targets = Targets(resolver._names.domain, resolver._host_names)
 
     # -- what to ask
 
     def topic(self) -> _Found:
-        if self._is_query:
-            return self._ask(self._service + self._suffix)
-        if not self._settings.shards:
-            return self._ask(self._name(self._settings.tag or "tcp"))
         found = _Found()
-        for number in range(self._settings.shards):
+        for name in self._resolver._names.of_topic(self._service, self._datacenter):
             try:
-                found.add(self._ask(self._name(shard_tag(number))))
+                found.add(self._ask(name))
             except Unavailable:
                 if not found.instances:
                     raise
-                found.is_complete = False
+                found.is_complete = False  # what was found is worth more than an error
                 break
         return found
 
     def server(self, server: str) -> _Found:
         """By tag; when no instance has it, by node name and address out of the topic's answer."""
         tagged = _Found()
-        if not self._is_query and SERVICE_LABEL.match(server.lower()) and server.lower() != "tcp":
-            tagged = self._ask(self._name(server))
-            if tagged.instances and self._settings.tag is None:
+        name = self._resolver._names.of_server(self._service, server, self._datacenter)
+        if name is not None:
+            tagged = self._ask(name)
+            if tagged.instances and self._resolver._settings.tag is None:
                 return _named(server, tagged, tagged.instances)
         whole = self.topic()
         whole.asked_at = min(whole.asked_at, tagged.asked_at)
@@ -338,9 +292,6 @@ class _Lookup:
             ],
         )
 
-    def _name(self, tag: str) -> str:
-        return f"_{self._service}._{tag}.service{self._suffix}"
-
     # -- whom to ask
 
     def _ask(self, name: str) -> _Found:
@@ -356,11 +307,11 @@ class _Lookup:
             channel = self._resolver._channels[candidate.index]
             try:
                 found = self._ask_agent(channel, name)
-            except (OSError, BadReply, _Failed) as error:
+            except (OSError, BadReply) as error:
                 reason = _reason(error)
                 reasons.append(f"{candidate.address} {reason}")
                 timed_out = timed_out and isinstance(error, TimeoutError)
-                if isinstance(error, _Failed) and error.rcode == SERVFAIL:
+                if isinstance(error, ErrorReply) and error.rcode == SERVFAIL:
                     candidate.could_not_help(reason)  # it is the cluster that fails
                     continue
                 if isinstance(error, TimeoutError):
@@ -387,72 +338,44 @@ class _Lookup:
 
     def _ask_agent(self, channel: Channel, name: str) -> _Found:
         """What the agent says of *name*, completed if it could have been cut."""
-        limit = channel.udp_limit(min(time.monotonic() + self._timeout_seconds, self._until))
+        limit = channel.udp_limit(self._exchange_until())
         asked_at = self._resolver._clock()
         query = self._resolver._query(name, "SRV", limit)
         large = self._resolver._large
-        reply, is_tcp = self._exchange(channel, query, tcp_first=name in large)
+        reply, is_tcp = channel.ask(
+            query, self._timeout_seconds, self._until, tcp_first=name in large
+        )
         if reply.answers and not reply.records:
             raise BadReply("answered with records that were not asked for")
-        union = _Union()
+        union = Union()
         union.add(reply)
+        by_tcp = is_tcp
         if may_be_cut(reply, TCP_LIMIT if is_tcp else limit, is_tcp=is_tcp):
             if len(large) < self._resolver._max_remembered:
                 large.add(name)
-            union.was_completed = True
-            self._complete_union(channel, query, union, is_tcp=is_tcp)
+            self._complete(channel, query, union, is_tcp=is_tcp)
+            by_tcp = True
         elif is_tcp and not may_be_cut(reply, limit, is_tcp=False):
             large.discard(name)
-        found = self._found(name, channel, union)
+        found = _Found(is_complete=union.is_complete, ttl_seconds=union.ttl_seconds)
         found.asked_at = asked_at
         found.asked.append(
             {
                 "name": name,
                 "agent": str(channel.agent),
-                "transport": "tcp" if is_tcp or union.was_completed else "udp",
+                "transport": "tcp" if by_tcp else "udp",
                 "rcode": "NXDOMAIN" if reply.rcode == NXDOMAIN else "NOERROR",
                 "answers": union.answers,
                 "records": len(union.records),
             }
         )
+        self._take_instances(found, name, channel, union)
         return found
 
-    def _exchange(
-        self, channel: Channel, query: bytes, *, tcp_first: bool = False
-    ) -> tuple[Reply, bool]:
-        """One usable reply and whether it came by TCP."""
-        for tries_left in range(SERVFAIL_TRIES - 1, -1, -1):
-            reply, is_tcp = self._transmit(channel, query, tcp_first or channel.wants_tcp_first)
-            if reply.rcode in (NOERROR, NXDOMAIN):
-                break
-            if reply.rcode != SERVFAIL or not tries_left:
-                raise _Failed(reply.rcode)
-        return reply, is_tcp
+    def _exchange_until(self) -> float:
+        return min(time.monotonic() + self._timeout_seconds, self._until)
 
-    def _transmit(self, channel: Channel, query: bytes, tcp_first: bool) -> tuple[Reply, bool]:
-        now = time.monotonic()
-        until = min(now + self._timeout_seconds, self._until)
-        resend = self._timeout_seconds / RESENDS_PER_TIMEOUT
-        if not tcp_first:
-            try:
-                udp_until = min(now + self._timeout_seconds * UDP_SHARE, until)
-                return channel.ask_udp(query, resend, udp_until), False
-            except OSError:  # lost, or kept out by a firewall
-                if time.monotonic() >= until:
-                    raise
-        try:
-            reply = channel.ask_tcp(query, until)
-        except TimeoutError:
-            raise
-        except OSError:  # nothing listens there, or nothing gets through
-            return channel.ask_udp(query, resend, until), False
-        if not tcp_first:
-            channel.udp_is_silent()
-        return reply, True
-
-    def _complete_union(
-        self, channel: Channel, query: bytes, union: _Union, *, is_tcp: bool
-    ) -> None:
+    def _complete(self, channel: Channel, query: bytes, union: Union, *, is_tcp: bool) -> None:
         """Ask again by TCP, and again, until every record was seen, or the time is over."""
         union.is_complete = False
         try:
@@ -478,14 +401,22 @@ class _Lookup:
                         waiting[-1].send(query)
                     union.add(_with_records(waiting.popleft(), query))
                 union.is_complete = not union.is_unshuffled
-        except (OSError, BadReply, _Failed) as error:
+        except (OSError, BadReply) as error:
             # What was found is worth more than an error, and the snapshot says what it is.
             logger.debug("%s: incomplete, %s", channel.agent, error)
 
     # -- what it means
 
-    def _found(self, name: str, channel: Channel, union: _Union) -> _Found:
-        found = _Found(is_complete=union.is_complete, ttl_seconds=union.ttl_seconds)
+    def _take_instances(self, found: _Found, name: str, channel: Channel, union: Union) -> None:
+        """Put into *found* what *union* has of *name*, and what it lacks."""
+
+        def ask(target: str, kind: str) -> Reply:
+            try:
+                query = self._resolver._query(target, kind, channel.udp_limit(self._until))
+            except InvalidTopic as error:  # the target is longer than a name may be
+                raise BadReply(str(error)) from None
+            return channel.ask(query, self._timeout_seconds, self._until)[0]
+
         for record in union.records.values():
             if record.target == ".":
                 found.left_out["."] = "the service is declared to be absent"
@@ -500,117 +431,26 @@ class _Lookup:
                     )
                 found.left_out[record.target] = "port 0"
                 continue
-            addresses = _decoded(record.target) or _printed(union.addresses, record.target)
             try:
-                if addresses is None and self._is_consuls(record.target):
-                    addresses = self._asked(channel, record.target)
-                if addresses is None:
-                    addresses = self._by_system(record.target)
+                addresses = self._targets.addresses(
+                    record.target, union.addresses, ask, self._exchange_until()
+                )
             except ConfigurationError:
                 if self._resolver._is_first("target", name):
                     logger.warning("%s: %s is no host name, left out", name, record.target)
                 found.left_out[record.target] = "no host name"
                 continue
-            except (OSError, BadReply, _Failed) as error:
+            except (OSError, BadReply) as error:
                 logger.debug("%s: no address of %s: %s", name, record.target, error)
                 found.left_out[record.target] = f"no address: {error}"
                 found.is_complete = False
                 continue
             if not addresses:
                 found.left_out[record.target] = "no address"
-            server = _node(record.target)
+            server = node_of(record.target)
             for address in addresses:
                 host = Host(address, record.port)
                 found.instances[Instance(host, server, record.priority, record.weight)] = None
-        return found
-
-    def _is_consuls(self, target: str) -> bool:
-        """Whether *target* is a name that only Consul can resolve, and not the system."""
-        target = target.lower()
-        return target.endswith("." + self._resolver._domain) or ".node." in target
-
-    def _asked(self, channel: Channel, target: str) -> list[str] | None:
-        """The addresses of a target that came without; [] when there are none, None if it is no
-        name of Consul's at all."""
-        name = target.lower()
-        if name not in self._addresses:
-            addresses: list[str] = []
-            for kind in ("A", "AAAA"):
-                try:
-                    query = self._resolver._query(target, kind, channel.udp_limit(self._until))
-                    reply, _ = self._exchange(channel, query)
-                except InvalidTopic as error:
-                    raise BadReply(str(error)) from None
-                except _Failed as error:
-                    if error.rcode == REFUSED:
-                        return None
-                    raise
-                addresses = _printed(reply.addresses, target) or []
-                if reply.answers and not addresses:
-                    raise BadReply("answered with records that were not asked for")
-                if addresses:
-                    break
-            self._addresses[name] = addresses
-        return self._addresses[name]
-
-    def _by_system(self, target: str) -> list[str]:
-        """The addresses of a host name that is not Consul's; [] when there is no such name.
-
-        Raises ConfigurationError for what is no host name, OSError when the resolver cannot tell.
-        """
-        name = Host.parse(f"{target.rstrip('.').lower()}:1").address
-        until = min(time.monotonic() + self._timeout_seconds, self._until)
-        addresses = self._resolver._names.addresses(name, until)
-        # One way to reach a host: IPv4, or IPv6 where there are none.
-        return sorted(each for each in addresses if (":" in each) == (":" in addresses[0]))
-
-
-class _Union:
-    """The records of several answers to one query."""
-
-    def __init__(self) -> None:
-        self.is_complete = True
-        self.is_unshuffled = False
-        self.was_completed = False  # by TCP
-        self._ttls: list[int] = []
-        self.addresses: dict[str, set[bytes]] = {}
-        self.records: dict[tuple[str, int], Srv] = {}
-        self.restart()
-
-    def restart(self) -> None:
-        """The next answer is the first to count: those before had less room."""
-        self.answers = 0
-        self._smallest = 0
-        self._last: list[Srv] = []
-
-    def add(self, reply: Reply) -> None:
-        self.is_unshuffled = len(self._last) > 16 and reply.records == self._last
-        self._last = reply.records
-        self._smallest = min(self._smallest or len(reply.records), len(reply.records))
-        self.answers += 1
-        self._ttls.append(reply.ttl_seconds)
-        self.records.update(((record.target, record.port), record) for record in reply.records)
-        if not self.addresses:
-            self.addresses = reply.addresses
-            return
-        for name, addresses in reply.addresses.items():
-            self.addresses.setdefault(name, set()).update(addresses)
-
-    def is_covered(self, more: int = 0) -> bool:
-        """Whether everything was seen, were there *more* answers that brought nothing new."""
-        return is_covered(len(self.records), self._smallest, self.answers + more)
-
-    @property
-    def ttl_seconds(self) -> int:
-        return min((ttl for ttl in self._ttls if ttl), default=0)
-
-
-def _remember(table: dict[_K, _V], key: _K, value: _V, most: int) -> None:
-    """Put it into *table*, in place of the oldest entry where there is no more room."""
-    if len(table) >= most:
-        with contextlib.suppress(StopIteration, RuntimeError):  # another thread was faster
-            table.pop(next(iter(table)), None)
-    table[key] = value
 
 
 def _with_records(stream: Stream, query: bytes) -> Reply:
@@ -620,18 +460,9 @@ def _with_records(stream: Stream, query: bytes) -> Reply:
         if reply.records:
             break
         if not tries_left:
-            raise _Failed(reply.rcode)
+            raise ErrorReply(reply.rcode)
         stream.send(query)
     return reply
-
-
-def _checked_domain(domain: str) -> str:
-    """*domain* as it ends a name, or ConfigurationError."""
-    try:
-        name = dns.name.from_text(domain.strip("."))
-    except dns.exception.DNSException as error:
-        raise ConfigurationError(f"domain: {domain!r} is no DNS domain: {error}") from None
-    return name.to_text().lower()
 
 
 def _named(server: str, found: _Found, instances: Iterable[Instance]) -> _Found:
@@ -650,34 +481,6 @@ def _unusable(service: str, found: _Found) -> Unavailable:
     return Unavailable(
         f"{service} has instances, and none can be used now: {', '.join(reasons[:3])}: retry"
     )
-
-
-def _decoded(target: str) -> list[str] | None:
-    """The address in ``0a090905.addr.<datacenter>.<domain>.``, None for other names."""
-    if target[8:14].lower() != ".addr." and target[32:38].lower() != ".addr.":
-        return None
-    try:
-        return [_address(bytes.fromhex(target.partition(".")[0]))]
-    except ValueError:  # no hex digits, or too few of them
-        return None
-
-
-def _printed(addresses: Mapping[str, set[bytes]], target: str) -> list[str] | None:
-    """The addresses of *target*: IPv4, or IPv6 where there are none; one way to reach a node."""
-    packed = addresses.get(target.lower())
-    if not packed:
-        return None
-    return [_address(each) for each in sorted(packed) if len(each) == min(map(len, packed))]
-
-
-def _address(packed: bytes) -> str:
-    return ".".join(map(str, packed)) if len(packed) == 4 else ipv6_text(packed)
-
-
-def _node(target: str) -> str | None:
-    """The node's name in ``<node>.node.<datacenter>.<domain>.``; it may have dots itself."""
-    node, separator, _ = target.rpartition(".node.")
-    return node if separator else None
 
 
 def _reason(error: Exception) -> str:
