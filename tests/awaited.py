@@ -29,7 +29,9 @@ class Awaited:
     def __init__(self, mm: Matchmaker) -> None:
         self._mm = mm
 
-    def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
+    def lookup(
+        self, topic: str, server: str | None = None, *, timeout_seconds: float = 10.0
+    ) -> Snapshot:
         return run(aio.Matchmaker(self._mm).hosts(topic, server))
 
     def forget(self) -> None:

@@ -1,4 +1,4 @@
-"""What every backend must do: one suite for memory, kv and DNS.
+"""What every backend must do: one suite for memory, kv and dns_srv.
 
 A subclass named ``Test...`` gives the fixtures that make the backend.  Each test takes its own
 ``topic``; what takes time is waited for by ``eventually``, never slept for.
