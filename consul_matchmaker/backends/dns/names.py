@@ -119,6 +119,6 @@ class Names:
 def query_for(name: str, kind: str, size: int) -> bytes:
     """The query for *name*, whose reply may have *size* bytes by UDP; raises InvalidTopic."""
     try:
-        return dns.message.make_query(name, kind, use_edns=0, payload=size).to_wire()
+        return dns.message.make_query(name, kind, payload=size).to_wire()
     except dns.exception.DNSException as error:
         raise InvalidTopic(f"{name!r} cannot be asked for over DNS: {error}") from None
