@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from .backends.dns.wire import NXDOMAIN, REFUSED, SERVFAIL, BadReply, Reply
 from .errors import Denied, Unavailable
 from .model import Host
 from .settings import Settings
-from .srv_wire import NXDOMAIN, REFUSED, SERVFAIL, BadReply, Reply
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
-    from .backends.dns_srv import DnsSrv
+    from .backends.dns.resolver import DnsSrv
     from .backends.http.api import ConsulApi
     from .backends.kv import Kv
 
@@ -44,7 +44,7 @@ def findings(settings: Settings) -> Iterator[Finding]:
 
 
 def _of_catalog(settings: Settings) -> Iterator[Finding]:
-    from .backends.dns_srv import DnsSrv
+    from .backends.dns.resolver import DnsSrv
 
     with contextlib.closing(DnsSrv(settings)) as dns_srv:
         for address in settings.addresses:

@@ -514,7 +514,7 @@ _NOBODY = _Nobody()
 
 def _resolver(settings: Settings, clock: Callable[[], float]) -> Resolver:
     if settings.mode == "catalog":
-        from .backends.dns_srv import DnsSrv
+        from .backends.dns.resolver import DnsSrv
 
         return DnsSrv(settings, clock=clock)
     from .backends.http.api import ConsulApi

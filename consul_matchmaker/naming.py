@@ -1,6 +1,6 @@
-"""Names as Consul sees them: KV keys of registrations, and service labels of topics.
+"""The KV keys of registrations, and what they mean.
 
-KV keys are ``<prefix>/<topic>/<host>/<incarnation>``.  A segment holds only ``[A-Za-z0-9_-]``,
+They are ``<prefix>/<topic>/<host>/<incarnation>``.  A segment holds only ``[A-Za-z0-9_-]``,
 the alphabet that every Consul version accepts (fact B13: 1.21.5 refuses ``:``, ``%`` and space):
 those letters, digits and ``-`` stand for themselves, any other byte of the UTF-8 text is ``_`` and
 two hex digits.  So every text survives the round trip, two texts never meet, and no topic leaves
@@ -10,11 +10,9 @@ its folder.
 from __future__ import annotations
 
 import re
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .errors import ConfigurationError, InvalidTopic
+from .errors import ConfigurationError
 from .model import Host, Registration, checked_topic
 
 _LITERAL = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-")
@@ -148,76 +146,3 @@ def _decode_host(segment: str) -> Host:
     if str(host) != text:  # one host, one key: [0::1]:5 is not another [::1]:5
         raise ValueError(f"not the text of any host: {text!r}")
     return host
-
-
-# -- catalog mode: service names
-
-SERVICE_LABEL = re.compile(r"[a-z0-9_-]{1,62}\Z")
-"""A Consul service or tag that DNS can ask for: a label has 63 characters (RFC 1035), and one of
-them is the underscore before it (RFC 2782)."""
-_REPLACED = re.compile(r"[!-,./:-@\[-^`{-~ ]")  # the rest of printable ASCII
-_QUERY = ".query"
-
-
-def is_translated(topic: str, template: str) -> bool:
-    """Whether *topic* has characters that the name of its service cannot have, by *template*.
-
-    Capitals do not count: DNS does not tell them from small letters, and finds either service.
-    """
-    name = template.replace("{topic}", topic)
-    return bool(_REPLACED.search(name[: -len(_QUERY)] if template.endswith(_QUERY) else name))
-
-
-def service_of(
-    topic: str, template: str, service_map: Mapping[str, str], *, strict: bool = False
-) -> str:
-    """The Consul service that serves *topic*; the prepared query if the rule ends in ``.query``.
-
-    What *service_map* says of the topic, else *template* with the topic for ``{topic}``, in which
-    capitals become small letters (DNS does not tell them apart) and every character but letters,
-    digits, ``_`` and ``-`` becomes ``-``: ``notifications.info`` is the service
-    ``notifications-info``.  So two topics can meet on one service; whoever asks says so.  With
-    *strict* such a topic is refused instead.  That is not the default, because topics of
-    oslo.messaging have dots (``notifications.info``) and its users cannot choose others.
-
-    Raises InvalidTopic where that cannot be asked for: longer than 62 characters, or not ASCII.
-    Nothing is shortened or left out, because operators have to be able to tell the name.
-    """
-    checked_topic(topic)
-    mapped = service_map.get(topic)
-    name = template.replace("{topic}", topic) if mapped is None else mapped
-    is_query = (template if mapped is None else mapped).endswith(_QUERY)
-    if is_query:
-        name = name[: -len(_QUERY)]
-    label = (_REPLACED.sub("-", name) if mapped is None else name).lower()
-    if strict and mapped is None and is_translated(topic, template):
-        raise InvalidTopic(
-            f"topic {topic!r} cannot be the name of a Consul service: ask for {label!r} if that is "
-            "the one, or name it with service_map (strict_names refuses to translate)"
-        )
-    # A prepared query may have dots: Consul joins the labels again.
-    if all(SERVICE_LABEL.match(part) for part in (label.split(".") if is_query else [label])):
-        return label + _QUERY if is_query else label
-    reason = "has more than 62 characters" if len(label) > 62 else "has characters DNS cannot carry"
-    if mapped is not None:
-        raise InvalidTopic(
-            f"service_map: {mapped!r}, for topic {topic!r}, {reason}: give the service another name"
-        )
-    raise InvalidTopic(
-        f"topic {topic!r} {reason} as a Consul service name: "
-        f"name the service it has with service_map, as in service_map={{{topic!r}: 'its-service'}}"
-    )
-
-
-def shard_of(instance: str, shards: int) -> str:
-    """The tag (``s00``, ``s01``...) that the instance named so has when its topic is sharded.
-
-    Any stable text that names the instance will do, such as node and port; whoever registers it
-    gives it this tag.  CRC-32, so that every language has it at hand.
-    """
-    return shard_tag(zlib.crc32(instance.encode("utf-8")) % shards)
-
-
-def shard_tag(number: int) -> str:
-    """The tag of shard *number*."""
-    return f"s{number:02d}"

@@ -10,7 +10,7 @@ import pytest
 
 from consul_matchmaker import Matchmaker
 from consul_matchmaker.backends import Resolver
-from consul_matchmaker.backends.dns_srv import DnsSrv
+from consul_matchmaker.backends.dns.resolver import DnsSrv
 from consul_matchmaker.backends.http.api import ConsulApi
 from consul_matchmaker.backends.kv import Kv
 from consul_matchmaker.demo.consul_probe import Node

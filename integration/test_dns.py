@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from consul_matchmaker import Host, Matchmaker, Settings
-from consul_matchmaker.backends.dns_srv import EXCHANGES_PER_LOOKUP, DnsSrv
+from consul_matchmaker.backends.dns.names import shard_of
+from consul_matchmaker.backends.dns.resolver import DnsSrv
 from consul_matchmaker.demo.consul_probe import Node, request
-from consul_matchmaker.naming import shard_of
 from integration.catalog import METADATA, instances, register, unregister
 from integration.cluster import Cluster, ask, tell
 from integration.repeated import Repeated
@@ -74,13 +74,13 @@ def hosts_of(made: Made) -> tuple[Host, ...]:
 
 def small_udp(resolver: DnsSrv) -> None:
     """As if the agent was on another machine: 1,232 bytes by UDP."""
-    for agent in resolver._agents._agents:
-        agent.channel._is_local = False
+    for channel in resolver._channels:
+        channel._is_local = False
 
 
 def tcp_first(resolver: DnsSrv) -> None:
-    for agent in resolver._agents._agents:
-        agent.channel.udp_is_silent()
+    for channel in resolver._channels:
+        channel.udp_is_silent()
 
 
 # -- all of them
@@ -140,13 +140,13 @@ def test_5000_hosts_by_shards_and_honestly_without(
 
     started = time.monotonic()
     snapshot = plain.lookup(topic)
-    assert time.monotonic() - started < EXCHANGES_PER_LOOKUP * 2.0 + 1.0
+    assert time.monotonic() - started < plain.longest_lookup_seconds + 1.0
     assert set(snapshot.hosts) <= set(expected)
     assert len(snapshot) >= 900
     assert snapshot.hosts == expected or not snapshot.is_complete
 
     started = time.monotonic()
-    some = plain.lookup(topic, complete=False)
+    some = plain.lookup(topic, timeout_seconds=1.0)
     assert time.monotonic() - started < 2.0
     assert len(some) >= 900
     assert not some.is_complete
@@ -237,7 +237,7 @@ def test_names_as_openstack_has_them(
     resolver: Callable[..., DnsSrv], agent: Node, name: str
 ) -> None:
     """The service that operators have to define is really found under the topic's name."""
-    from consul_matchmaker.naming import service_of
+    from consul_matchmaker.backends.dns.names import service_of
 
     service = service_of(name, "{topic}", {})
     definition = {"Name": service, "ID": "named", "Address": "10.0.0.9", "Port": 9}
@@ -303,8 +303,8 @@ def test_consul_ends_connections_and_nobody_notices(
     for _ in range(300):
         assert len(dns_srv.lookup(topic)) == 1
 
-    (agent,) = dns_srv._agents._agents
-    (connection,) = agent.channel._kept
+    (channel,) = dns_srv._channels
+    (connection,) = channel._kept
     readable, _, _ = select.select([connection._socket], [], [], 15)
     assert readable, "Consul did not end an idle connection"
     connection.last_used_at = time.monotonic()  # as if we did not know

@@ -23,7 +23,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 class Awaited:
     """The facade as a Resolver, so that the contract can be asked of it."""
 
-    narrows = True
+    finds_servers = True
+    longest_lookup_seconds = DEADLINE_SECONDS
 
     def __init__(self, mm: Matchmaker) -> None:
         self._mm = mm

@@ -1,6 +1,6 @@
 """Change the rules in every small way, and say which changes no test of theirs notices.
 
-`tox -e mutation`, or `tox -e mutation -- srv_wire naming` for some modules only.  mutmut makes the
+`tox -e mutation`, or `tox -e mutation -- wire naming` for some modules only.  mutmut makes the
 changes ("mutants") and runs, for each, the tests that reach the changed function.  Works in a copy
 of the tree.  Prints a row a module and fails when a change is not noticed and not accepted in
 `mutation_survivors.txt`, or when something is accepted there that does not survive.
@@ -33,15 +33,16 @@ PACKAGE = "consul_matchmaker"
 ACCEPTED = Path(__file__).parent / "mutation_survivors.txt"
 WANTED_SHARE = 0.95
 
-# Each module, and the tests that are about it.
+# Each module, by its own name wherever it lies, and the tests that are about it.
 MODULES = {
     "backoff": ("test_backoff",),
     "blocking_query": ("test_blocking_query",),
     "lease_state": ("test_lease_state",),
     "model": ("test_model",),
-    "naming": ("test_naming", "test_service_label"),
+    "names": ("test_dns_names",),
+    "naming": ("test_naming",),
     "selection": ("test_selection",),
-    "srv_wire": ("test_srv_wire",),
+    "wire": ("test_dns_wire",),
 }
 # What takes the text of a note, and which argument that is.
 NOTES = {"_note": 1, "_note_trouble": 1, "_begin_repair": 0}
@@ -210,10 +211,15 @@ def listed(survivors: Iterable[Mutant]) -> str:
 # -- the run
 
 
+def path_of(module: str, tree: Path) -> Path:
+    (path,) = (tree / PACKAGE).rglob(f"{module}.py")
+    return path
+
+
 def run(tree: Path, modules: list[str]) -> None:
     """Have mutmut make and try every change of *modules*, in *tree*."""
     tests = sorted({f"tests/{test}.py" for module in modules for test in MODULES[module]})
-    files = [f"{PACKAGE}/{module}.py" for module in modules]
+    files = [str(path_of(module, tree).relative_to(tree)) for module in modules]
     settings = SETTINGS.format(package=PACKAGE, files=json.dumps(files), tests=json.dumps(tests))
     with (tree / "pyproject.toml").open("a", encoding="utf-8") as project:
         project.write(settings)
@@ -239,7 +245,7 @@ def scores(tree: Path, modules: list[str]) -> dict[str, Score]:
 
     found: defaultdict[str, Score] = defaultdict(Score)
     for module in modules:
-        path = tree / "mutants" / PACKAGE / f"{module}.py"
+        path = path_of(module, tree / "mutants")
         codes = json.loads(path.with_suffix(".py.meta").read_text())["exit_code_by_key"]
         by_name = {name.rpartition(".")[2]: code for name, code in codes.items()}
         for name, mutant, is_text in mutants(path):

@@ -89,10 +89,14 @@ def test_no_awaited_call_asks_consul_on_the_event_loop(verb: str) -> None:
 
     class Noting(FakeResolver):
         def lookup(
-            self, topic: str, server: str | None = None, *, timeout_seconds: float = 1.0, **how: Any
+            self,
+            topic: str,
+            server: str | None = None,
+            *,
+            timeout_seconds: float = DEADLINE_SECONDS,
         ) -> Snapshot:
             threads.append(threading.current_thread().name)
-            return super().lookup(topic, server, timeout_seconds=timeout_seconds, **how)
+            return super().lookup(topic, server, timeout_seconds=timeout_seconds)
 
     consul = Noting()
     consul.say("scheduler", str(ONE))

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from consul_matchmaker.backends.dns_exchange import Channel
-from consul_matchmaker.backends.dns_srv import NAME_THREADS, DnsSrv
+from consul_matchmaker.backends.dns.exchange import Channel
+from consul_matchmaker.backends.dns.resolver import DnsSrv
+from consul_matchmaker.backends.host_names import HostNames
 from consul_matchmaker.backends.traffic import Traffic
 from consul_matchmaker.errors import ConfigurationError, InvalidTopic, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Instance
@@ -425,32 +426,6 @@ def test_host_names_are_remembered_for_a_ttl(clock: ManualClock) -> None:
         dns_srv.close()
 
 
-@pytest.mark.finding("C9")
-def test_a_resolver_that_hangs_holds_a_bounded_number_of_threads(clock: ManualClock) -> None:
-    """However many lookups meet host names that it does not answer."""
-    end, inside = threading.Event(), []
-
-    def hang(name: str) -> list[str]:
-        inside.append(name)
-        end.wait()
-        return ["192.0.2.1"]
-
-    answer = [f"SRV 1 1 1 db{number}.example." for number in range(3)]
-    with DnsServer(lambda query: [reply_to(query, answer)]) as server:
-        settings = Settings(
-            mode="catalog", addresses=(server.address,), request_timeout_seconds=0.05
-        )
-        dns_srv = DnsSrv(settings, clock=clock, resolve=hang)
-        try:
-            for _ in range(NAME_THREADS):
-                with pytest.raises(Unavailable):
-                    dns_srv.lookup("scheduler")
-            assert len(inside) == NAME_THREADS
-        finally:
-            end.set()
-        dns_srv.close()
-
-
 @pytest.mark.finding("A1")
 def test_an_answer_is_as_old_as_its_question(resolver: Lookup, clock: ManualClock) -> None:
     """What Consul took to answer counts; of several questions the first one does, and what an
@@ -490,7 +465,7 @@ def test_an_agent_due_for_a_try_is_not_kept_from_others_by_whoever_has_no_time(
             dns_srv.lookup("scheduler")
         clock.now += PATIENCE + 60
         with pytest.raises(TimedOut):
-            dns_srv.lookup_within(-1, "scheduler")
+            dns_srv.lookup("scheduler", timeout_seconds=-1)
         assert dns_srv.status()["agents_away"] == []
         rcodes.clear()
         with pytest.raises(InvalidTopic):
@@ -598,8 +573,8 @@ def test_a_cut_udp_answer_is_asked_for_by_tcp(resolver: Lookup) -> None:
 
 def small_udp(dns_srv: DnsSrv) -> None:
     """As if the agents were on other machines, where UDP has 1,232 bytes."""
-    for agent in dns_srv._agents._agents:
-        agent.channel._is_local = False
+    for channel in dns_srv._channels:
+        channel._is_local = False
 
 
 def test_an_answer_cut_on_tcp_too_is_completed_by_repeating(resolver: Lookup) -> None:
@@ -649,17 +624,6 @@ def test_failures_in_the_middle_of_a_union_are_not_its_end(resolver: Lookup, fai
     assert snapshot.is_complete == (failures == 2)
     assert (len(snapshot) == 60) == (failures == 2)
     assert len(snapshot) > 5
-
-
-def test_the_first_answer_will_do_where_completeness_is_not_asked_for(resolver: Lookup) -> None:
-    """One exchange, and an honest is_complete."""
-    with DnsServer(consul(*many(300), udp_limit=1232)) as server:
-        dns_srv = resolver(server)
-        small_udp(dns_srv)
-        snapshot = dns_srv.lookup("scheduler", complete=False)
-        assert 0 < len(snapshot) < 300
-        assert not snapshot.is_complete
-        assert len(server.asked) == 1
 
 
 def test_a_union_that_cannot_end_in_time_says_so(resolver: Lookup) -> None:
@@ -724,8 +688,8 @@ def test_shards_are_asked_for_one_by_one(resolver: Lookup) -> None:
 def tcp_only(resolver: Lookup, server: DnsServer, **settings: object) -> DnsSrv:
     """A resolver that asks by TCP first."""
     dns_srv = resolver(server, **settings)
-    for agent in dns_srv._agents._agents:
-        agent.channel.udp_is_silent()
+    for channel in dns_srv._channels:
+        channel.udp_is_silent()
     return dns_srv
 
 
@@ -777,8 +741,8 @@ def test_a_forked_child_starts_with_connections_of_its_own(resolver: Lookup) -> 
             found = 0
             try:
                 dns_srv.forget()
-                for agent in dns_srv._agents._agents:
-                    agent.channel.udp_is_silent()
+                for channel in dns_srv._channels:
+                    channel.udp_is_silent()
                 found = len(dns_srv.lookup("scheduler"))
             finally:
                 os._exit(found)
@@ -913,44 +877,48 @@ def test_the_other_agents_are_asked(resolver: Lookup) -> None:
             assert len(dns_srv.lookup("scheduler")) == 3
 
 
-def test_a_dead_agent_costs_one_timeout_a_probe_and_none_a_lookup(
+def test_a_dead_agent_costs_one_timeout(
     resolver: Lookup, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is left alone for longer each time, tried again, and taken back when it answers."""
+    """The one that took over stays in use, however long; when it fails, the other may be back."""
     caplog.set_level(logging.INFO)
     fake = consul(*many(3))
-    alive: list[bool] = []
-    with DnsServer(lambda asked: fake(asked) if alive else [], tcp=False) as dead:  # noqa: SIM117
-        with DnsServer(fake) as good:
-            dns_srv = resolver(dead, good, request_timeout_seconds=TIMEOUT)
+    alive: list[str] = ["b"]
 
-            def lookups(count: int) -> int:
-                """Do so many; how many of them asked the dead one."""
-                before = probes = 0
-                for _ in range(count):
-                    before = len(dead.asked)
-                    assert len(dns_srv.lookup("scheduler")) == 3
-                    probes += len(dead.asked) > before
-                return probes
+    def answer(name: str) -> Callable[[Asked], Iterable[bytes]]:
+        return lambda asked: fake(asked) if name in alive else []
 
-            assert dns_srv.status() == {"agent": dead.address, "agents_away": []}
-            assert lookups(10) == 1
-            assert dns_srv.status() == {"agent": good.address, "agents_away": [dead.address]}
-            for rest in (0.5, 1.0, 2.0):  # half of 1, 2, 4: the test's jitter
-                clock.now += rest + TIMEOUT - 0.01
-                assert lookups(3) == 0
-                clock.now += 0.02
-                assert lookups(3) == 1
-            assert [r.levelname for r in caplog.records] == ["WARNING"]
-            alive.append(True)
-            clock.now += 60
-            asked = len(good.asked)
-            assert lookups(3) == 3
-            assert len(good.asked) == asked
-    assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
+    with DnsServer(answer("a"), tcp=False) as a, DnsServer(answer("b"), tcp=False) as b:
+        dns_srv = resolver(a, b, request_timeout_seconds=TIMEOUT)
+        assert dns_srv.status() == {"agent": a.address, "agents_away": []}
+        assert len(dns_srv.lookup("scheduler")) == 3
+        assert dns_srv.status() == {"agent": b.address, "agents_away": [a.address]}
+        asked = len(a.asked)
+        for _ in range(5):
+            clock.now += 30
+            assert len(dns_srv.lookup("scheduler")) == 3
+        assert len(a.asked) == asked
+        alive[:] = ["a"]
+        assert len(dns_srv.lookup("scheduler")) == 3
+        assert dns_srv.status() == {"agent": a.address, "agents_away": [b.address]}
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["WARNING", "INFO", "WARNING", "INFO", "INFO"]
 
 
-def test_a_hurried_lookup_ends_in_time_and_blames_no_agent(
+def test_an_agent_without_a_leader_gives_way_to_one_that_has(resolver: Lookup) -> None:
+    """Its failure costs three queries once, and not at each lookup."""
+    with (
+        DnsServer(lambda asked: [reply_to(asked, rcode="SERVFAIL")]) as bad,
+        DnsServer(consul(*many(3))) as good,
+    ):
+        dns_srv = resolver(bad, good)
+        for _ in range(4):
+            assert len(dns_srv.lookup("scheduler")) == 3
+        assert len(bad.asked) == 3
+        assert dns_srv.status() == {"agent": good.address, "agents_away": []}
+
+
+def test_a_lookup_with_little_time_ends_in_time_and_blames_no_agent(
     resolver: Lookup, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It answers like any other where there is time; where there is not, it says nothing of the
@@ -958,10 +926,10 @@ def test_a_hurried_lookup_ends_in_time_and_blames_no_agent(
     fake = consul(*many(3))
     with DnsServer(lambda asked: fake(asked) if "_scheduler" in asked.name else []) as server:
         dns_srv = resolver(server, request_timeout_seconds=10)
-        assert len(dns_srv.lookup_within(10, "scheduler")) == 3
+        assert len(dns_srv.lookup("scheduler", timeout_seconds=10)) == 3
         started = time.monotonic()
-        with pytest.raises(TimedOut):
-            dns_srv.lookup_within(0.1, "far")
+        with pytest.raises(TimedOut, match="in time"):
+            dns_srv.lookup("far", timeout_seconds=0.1)
         assert time.monotonic() - started < 2
         assert dns_srv.status() == {"agent": server.address, "agents_away": []}
         dns_srv.lookup("scheduler")
@@ -969,20 +937,47 @@ def test_a_hurried_lookup_ends_in_time_and_blames_no_agent(
     assert caplog.messages == []
 
 
-def test_a_hurried_lookup_does_not_do_with_less(resolver: Lookup) -> None:
-    """An answer that could not be completed in time is none, and not an incomplete one."""
-    fake = consul(*many(1_000))
+def test_an_answer_that_cannot_be_completed_in_time_says_so(resolver: Lookup) -> None:
+    """What came is worth more than an error; with time enough it is all."""
+    fake = consul(*many(60), udp_limit=1232)
+    may_answer = threading.Event()
 
     def answer(asked: Asked) -> Iterable[bytes]:
         if asked.is_tcp:
-            server.closing.wait(0.2)
+            may_answer.wait(PATIENCE)
         return fake(asked)
 
     with DnsServer(answer) as server:
-        dns_srv = resolver(server, request_timeout_seconds=5)
-        with pytest.raises(TimedOut):
-            dns_srv.lookup_within(0.1, "scheduler")
-        assert dns_srv.lookup_within(15, "scheduler").is_complete
+        dns_srv = resolver(server)
+        small_udp(dns_srv)
+        started = time.monotonic()
+        some = dns_srv.lookup("scheduler", timeout_seconds=1)
+        assert time.monotonic() - started < PATIENCE / 2
+        assert not some.is_complete
+        assert 5 < len(some) < 60
+        assert dns_srv.status() == {"agent": server.address, "agents_away": []}
+        may_answer.set()
+        assert len(dns_srv.lookup("scheduler")) == 60
+
+
+def test_shards_that_cannot_be_asked_for_leave_the_answer_incomplete(resolver: Lookup) -> None:
+    """The others' hosts are worth more than an error; without any it is an outage."""
+    fake = consul(FakeInstance("10.0.0.1", 1, tags=("s00",)))
+
+    def answer(asked: Asked) -> Iterable[bytes]:
+        return [reply_to(asked, rcode="REFUSED")] if "_s01" in asked.name else fake(asked)
+
+    with DnsServer(answer) as server:
+        snapshot = resolver(server, shards=2).lookup("scheduler")
+        assert (snapshot.hosts, snapshot.is_complete) == (hosts("10.0.0.1:1"), False)
+        fake.services["scheduler", ""].clear()
+        with pytest.raises(Unavailable):
+            resolver(server, shards=2).lookup("scheduler")
+
+
+def test_a_lookup_says_how_long_it_may_need(resolver: Lookup) -> None:
+    """Three exchanges, each of which may take the whole request_timeout_seconds."""
+    assert resolver("127.0.0.1:1", request_timeout_seconds=2).longest_lookup_seconds == 6
 
 
 def test_an_agent_that_answers_others_meanwhile_is_not_away(
@@ -1038,20 +1033,24 @@ def test_a_fifth_of_all_packets_lost_fails_no_lookup(resolver: Lookup, tcp: bool
         for _ in range(40):
             assert len(dns_srv.lookup("scheduler")) == 3
             if tcp:  # as if the relay carried TCP: its port is what the channel connects to
-                dns_srv._agents._agents[0].channel._tcp_first_until = 0.0
+                dns_srv._channels[0]._tcp_first_until = 0.0
         assert relay.lost > 10
+
+
+def channel_to(agent: str, resolve: Callable[[str], list[str]] = resolve) -> Channel:
+    names = HostNames(ttl_seconds=5, empty_ttl_seconds=1, most=10, resolve=resolve)
+    return Channel(Host.parse(agent), names, Traffic(), Traffic())
 
 
 def test_an_agents_name_is_not_resolved_for_longer_than_a_question_may_take() -> None:
     """The system's resolver may hang; an address needs none."""
     end = threading.Event()
 
-    class Hanging(Channel):
-        def _places(self) -> list[object]:
-            assert end.wait(60)
-            return super()._places()
+    def hang(name: str) -> list[str]:
+        assert end.wait(60)
+        return ["127.0.0.1"]
 
-    channel = Hanging(Host("localhost", 8600), Traffic(), Traffic())
+    channel = channel_to("localhost:8600", hang)
     with pytest.raises(TimeoutError):
         channel.udp_limit(time.monotonic() + 0.01)
     with pytest.raises(TimeoutError):
@@ -1060,10 +1059,21 @@ def test_an_agents_name_is_not_resolved_for_longer_than_a_question_may_take() ->
     assert channel.udp_limit(time.monotonic() + 60) == 65_000
 
 
+def test_an_agent_that_cannot_be_reached_is_tried_at_its_next_address(resolver: Lookup) -> None:
+    """IPv4 first; a name may have an address where nothing listens."""
+    with DnsServer(consul(*many(2)), address="127.0.0.2") as server:
+        settings = Settings(mode="catalog", addresses=(Host("two.example", server.port),))
+        dns_srv = DnsSrv(settings, resolve=lambda name: ["127.0.0.1", "127.0.0.2"])
+        with pytest.raises(Unavailable):
+            dns_srv.lookup("scheduler")
+        assert len(dns_srv.lookup("scheduler")) == 2
+        dns_srv.close()
+
+
 def test_an_agent_is_local_by_loopback_or_by_its_address() -> None:
     """Whether fragments matter: loopback, and every address this machine has, do not need them."""
-    assert Channel(Host("127.83.1.4", 8600), Traffic(), Traffic()).udp_limit(0) == 65_000
-    assert Channel(Host("::1", 8600), Traffic(), Traffic()).udp_limit(0) == 65_000
+    assert channel_to("127.83.1.4:8600").udp_limit(0) == 65_000
+    assert channel_to("[::1]:8600").udp_limit(0) == 65_000
 
 
 # -- malicious servers
@@ -1251,7 +1261,7 @@ def test_many_targets_without_addresses_end_at_the_timeout(resolver: Lookup) -> 
 def test_http_is_never_imported() -> None:
     """Catalog mode works without consul, requests and urllib3."""
     program = (
-        "import sys, consul_matchmaker.backends.dns_srv;"
+        "import sys, consul_matchmaker.backends.dns.resolver;"
         "print({'consul', 'requests', 'urllib3'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

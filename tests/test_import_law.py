@@ -30,8 +30,9 @@ LAYERS = {
         "backoff",
         "lease_state",
         "blocking_query",
-        "srv_wire",
-        "srv_coverage",
+        "backends.dns.wire",
+        "backends.dns.coverage",
+        "backends.dns.names",
     ),
     "outside": (
         "worker",
@@ -47,7 +48,7 @@ LAYERS = {
 OWNERS = {
     "cachetools": {"cache"},
     "consul": {"backends.http.exchange"},
-    "dns": {"backends.dns_srv"},
+    "dns": {"backends.dns.names"},
 }
 # What a rule has no business with: clocks, chance drawn by itself, locks, threads, the network.
 NOT_FOR_RULES = {

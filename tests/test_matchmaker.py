@@ -589,7 +589,7 @@ def test_explaining_an_answer(memory: Memory) -> None:
 def test_waiting_ends_in_time_although_consul_hangs() -> None:
     """However long a question hangs, for a topic or a server of it, the wait is as long as asked
     for; the error says so."""
-    consul = FakeResolver(narrows=True)
+    consul = FakeResolver(finds_servers=True)
     consul.hold("scheduler")
     with Matchmaker(catalog(), backend=consul) as mm:
         for timeout_seconds in (0.0, 0.3):

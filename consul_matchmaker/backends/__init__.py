@@ -18,23 +18,24 @@ class Resolver(Protocol):
 
     finds_servers: bool
     """Whether ``lookup(topic, server)`` can find hosts that ``lookup(topic)`` does not name."""
-    longest_lookup_seconds: float
-    """The timeout to give where the caller has none of his own."""
 
-    def lookup(
-        self, topic: str, server: str | None = None, *, timeout_seconds: float
-    ) -> Snapshot:
+    longest_lookup_seconds: float
+    """How long a lookup may need: the *timeout_seconds* to give where the caller has none."""
+
+    def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's.
 
-        Ends within *timeout_seconds*; ``is_complete`` says whether that was enough for all hosts.
-        Raises Unavailable when Consul cannot be asked (TimedOut: in this time), Denied when it
-        refuses."""
+        Ends within *timeout_seconds*, whatever it still lacks: ``is_complete`` says whether the
+        answer is all there is.
+
+        Raises Unavailable when Consul cannot be asked, TimedOut when nothing came in time, Denied
+        when it refuses."""
 
     def status(self) -> dict[str, object]:
-        """Where it stands, fit for json."""
+        """Which agent is asked first, and which are left alone for now."""
 
     def wire(self) -> dict[str, dict[str, int]]:
-        """What was said to agents and heard from them, by transport; empty where there are none."""
+        """What was said to agents and heard from them, by transport; see `Traffic`."""
 
     def forget(self) -> None:
         """Drop every connection without touching the network: this is a forked child now."""

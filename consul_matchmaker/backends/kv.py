@@ -119,7 +119,7 @@ class Kv:
     Makes no connection before the first call.
     """
 
-    narrows = False
+    finds_servers = False
 
     def __init__(
         self, api: ConsulApi, settings: Settings, *, clock: Callable[[], float] = time.monotonic
@@ -128,6 +128,7 @@ class Kv:
         self._settings = settings
         self._prefix = settings.prefix
         self._clock = clock
+        self.longest_lookup_seconds = settings.request_timeout_seconds * len(settings.addresses)
         self._check: ServiceCheck | None = None
         if settings.liveness == "check":
             # A suspended machine has to notice that its beat is late.

@@ -34,7 +34,7 @@ class Memory:
     """
 
     finds_servers = False
-    longest_lookup_seconds = 0.0
+    longest_lookup_seconds = 0.0  # it waits for nothing
 
     def __init__(
         self, *, session_ttl_seconds: float = 10.0, clock: Callable[[], float] = time.monotonic
@@ -49,8 +49,10 @@ class Memory:
 
     # -- Resolver
 
-    def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
-        """Every live host of *topic*; with *server*, only that server's."""
+    def lookup(
+        self, topic: str, server: str | None = None, *, timeout_seconds: float = 0.0
+    ) -> Snapshot:
+        """Every live host of *topic*; with *server*, only that server's.  Waits for nothing."""
         checked_topic(topic)
         asked_at = self._clock()
         with self._lock:
@@ -66,11 +68,11 @@ class Memory:
         return snapshot if server is None else snapshot.for_server(server)
 
     def status(self) -> dict[str, object]:
-        """Nothing: it asks nobody."""
+        """Nothing: there is no agent."""
         return {}
 
     def wire(self) -> dict[str, dict[str, int]]:
-        """Nothing: it speaks to nobody."""
+        """Nothing: there is no transport."""
         return {}
 
     # -- Registrar

@@ -17,7 +17,7 @@ from pathlib import Path
 import consul
 import dns.resolver
 
-from consul_matchmaker.backends.dns_srv import DnsSrv
+from consul_matchmaker.backends.dns.resolver import DnsSrv
 from consul_matchmaker.demo.consul_probe import Node
 from consul_matchmaker.demo.local_consul import LocalCluster
 from consul_matchmaker.model import Host

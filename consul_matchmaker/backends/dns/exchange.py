@@ -12,12 +12,20 @@ import socket
 import threading
 import time
 
-from ..model import Host
-from ..srv_coverage import UDP_LIMIT_LOCAL, UDP_LIMIT_REMOTE
-from ..srv_wire import NOERROR, NXDOMAIN, BadReply, NotOurs, Reply, read
-from ..worker import call_within
-from .traffic import Traffic
+from ...model import Host
+from ..host_names import HostNames
+from ..traffic import Traffic
+from .coverage import UDP_LIMIT_LOCAL, UDP_LIMIT_REMOTE
+from .wire import NOERROR, NXDOMAIN, SERVFAIL, BadReply, ErrorReply, NotOurs, Reply, read
 
+UDP_SHARE = 0.2
+RESENDS_PER_TIMEOUT = 10
+"""A query goes out by UDP twice, a tenth of the timeout apart, and after a fifth of it by TCP,
+which repairs losses by itself.  More would make Consul answer a topic of thousands, which takes it
+0.3 s, several times at once.  Where there is no TCP, UDP goes on every tenth: when a fifth of all
+packets is lost, 0.36 of all exchanges fail, and ten of them in a row once in 27,000."""
+SERVFAIL_TRIES = 3
+"""While Consul elects a leader single queries fail, and the next one works (fact A9)."""
 IDLE_SECONDS = 6.0
 """A kept connection rests no longer than this: Consul ends it after 8 s (fact A10)."""
 QUERIES_PER_CONNECTION = 120
@@ -43,23 +51,6 @@ def _is_ip(address: str) -> bool:
     return True
 
 
-def resolve_by_system(name: str) -> list[str]:
-    """The addresses this machine's own resolver has for *name*: IPv4, or IPv6 where there are none.
-
-    [] when it knows no such name; raises OSError when it cannot tell.  May take as long as the
-    system's resolver likes.
-    """
-    try:
-        infos = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        if error.errno in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)):
-            return []
-        raise
-    families = {info[0] for info in infos}
-    family = socket.AF_INET if socket.AF_INET in families else socket.AF_INET6
-    return sorted({str(info[4][0]) for info in infos if info[0] == family})
-
-
 def _read(wire: bytes, query: bytes, traffic: Traffic, extra_bytes: int = 0) -> Reply:
     """*wire* as the reply to *query*, counted; raises BadReply."""
     size = len(wire) + extra_bytes
@@ -78,11 +69,12 @@ class NotConnected(ConnectionError):
 
 
 class Channel:
-    """One agent's DNS, over both transports, counted in *udp* and *tcp*.  Thread-safe; opens
-    nothing when made."""
+    """One agent's DNS, over both transports, counted in *udp* and *tcp*; *names* resolves its
+    address where that is a host name.  Thread-safe; opens nothing when made."""
 
-    def __init__(self, agent: Host, udp: Traffic, tcp: Traffic) -> None:
+    def __init__(self, agent: Host, names: HostNames, udp: Traffic, tcp: Traffic) -> None:
         self.agent = agent
+        self._names = names
         self.udp, self.tcp = udp, tcp
         self.forget()
 
@@ -107,20 +99,53 @@ class Channel:
             is_local = self._is_local = self._find_whether_local(until)
         return UDP_LIMIT_LOCAL if is_local else UDP_LIMIT_REMOTE
 
-    @property
-    def wants_tcp_first(self) -> bool:
-        return time.monotonic() < self._tcp_first_until
+    def ask(
+        self, query: bytes, timeout_seconds: float, until: float, *, tcp_first: bool = False
+    ) -> tuple[Reply, bool]:
+        """What the agent says to *query*, and whether it said it by TCP: a denial is an answer too,
+        an error is an ErrorReply.  Each try has *timeout_seconds* at most."""
+        for tries_left in range(SERVFAIL_TRIES - 1, -1, -1):
+            reply, is_tcp = self._exchange(query, timeout_seconds, until, tcp_first)
+            if reply.rcode in (NOERROR, NXDOMAIN):
+                break
+            if reply.rcode != SERVFAIL or not tries_left:
+                raise ErrorReply(reply.rcode)
+        return reply, is_tcp
+
+    def _exchange(
+        self, query: bytes, timeout_seconds: float, until: float, tcp_first: bool
+    ) -> tuple[Reply, bool]:
+        now = time.monotonic()
+        until = min(now + timeout_seconds, until)
+        tcp_first = tcp_first or now < self._tcp_first_until
+        if not tcp_first:
+            try:
+                udp_until = min(now + timeout_seconds * UDP_SHARE, until)
+                return self.ask_udp(query, timeout_seconds, udp_until), False
+            except OSError:  # lost, or kept out by a firewall
+                if time.monotonic() >= until:
+                    raise
+        try:
+            reply = self.ask_tcp(query, until)
+        except TimeoutError:
+            raise
+        except OSError:  # nothing listens there, or nothing gets through
+            return self.ask_udp(query, timeout_seconds, until), False
+        if not tcp_first:
+            self.udp_is_silent()
+        return reply, True
 
     def udp_is_silent(self) -> None:
         """UDP got no answer where TCP did: ask by TCP first for a while."""
         self._tcp_first_until = time.monotonic() + TCP_FIRST_SECONDS
 
-    def ask_udp(self, query: bytes, resend_seconds: float, until: float) -> Reply:
-        """The reply to *query*, which is sent again every *resend_seconds*.
+    def ask_udp(self, query: bytes, timeout_seconds: float, until: float) -> Reply:
+        """The reply to *query*, which is sent again after each tenth of *timeout_seconds*.
 
         A socket of its own each time, connected, so that the kernel picks a random port and keeps
         out whatever does not come from the agent; what still does not fit is not listened to."""
         query = os.urandom(2) + query[2:]
+        resend_seconds = timeout_seconds / RESENDS_PER_TIMEOUT
         family, place = self._resolved(until)
         with socket.socket(family, socket.SOCK_DGRAM) as udp:
             udp.connect(place)
@@ -148,21 +173,15 @@ class Channel:
     def _resolved(self, until: float) -> _Place:
         place = self._place  # another thread may forget it meanwhile
         if place is None:
-            if _is_ip(self.agent.address):
-                found = self._places()
-            else:  # it is resolved by the system, which may hang, until nothing comes from there
-                seconds = max(0.0, until - time.monotonic())
-                found = call_within(seconds, self._places, "consul-matchmaker-names")
-            place = self._place = found[self._useless_places % len(found)]
+            address, port = self.agent.address, self.agent.port
+            # IPv4 first, where Consul listens by default, though `localhost` is IPv6 as well.
+            found = [address] if _is_ip(address) else self._names.addresses(address, until)
+            if not found:
+                raise OSError(f"there is no host of the name {address}")
+            address = found[self._useless_places % len(found)]
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            place = self._place = (family, (address, port))
         return place
-
-    def _places(self) -> list[_Place]:
-        """Every address of the agent; IPv4 first, where Consul listens by default, though
-        `localhost` is IPv6 as well."""
-        agent = self.agent
-        found = socket.getaddrinfo(agent.address, agent.port, type=socket.SOCK_DGRAM)
-        found.sort(key=lambda each: each[0] != socket.AF_INET)
-        return [(each[0], each[4]) for each in found]
 
     def unreachable(self) -> None:
         """Nothing came from the agent: resolve its name anew, and take its next address."""

@@ -1,11 +1,20 @@
-"""Topics to service labels."""
+"""Topics to services, and services to the DNS names that are asked for."""
 
 from __future__ import annotations
 
+import dns.message
 import pytest
 
+from consul_matchmaker.backends.dns.names import (
+    Names,
+    is_translated,
+    query_for,
+    service_of,
+    shard_of,
+    shard_tag,
+)
 from consul_matchmaker.errors import InvalidTopic
-from consul_matchmaker.naming import is_translated, service_of, shard_of, shard_tag
+from tests.doubles import catalog
 
 
 @pytest.mark.parametrize(
@@ -102,3 +111,47 @@ def test_shards_are_stable_and_even() -> None:
         counts[shard] = counts.get(shard, 0) + 1
     assert len(counts) == 10
     assert max(counts.values()) < 600  # what is left over fits into one answer
+
+
+def names(**settings: object) -> Names:
+    return Names(catalog(**settings))
+
+
+def test_a_topic_is_asked_for_in_rfc_2782s_form() -> None:
+    """The tag takes the place of the protocol; the datacenter stands before the domain."""
+    assert names().of_topic("cron", "") == ["_cron._tcp.service.consul."]
+    assert names(tag="Gold").of_topic("cron", "dc2") == ["_cron._Gold.service.dc2.consul."]
+    assert names(domain=".Corp.Example.").of_topic("cron", "") == [
+        "_cron._tcp.service.corp.example."
+    ]
+
+
+def test_a_sharded_topic_is_asked_for_shard_by_shard() -> None:
+    """Each shard is a tag; together they are the topic."""
+    assert names(shards=3).of_topic("cron", "dc1") == [
+        f"_cron._s0{number}.service.dc1.consul." for number in range(3)
+    ]
+
+
+def test_a_prepared_query_is_asked_for_by_its_name() -> None:
+    """It has neither tags nor shards."""
+    assert names(tag="gold").of_topic("near.by.query", "") == ["near.by.query.consul."]
+    assert names(shards=3).of_topic("cron.query", "dc2") == ["cron.query.dc2.consul."]
+
+
+def test_a_server_is_asked_for_by_its_tag() -> None:
+    """Where a tag can have its name, and is not taken for no tag at all."""
+    assert names(tag="gold").of_server("cron", "Node-7", "") == "_cron._Node-7.service.consul."
+    assert names().of_server("cron", "node7", "dc2") == "_cron._node7.service.dc2.consul."
+    for server in ("TCP", "10.0.0.1:80", "node.example", "", "x" * 63):
+        assert names().of_server("cron", server, "") is None
+    assert names().of_server("cron.query", "node7", "") is None
+
+
+def test_a_query_says_how_much_room_its_reply_has() -> None:
+    """One question of class IN, and EDNS with that size; what does not fit DNS is InvalidTopic."""
+    message = dns.message.from_wire(query_for("_cron._tcp.service.consul.", "SRV", 4096))
+    assert [str(each) for each in message.question] == ["_cron._tcp.service.consul. IN SRV"]
+    assert (message.edns, message.payload) == (0, 4096)
+    with pytest.raises(InvalidTopic, match="cannot be asked for over DNS"):
+        query_for("x" * 64 + ".consul.", "SRV", 1232)

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from consul_matchmaker import srv_wire
-from consul_matchmaker.srv_wire import BadReply, NotOurs, Reply, Srv
+from consul_matchmaker.backends.dns import wire as dns_wire
+from consul_matchmaker.backends.dns.wire import BadReply, NotOurs, Reply, Srv
 
 CASES = int(os.environ.get("CONSUL_MATCHMAKER_WIRE_CASES", "300"))
 """Of each property below; 50,000 for the 100,000 that were run once."""
@@ -118,7 +118,7 @@ def messages(draw: st.DrawFn) -> bytes:
 @given(messages())
 def test_a_valid_message_is_read_as_dnspython_reads_it(wire: bytes) -> None:
     """On what dnspython writes, records, addresses, rcode and TC are what dnspython reads."""
-    same(srv_wire.read(wire, QUERY), by_dnspython(wire, QUERY))
+    same(dns_wire.read(wire, QUERY), by_dnspython(wire, QUERY))
 
 
 # -- broken ones
@@ -158,7 +158,7 @@ def changed(wire: bytes, todo: list[tuple[str, int, int]]) -> bytes:
 
 def check_broken(wire: bytes) -> None:
     try:
-        ours = srv_wire.read(wire, QUERY)
+        ours = dns_wire.read(wire, QUERY)
     except BadReply:
         return
     if not ours.records and not ours.addresses and ours.rcode not in (0, 3):
@@ -181,7 +181,7 @@ def test_noise_is_refused(noise: bytes) -> None:
     """Bytes that only begin like a reply to the query do no more harm than a damaged one."""
     check_broken(QUERY[:2] + b"\x84\x00" + noise)
     with pytest.raises(BadReply):
-        srv_wire.read(noise, QUERY)
+        dns_wire.read(noise, QUERY)
 
 
 # -- single cases
@@ -209,34 +209,34 @@ TARGET = b"\x01n\x04node\x03dc1\x06consul\x00"
 def test_another_id_is_not_ours() -> None:
     """A reply with another id is told apart from a damaged one, so that waiting can go on."""
     with pytest.raises(NotOurs):
-        srv_wire.read(b"\x00\x00" + message()[2:], QUERY)
+        dns_wire.read(b"\x00\x00" + message()[2:], QUERY)
 
 
 def test_another_question_is_not_ours() -> None:
     """The same id for another name is somebody else's answer."""
     other = dns.message.make_query("_other._tcp.service.consul.", "SRV", id=4711)
     with pytest.raises(NotOurs):
-        srv_wire.read(dns.message.make_response(other).to_wire(), QUERY)
+        dns_wire.read(dns.message.make_response(other).to_wire(), QUERY)
 
 
 def test_a_query_is_not_a_reply() -> None:
     """Our own query, sent back, is no answer."""
     with pytest.raises(NotOurs):
-        srv_wire.read(QUERY, QUERY)
+        dns_wire.read(QUERY, QUERY)
 
 
 def test_the_question_may_come_back_in_other_case() -> None:
     """Consul from 1.19 on lower-cases the name it gives back."""
     query = dns.message.make_query(NAME.upper(), "SRV", id=4711).to_wire()
     wire = message(record(ASKED, 33, struct.pack("!HHH", 1, 1, 80) + TARGET))
-    assert srv_wire.read(wire, query).records == [Srv(1, 1, 80, "n.node.dc1.consul.")]
+    assert dns_wire.read(wire, query).records == [Srv(1, 1, 80, "n.node.dc1.consul.")]
 
 
 def test_an_error_may_leave_the_question_out() -> None:
     """REFUSED and its like are believed without a question; an answer without one is not."""
-    assert srv_wire.read(QUERY[:2] + b"\x84\x05" + bytes(8), QUERY).rcode == srv_wire.REFUSED
+    assert dns_wire.read(QUERY[:2] + b"\x84\x05" + bytes(8), QUERY).rcode == dns_wire.REFUSED
     with pytest.raises(NotOurs):
-        srv_wire.read(QUERY[:2] + b"\x84\x00" + bytes(8), QUERY)
+        dns_wire.read(QUERY[:2] + b"\x84\x00" + bytes(8), QUERY)
 
 
 @pytest.mark.parametrize(
@@ -261,13 +261,13 @@ def test_an_error_may_leave_the_question_out() -> None:
 def test_every_kind_of_damage_is_one_error(name: str, wire: bytes) -> None:
     """Pointer loops, lengths past the end and wrong counts are all BadReply."""
     with pytest.raises(BadReply):
-        srv_wire.read(wire, QUERY)
+        dns_wire.read(wire, QUERY)
 
 
 def test_records_of_other_names_are_not_ours() -> None:
     """An SRV record for another name in the answer names no host of this one."""
     wire = message(record(TARGET, 33, struct.pack("!HHH", 1, 1, 80) + TARGET))
-    reply = srv_wire.read(wire, QUERY)
+    reply = dns_wire.read(wire, QUERY)
     assert (reply.records, reply.answers) == ([], 1)
 
 
@@ -277,11 +277,11 @@ def test_a_name_is_at_most_255_bytes() -> None:
         b"".join(b"\x3f" + bytes([97 + i]) * 63 for i in range(3)) + b"\x3c" + b"d" * 60 + b"\x00"
     )
     first = record(ASKED, 33, bytes(6) + long)
-    srv_wire.read(message(first), QUERY)
+    dns_wire.read(message(first), QUERY)
     start = len(message()) + 12 + 6
     longer = record(ASKED, 33, bytes(6) + b"\x01e" + struct.pack("!H", 0xC000 | start))
     with pytest.raises(BadReply):
-        srv_wire.read(message(first, longer, counts=(2, 0, 0)), QUERY)
+        dns_wire.read(message(first, longer, counts=(2, 0, 0)), QUERY)
 
 
 def test_a_pointer_into_its_own_name_is_refused() -> None:
@@ -291,7 +291,7 @@ def test_a_pointer_into_its_own_name_is_refused() -> None:
     back = struct.pack("!H", 0xC000 | len(message()) + 12 + 2)
     wire = message(first, record(b"\x01b" + back, 1, bytes(4)), counts=(2, 0, 0))
     with pytest.raises(BadReply):
-        srv_wire.read(wire + b"\0", QUERY)
+        dns_wire.read(wire + b"\0", QUERY)
 
 
 def test_a_chain_of_pointers_costs_little() -> None:
@@ -303,21 +303,21 @@ def test_a_chain_of_pointers_costs_little() -> None:
     owner = struct.pack("!H", 0xC000 | start + len(chain) - 2)
     wire = message(record(ASKED, 16, chain), record(owner, 33, bytes(6) + TARGET), counts=(2, 0, 0))
     with pytest.raises(BadReply):
-        srv_wire.read(wire, QUERY)
+        dns_wire.read(wire, QUERY)
 
 
 @pytest.mark.parametrize(("ttl", "seconds"), [(0, 0), (7, 7), (2**31 - 1, 2**31 - 1), (2**31, 0)])
 def test_a_ttl_with_its_highest_bit_set_is_zero(ttl: int, seconds: int) -> None:
     """RFC 2181, section 8."""
     wire = message(record(ASKED, 33, struct.pack("!HHH", 1, 1, 80) + TARGET, ttl))
-    assert srv_wire.read(wire, QUERY).ttl_seconds == seconds
+    assert dns_wire.read(wire, QUERY).ttl_seconds == seconds
 
 
 def test_a_denial_lasts_as_its_soa_says() -> None:
     """The TTL of "no such name" is the smaller of the SOA's own and its minimum (RFC 2308)."""
     soa = b"\x00\x00" + struct.pack("!IIIII", 1, 2, 3, 4, 9)
     wire = message(record(b"\x00", 6, soa, ttl=30), flags=0x8403, counts=(0, 1, 0))
-    assert srv_wire.read(wire, QUERY).ttl_seconds == 9
+    assert dns_wire.read(wire, QUERY).ttl_seconds == 9
 
 
 # -- the header, bit by bit
@@ -329,13 +329,13 @@ def srv(target: bytes, name: bytes = ASKED, ttl: int = 0, port: int = 80) -> byt
 
 
 def read_all(*records: bytes, counts: tuple[int, int, int], flags: int = 0x8400) -> Reply:
-    return srv_wire.read(message(*records, flags=flags, counts=counts), QUERY)
+    return dns_wire.read(message(*records, flags=flags, counts=counts), QUERY)
 
 
 def refused(wire: bytes) -> None:
     """*wire* is damaged: no use waiting for another reply with the same id."""
     with pytest.raises(BadReply) as caught:
-        srv_wire.read(wire, QUERY)
+        dns_wire.read(wire, QUERY)
     assert not isinstance(caught.value, NotOurs)
 
 
@@ -343,7 +343,7 @@ def refused(wire: bytes) -> None:
 def test_less_than_a_header_is_not_ours(length: int) -> None:
     """Even with our id and the bit of a reply: what is so short says nothing about the query."""
     with pytest.raises(NotOurs):
-        srv_wire.read(message()[:length], QUERY)
+        dns_wire.read(message()[:length], QUERY)
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -352,7 +352,7 @@ def test_both_bytes_of_the_id_count(place: int) -> None:
     wire = bytearray(message(srv(TARGET)))
     wire[place] ^= 1
     with pytest.raises(NotOurs):
-        srv_wire.read(bytes(wire), QUERY)
+        dns_wire.read(bytes(wire), QUERY)
 
 
 @pytest.mark.parametrize("opcode", [0x0800, 0x1000, 0x2000, 0x4000])
@@ -384,11 +384,11 @@ def test_which_errors_may_leave_the_question_out(rcode: int) -> None:
     """Those about the query as a whole; what they say of truncation and length is read too."""
     wire = QUERY[:2] + struct.pack("!HHHHH", 0x8600 | rcode, 0, 0, 0, 0)
     if rcode in (1, 2, 4, 5):
-        reply = srv_wire.read(wire, QUERY)
+        reply = dns_wire.read(wire, QUERY)
         assert (reply.rcode, reply.length, reply.is_truncated) == (rcode, 12, True)
     else:
         with pytest.raises(NotOurs):
-            srv_wire.read(wire, QUERY)
+            dns_wire.read(wire, QUERY)
 
 
 @pytest.mark.parametrize("questions", [0, 2])
@@ -397,7 +397,7 @@ def test_exactly_one_question_comes_back(questions: int) -> None:
     wire = bytearray(message(srv(TARGET)))
     wire[5] = questions
     with pytest.raises(NotOurs):
-        srv_wire.read(bytes(wire), QUERY)
+        dns_wire.read(bytes(wire), QUERY)
 
 
 def test_an_error_with_another_question_is_not_ours() -> None:
@@ -406,7 +406,7 @@ def test_an_error_with_another_question_is_not_ours() -> None:
         wire = bytearray(message(flags=0x8405, counts=(0, 0, 0)))
         wire[place] ^= 1
         with pytest.raises(NotOurs):
-            srv_wire.read(bytes(wire), QUERY)
+            dns_wire.read(bytes(wire), QUERY)
 
 
 def test_a_reply_without_records_says_nothing() -> None:
@@ -503,7 +503,7 @@ def test_data_of_the_wrong_size_is_damage(kind: int, size: int) -> None:
 def test_what_follows_the_records_is_damage() -> None:
     """One byte more or less than the header says, at the end of any section."""
     wire = message(srv(TARGET), ADDRESS, counts=(1, 0, 1))
-    srv_wire.read(wire, QUERY)
+    dns_wire.read(wire, QUERY)
     refused(wire + b"\x00")
     refused(wire[:-1])
     refused(message(srv(TARGET), ADDRESS, counts=(1, 0, 0)))
@@ -584,7 +584,7 @@ def test_a_name_of_255_bytes_may_end_in_a_pointer(is_known: bool) -> None:
         head = name_of(length - 200 + 1, 110)[:-1]
         wire = message(first, srv(head + pointer(start)), counts=(2, 0, 0))
         if is_good:
-            assert srv_wire.read(wire, QUERY).records[-1].target == spelled(head + rest)
+            assert dns_wire.read(wire, QUERY).records[-1].target == spelled(head + rest)
         else:
             refused(wire)
 
@@ -631,7 +631,7 @@ def test_all_bits_of_a_pointer_count() -> None:
 def test_a_pointer_to_the_root_adds_nothing() -> None:
     """The end of an earlier name is a name too."""
     wire = message(srv(b"\x00"), srv(b"\x01a" + pointer(len(message()) + 18)), counts=(2, 0, 0))
-    assert [each.target for each in srv_wire.read(wire, QUERY).records] == [".", "a."]
+    assert [each.target for each in dns_wire.read(wire, QUERY).records] == [".", "a."]
 
 
 @pytest.mark.parametrize(("hops", "is_good"), [(1, True), (127, True), (128, False)])
@@ -645,7 +645,7 @@ def test_a_name_has_as_many_pointers_as_it_could_have_labels(hops: int, is_good:
     last = start if hops == 1 else start + len(chain) - 2
     wire = message(first, record(pointer(last), 1, bytes(4)), counts=(2, 0, 0))
     if is_good:
-        assert srv_wire.read(wire, QUERY).addresses == {NAMED: {bytes(4)}}
+        assert dns_wire.read(wire, QUERY).addresses == {NAMED: {bytes(4)}}
     else:
         refused(wire)
 
@@ -694,6 +694,22 @@ def test_a_name_is_read_once() -> None:
         wire = message(first, *more, counts=(101, 0, 0))
         few, many = CountedBytes(message(first)), CountedBytes(wire)
         for each in (few, many):
-            srv_wire.read(each, QUERY)
+            dns_wire.read(each, QUERY)
         looks.append(many.looks - few.looks)
     assert looks[0] == looks[1] <= 50 * (3 + 3 + 3 + 4)
+
+
+@pytest.mark.parametrize(
+    ("rcode", "text"),
+    [
+        (1, "answered FORMERR (is this Consul DNS?)"),
+        (2, "answered SERVFAIL (Consul has no leader, or cannot reach it: see `consul members`)"),
+        (4, "answered NOTIMP (is this Consul DNS?)"),
+        (5, "answered REFUSED (is this Consul's DNS port, and `domain` its domain?)"),
+        (9, "answered rcode 9 (is this Consul DNS?)"),
+    ],
+)
+def test_an_error_says_what_to_look_at(rcode: int, text: str) -> None:
+    """By its name and a remedy."""
+    error = dns_wire.ErrorReply(rcode)
+    assert (str(error), error.rcode) == (text, rcode)

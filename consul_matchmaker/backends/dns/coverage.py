@@ -6,7 +6,7 @@ arithmetic over what did come.
 
 from __future__ import annotations
 
-from .srv_wire import Reply
+from .wire import Reply, Srv
 
 UDP_LIMIT_LOCAL = 65_000
 """The EDNS size asked of an agent on this machine: what fits comes in one exchange, as nothing is
@@ -62,3 +62,42 @@ def is_covered(seen: int, smallest: int, answers: int) -> bool:
     """
     total = seen + 1
     return total * (1 - smallest / total) ** answers <= ACCEPTED_UNSEEN
+
+
+class Union:
+    """The records of several answers to one query."""
+
+    def __init__(self) -> None:
+        self.is_complete = True
+        self.is_unshuffled = False
+        self._ttls: list[int] = []
+        self.addresses: dict[str, set[bytes]] = {}
+        self.records: dict[tuple[str, int], Srv] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """The next answer is the first to count: those before had less room."""
+        self.answers = 0
+        self._smallest = 0
+        self._last: list[Srv] = []
+
+    def add(self, reply: Reply) -> None:
+        self.is_unshuffled = len(self._last) > 16 and reply.records == self._last
+        self._last = reply.records
+        self._smallest = min(self._smallest or len(reply.records), len(reply.records))
+        self.answers += 1
+        self._ttls.append(reply.ttl_seconds)
+        self.records.update(((record.target, record.port), record) for record in reply.records)
+        if not self.addresses:
+            self.addresses = reply.addresses
+            return
+        for name, addresses in reply.addresses.items():
+            self.addresses.setdefault(name, set()).update(addresses)
+
+    def is_covered(self, more: int = 0) -> bool:
+        """Whether everything was seen, were there *more* answers that brought nothing new."""
+        return is_covered(len(self.records), self._smallest, self.answers + more)
+
+    @property
+    def ttl_seconds(self) -> int:
+        return min((ttl for ttl in self._ttls if ttl), default=0)

@@ -25,6 +25,12 @@ _ESCAPED = frozenset(b'"().;\\@$')  # what dnspython and master files write with
 # An error about the query as a whole may leave the question out.
 _WITHOUT_QUESTION = frozenset({FORMERR, SERVFAIL, NOTIMP, REFUSED})
 
+_RCODES = {FORMERR: "FORMERR", SERVFAIL: "SERVFAIL", NOTIMP: "NOTIMP", REFUSED: "REFUSED"}
+_REMEDIES = {
+    SERVFAIL: "Consul has no leader, or cannot reach it: see `consul members`",
+    REFUSED: "is this Consul's DNS port, and `domain` its domain?",
+}
+
 
 class BadReply(ValueError):
     """These bytes are not a DNS reply that can be used."""
@@ -32,6 +38,15 @@ class BadReply(ValueError):
 
 class NotOurs(BadReply):
     """A message, but not the reply to this query: wrong id, wrong question, or no reply at all."""
+
+
+class ErrorReply(BadReply):
+    """The agent answered with an error; says which, and what to look at."""
+
+    def __init__(self, rcode: int) -> None:
+        text = f"answered {_RCODES.get(rcode, f'rcode {rcode}')}"
+        super().__init__(f"{text} ({_REMEDIES.get(rcode, 'is this Consul DNS?')})")
+        self.rcode = rcode
 
 
 class Srv(NamedTuple):

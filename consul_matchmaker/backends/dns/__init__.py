@@ -1,0 +1,1 @@
+"""Answer lookups by SRV records over Consul DNS: read `resolver` first."""
