@@ -27,7 +27,7 @@ from .worker import call_within, forget_in_child, seconds_since_boot
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
     from .backends.kv import Kv
-    from .watcher import Watcher
+    from .answers.watcher import Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -558,7 +558,7 @@ def _watcher(
     jitter: Callable[[], float],
 ) -> Watcher:
     from .backends.kv import Kv
-    from .watcher import Watcher
+    from .answers.watcher import Watcher
 
     assert isinstance(resolver, Kv)
     return Watcher(resolver, cache, settings, clock=clock, jitter=jitter)

@@ -29,7 +29,10 @@ LAYERS = {
         "texts",
         "backoff",
         "lease_state",
-        "blocking_query",
+        "answers",
+        "answers.blocking_query",
+        "answers.freshness",
+        "answers.watch_plan",
         "srv_wire",
         "srv_coverage",
     ),
@@ -40,7 +43,7 @@ LAYERS = {
         "state_file",
         "supervise",
     ),
-    "running": ("keeper", "cache", "watcher", "selection", "matchmaker", "aio"),
+    "running": ("keeper", "cache", "answers.watcher", "selection", "matchmaker", "aio"),
     "public": ("",),  # the package itself: its list of public names
     "edges": ("adapters", "adapters.*", "cli", "doctor", "__main__", "demo", "demo.*"),
 }
