@@ -314,6 +314,12 @@ class Settings:
     watch: bool = _knob(
         _yes_or_no, "keep topics fresh by blocking queries; default on for kv", None
     )
+    max_watches: int = _knob(
+        _whole(0, 100),
+        "with so many topics in use, or fewer, each is watched over a connection of its own, and "
+        "what others register costs nothing; with more, one watches all topics there are",
+        4,
+    )
     consistency: str = _knob(
         _one_of("default", "stale", "consistent"), "Consul's read consistency", "default"
     )

@@ -36,7 +36,8 @@ WANTED_SHARE = 0.95
 # Each module, by its own name wherever it lies, and the tests that are about it.
 MODULES = {
     "backoff": ("test_backoff",),
-    "blocking_query": ("test_blocking_query",),
+    "answers/blocking_query": ("test_blocking_query",),
+    "answers/watch_plan": ("test_watch_plan",),
     "lease_state": ("test_lease_state",),
     "model": ("test_model",),
     "names": ("test_dns_names",),

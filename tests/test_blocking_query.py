@@ -2,10 +2,9 @@
 
 import pytest
 
-from consul_matchmaker.blocking_query import (
+from consul_matchmaker.answers.blocking_query import (
     BYTES_PER_SECOND,
     DOUBT_GAP_SECONDS,
-    MAX_GAP_SECONDS,
     MAX_IDLE_GAP_SECONDS,
     MAX_WAIT_SECONDS,
     MIN_GAP_SECONDS,
@@ -106,7 +105,7 @@ def test_the_wait_is_jittered_and_short(jitter):
     assert BlockingQuery(6).wait_seconds(0.9) < BlockingQuery(6).wait_seconds(0.1)
 
 
-@pytest.mark.parametrize("work_seconds", [0, 0.001, 0.01, 0.1, 0.15])
+@pytest.mark.parametrize("work_seconds", [0, 0.001, 0.01, 0.1, 0.15, 10, 1000])
 def test_work_is_a_bounded_share_of_the_time(work_seconds):
     """Rests grow with what an answer costs, so that the work stays below its share."""
     gap = after((9, "a", 0)).gap_seconds(work_seconds)
@@ -123,16 +122,20 @@ def test_rests_are_what_the_bounds_say_and_no_longer():
     assert query.gap_seconds(0) == MIN_GAP_SECONDS
 
 
-@pytest.mark.parametrize("answer_bytes", [100_000, 500_000, 2_000_000])
-def test_watching_receives_a_bounded_number_of_bytes(answer_bytes):
-    """However hard the cluster churns, rests keep the average below the bound."""
-    gap = after((9, "a", 0)).gap_seconds(0, answer_bytes)
+@pytest.mark.parametrize("answer_bytes", [100_000, 500_000, 2_000_000, 64 * 2**20])
+@pytest.mark.parametrize("events", [((9, "a", 0),), ((9, "a", 0), (1, "", 1)), (FAILURE,)])
+def test_watching_receives_a_bounded_number_of_bytes(answer_bytes, events):
+    """However hard the cluster churns, rests keep the average below the bound, whatever the size of
+    an answer; also while answers are doubted, or fail."""
+    gap = after(*events).gap_seconds(0, answer_bytes)
     assert answer_bytes / gap <= BYTES_PER_SECOND
 
 
-def test_no_rest_is_longer_than_the_longest():
-    """However costly an answer was, the next poll comes."""
-    assert after((9, "a", 0)).gap_seconds(1000) == MAX_GAP_SECONDS
+def test_several_queries_share_the_bounds():
+    """Each rests so much longer."""
+    query = after((9, "a", 0))
+    assert query.gap_seconds(0.01, queries=4) == pytest.approx(0.39)
+    assert query.gap_seconds(0, BYTES_PER_SECOND // 2, 4) == 2.0
 
 
 def test_wakes_for_nothing_rest_ever_longer():

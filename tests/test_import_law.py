@@ -29,7 +29,11 @@ LAYERS = {
         "texts",
         "backoff",
         "lease_state",
-        "blocking_query",
+        "answers",
+        "answers.belief",
+        "answers.blocking_query",
+        "answers.freshness",
+        "answers.watch_plan",
         "backends.dns.wire",
         "backends.dns.coverage",
         "backends.dns.names",
@@ -38,15 +42,15 @@ LAYERS = {
         "worker",
         "backends",
         "backends.*",
-        "state_file",
+        "answers.state_file",
         "supervise",
     ),
-    "running": ("keeper", "cache", "watcher", "selection", "matchmaker", "aio"),
+    "running": ("keeper", "answers.*", "selection", "matchmaker", "aio"),
     "public": ("",),  # the package itself: its list of public names
     "edges": ("adapters", "adapters.*", "cli", "doctor", "__main__", "demo", "demo.*"),
 }
 OWNERS = {
-    "cachetools": {"cache"},
+    "cachetools": {"answers.cache"},
     "consul": {"backends.http.exchange"},
     "dns": {"backends.dns.names"},
 }

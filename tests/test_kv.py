@@ -3,6 +3,7 @@
 That the real one behaves like this is shown in integration/test_kv_backend.py.
 """
 
+import contextlib
 import json
 import logging
 import time
@@ -11,16 +12,19 @@ import uuid
 from urllib.parse import unquote
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from consul_matchmaker.backends.http.api import Answer
+from consul_matchmaker.backends.http.api import Answer, TooLarge
+from consul_matchmaker.backends.http.exchange import MAX_ANSWER_BYTES
 from consul_matchmaker.backends.kv import (
     CHECKS_PER_REQUEST,
     NOT_OURS,
-    PROOF_SECONDS,
     REMEMBERED_KEYS,
     REMEMBERED_LENGTH,
     Kv,
 )
+from consul_matchmaker.backends.kv_poll import PIECE_BYTES, PROOF_SECONDS, Polled, Route
 from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Instance, Lease, Registration
 from consul_matchmaker.naming import Key
@@ -52,7 +56,8 @@ class FakeConsul:
         self.failures = {}  # (method, beginning of the path) -> error
         self.hidden = ()  # beginnings of keys that ACLs hide
         self.says_filtered = False
-        self.forgets = self.closes = 0
+        self.leader = "10.0.0.2:8300"
+        self.forgets = self.closes = self.interrupts = 0
 
     def call(self, method, path, params=None, body=b"", *, accept=(), **how):
         params, asked_at = dict(params or {}), self.clock()
@@ -72,13 +77,14 @@ class FakeConsul:
         return Answer(status, raw, self.index, self.says_filtered, where, FAKE, asked_at=asked_at)
 
     def line(self):
-        return self  # which polls, and is closed
+        return self
 
-    def poll(self, path, params, wait_seconds, *, accept):
-        return self.call("GET", path, {**params, "wait": str(wait_seconds)}, accept=accept)
+    def poll(self, path, params, wait_seconds, *, accept, at):
+        params = {**params, "wait": str(wait_seconds)}
+        return self.call("GET", path, params, accept=accept, at=at)
 
-    def poll_timeout_seconds(self, wait_seconds):
-        return wait_seconds + 10
+    def interrupt(self):
+        self.interrupts += 1
 
     def status(self):
         return {"agent": "fake:8500"}
@@ -95,6 +101,8 @@ class FakeConsul:
             return self._session(*rest.split("/"), body=body)
         if verb == "agent":
             return self._agent(*rest.split("/"), body=body)
+        if verb == "status":
+            return 200, self.leader
         if verb == "txn":
             return self._txn(json.loads(body))
         if method == "PUT":
@@ -529,9 +537,8 @@ def test_an_answer_is_as_old_as_its_question(topics):
     asked_at = clock()
     assert kv.lookup("scheduler", timeout_seconds=5).taken_at == asked_at
     asked_at = clock()
-    _, snapshots = kv.poll(0, 1)
+    _, snapshots = polled(kv.watch(None), *topics)
     assert clock() == asked_at + 18
-    assert kv.polled_at == asked_at
     assert [each.age_seconds for each in snapshots.values()] == [18] * len(topics)
 
 
@@ -551,11 +558,12 @@ def test_a_reader_proves_its_rights_once_in_a_while(consul):
     consul.failures["PUT", "/v1/kv/matchmaker/_"] = Denied("read only")
     lease = kv.open()
     kv.publish(lease, Registration("scheduler", ONE))
+    poll = kv.watch(None)
 
     def proofs(polls):
         consul.calls.clear()
         for _ in range(polls):
-            kv.poll(0, 1)
+            poll.poll(0, 1, FAKE)
         return sum(
             (method, path) == ("GET", f"/v1/kv/{SENTINEL}") for method, path, _ in consul.calls
         )
@@ -572,7 +580,7 @@ def test_a_reader_proves_its_rights_once_in_a_while(consul):
     consul.hidden = ("matchmaker/",)
     for _ in range(3):
         with pytest.raises(Denied):
-            kv.poll(0, 1)
+            poll.poll(0, 1, FAKE)
 
 
 @pytest.mark.finding("E9")
@@ -580,11 +588,13 @@ def test_long_foreign_keys_are_not_kept_in_memory(consul, kv, caplog):
     """Whoever rewrites long keys under the prefix fills neither our memory nor our log."""
     tracemalloc.start()
     try:
+        poll = kv.watch(None)
         for number in range(20):
             consul.keys = {
-                f"matchmaker/{number}-{each}-{'x' * 20_000}": [b"", None] for each in range(10)
+                f"matchmaker/scheduler/{number}-{each}-{'x' * 20_000}": [b"", None]
+                for each in range(10)
             }
-            kv.poll(0, 1)
+            assert polled(poll, "scheduler")[1]["scheduler"].hosts == ()
             assert kv.lookup("scheduler", timeout_seconds=5).hosts == ()
         consul.keys.clear()
         consul.calls.clear()
@@ -623,7 +633,7 @@ def test_an_answer_that_is_no_list_of_keys_is_unavailable(consul, kv, body):
     for ask in (
         lambda: kv.lookup("t", timeout_seconds=5),
         kv.topics,
-        lambda: kv.poll(0, 1),
+        lambda: polled(kv.watch(None), "t"),
         kv.orphans,
     ):
         with pytest.raises(Unavailable):
@@ -637,7 +647,7 @@ def test_what_acls_hide_is_denied_not_empty(consul, kv):
     for ask in (
         lambda: kv.lookup("scheduler", timeout_seconds=5),
         kv.topics,
-        lambda: kv.poll(0, 1),
+        lambda: polled(kv.watch(None), "t"),
         kv.orphans,
     ):
         with pytest.raises(Denied):
@@ -656,12 +666,24 @@ def test_a_poll_that_sees_only_some_topics_is_denied(consul, kv):
     lease = kv.open()
     kv.publish(lease, Registration("scheduler", ONE))
     kv.publish(lease, Registration("secret", ONE))
+    poll = kv.watch(None)
     consul.hidden = ("matchmaker/secret/", SENTINEL)
     with pytest.raises(Denied):
-        kv.poll(0, 1)
+        polled(poll)
     consul.hidden, consul.says_filtered = (), True
     with pytest.raises(Denied):
-        kv.poll(0, 1)
+        polled(poll)
+
+
+def test_a_watch_of_a_topic_one_may_read_needs_no_other_right(consul, kv):
+    """Also when it is empty; one that may not be read is denied, not empty."""
+    consul.hidden = ("matchmaker/secret/", SENTINEL)
+    assert polled(kv.watch("scheduler"), "scheduler")[1]["scheduler"].hosts == ()
+    assert kv.confirmer().confirm("scheduler", 3) == Route(FAKE, consul.leader)
+    kv.publish(kv.open(), Registration("secret", ONE))
+    for ask in (lambda: polled(kv.watch("secret")), lambda: kv.confirmer().confirm("secret", 3)):
+        with pytest.raises(Denied):
+            ask()
 
 
 def test_a_topic_one_may_read_is_empty_though_others_are_hidden(consul, kv):
@@ -711,34 +733,88 @@ def test_long_keys_of_strangers_are_not_remembered(consul):
 # -- polling --------------------------------------------------------------------------------------
 
 
-def test_a_poll_brings_every_topic(consul, kv):
-    """One answer for all topics under the prefix, each a snapshot."""
+def polled(poll, *topics, index=0):
+    """One poll of all of these topics: its index, and a snapshot of each."""
+    answer = poll.poll(index, 20, FAKE)
+    found = {topic: answer.snapshot(topic, folder) for topic, folder in answer.folders(topics)}
+    return answer.index, found
+
+
+def test_a_poll_of_the_prefix_brings_every_topic_that_is_asked_for(consul, kv):
+    """One answer for all topics, of which only these are taken apart; one without hosts too."""
     lease = kv.open()
-    for topic, host in (("scheduler", ONE), ("scheduler", TWO), ("worker", TWO)):
+    for topic, host in (("scheduler", ONE), ("scheduler", TWO), ("scheduler2", ONE), ("w", TWO)):
         kv.publish(lease, Registration(topic, host))
-    index, snapshots = kv.poll(7, 20)
+    index, snapshots = polled(kv.watch(None), "scheduler", "w", "nobody", index=7)
     assert index == consul.index - 1  # the sentinel was written after the answer
     assert {topic: snapshot.hosts for topic, snapshot in snapshots.items()} == {
         "scheduler": (ONE, TWO),
-        "worker": (TWO,),
+        "w": (TWO,),
+        "nobody": (),
     }
+    assert {snapshot.version for snapshot in snapshots.values()} == {index}
     method, path, params = next(call for call in consul.calls if "wait" in call[2])
     assert (method, path) == ("GET", "/v1/kv/matchmaker/")
     assert params == {"keys": "", "index": "7", "wait": "20"}
+    assert next(how for how in consul.hows if how.get("at")) == {"at": FAKE}
+
+
+def test_a_poll_of_a_topic_asks_for_its_folder(consul, kv):
+    """And leaves no sentinel there."""
+    kv.publish(kv.open(), Registration("a b", ONE))
+    consul.calls.clear()
+    assert polled(kv.watch("a b"), "a b")[1]["a b"].hosts == (ONE,)
+    assert [(method, path) for method, path, _ in consul.calls] == [
+        ("GET", "/v1/kv/matchmaker/a_20b/")
+    ]
 
 
 def test_a_poll_from_zero_has_no_index(consul, kv):
     """Without an index Consul answers at once."""
-    kv.poll(0, 20)
+    polled(kv.watch(None))
     assert "index" not in consul.calls[0][2]
+
+
+@given(st.sets(st.text('ab_-9A"\\<é,/\n', max_size=6), max_size=12), st.booleans())
+def test_whatever_strangers_call_their_keys_a_topic_is_found(names, is_ascii):
+    """Consul lists keys in the order of their bytes, and writes some of them as escapes."""
+    keys = sorted((f"x/{name}" for name in names), key=str.encode)
+    topics = ("a", "b", "9-", "A", "ab", "a-b")
+    for spaces in ((",", ":"), None):  # in development mode Consul writes a key a line
+        body = json.dumps(
+            keys, ensure_ascii=is_ascii, separators=spaces, indent=None if spaces else 4
+        )
+        answer = Polled("x", Answer(200, body.encode(), 1, False, "here"), Keys())
+        for topic, folder in answer.folders(topics):
+            assert answer.snapshot(topic, folder) == [
+                k for k in keys if k.startswith(f"x/{topic}/")
+            ]
+
+
+class Keys:
+    """Makes of keys what they are."""
+
+    def snapshot_of(self, topic, keys, answer):
+        return keys
+
+
+def test_a_long_folder_is_taken_apart_in_pieces():
+    """So that no call holds up other threads for long."""
+    keys = [f"x/t/{number:06}" for number in range(3 * PIECE_BYTES // 14)]
+    body = json.dumps(keys, separators=(",", ":")).encode()
+    answer = Polled("x", Answer(200, body, 1, False, "here"), Keys())
+    ((topic, folder),) = answer.folders(["t"])
+    assert len(folder) > 2 * PIECE_BYTES
+    assert answer.snapshot(topic, folder) == keys
 
 
 def test_a_poll_on_an_empty_prefix_leaves_a_sentinel_once(consul, kv):
     """An empty prefix would wake on every write in the cluster: one key without session cures."""
-    assert kv.poll(0, 1)[1] == {}
+    poll = kv.watch(None)
+    assert polled(poll, "t")[1]["t"].hosts == ()
     assert list(consul.keys) == [SENTINEL]
     consul.calls.clear()
-    assert kv.poll(0, 1)[1] == {}
+    assert polled(poll, "t")[1]["t"].hosts == ()
     assert [method for method, _, _ in consul.calls] == ["GET"]
     assert kv.lookup("_", timeout_seconds=5).hosts == ()
     assert kv.topics() == []
@@ -748,7 +824,7 @@ def test_a_poll_on_an_empty_prefix_leaves_a_sentinel_once(consul, kv):
 
 def test_the_sentinel_is_written_only_where_there_is_none(consul, kv):
     """By check-and-set, so that nobody's key is overwritten and no watcher wakes."""
-    kv.poll(0, 1)
+    polled(kv.watch(None))
     puts = [(path, params) for method, path, params in consul.calls if method == "PUT"]
     assert puts == [("/v1/kv/matchmaker/_", {"cas": "0"})]
 
@@ -757,16 +833,17 @@ def test_a_reader_without_write_permission_goes_on_without_sentinel(consul, kv):
     """Denied once, it is not tried again."""
     consul.failures["PUT", "/v1/kv/matchmaker/_"] = Denied("no")
     for _ in range(3):
-        assert kv.poll(0, 1)[1] == {}
+        polled(kv.watch(None))
     assert len([1 for method, _, _ in consul.calls if method == "PUT"]) == 1
 
 
 def test_a_sentinel_that_could_not_be_written_is_tried_again(consul, kv):
     """An outage between answer and sentinel does not spoil the answer."""
+    poll = kv.watch(None)
     consul.failures["PUT", "/v1/kv/matchmaker/_"] = Unavailable("away")
-    assert kv.poll(0, 1)[1] == {}
+    polled(poll)
     consul.failures.clear()
-    kv.poll(0, 1)
+    polled(poll)
     assert list(consul.keys) == [SENTINEL]
 
 
@@ -774,17 +851,57 @@ def test_a_poll_without_an_index_is_no_answer(consul, kv):
     """With nothing to wait on, the next poll would come back at once, for ever."""
     consul.index = 0
     with pytest.raises(Unavailable):
-        kv.poll(0, 1)
+        polled(kv.watch(None))
 
 
-def test_polls_can_be_ended_and_connections_closed(consul, kv):
-    """The line of polls alone, or with it every connection."""
-    kv.end_polls()
-    assert consul.closes == 1
+def test_a_poll_says_how_much_it_received(consul, kv):
+    """Also one that failed for its size; nothing where nothing came."""
+    poll = kv.watch("t")
+    kv.publish(kv.open(), Registration("t", ONE))
+    for error, received in (
+        (None, len(json.dumps(list(consul.keys)))),
+        (TooLarge("too much"), MAX_ANSWER_BYTES),
+        (Unavailable("away"), 0),
+    ):
+        consul.failures = {} if error is None else {("GET", "/v1/kv/matchmaker/t/"): error}
+        with contextlib.suppress(Unavailable):
+            polled(poll)
+        assert poll.received_bytes == received
+
+
+def test_a_confirmation_reads_through_the_leader_and_then_asks_who_that_is(consul):
+    """Of the agent that read; in this order, and with the consistency of lookups."""
+    kv = kv_over(consul, consistency="consistent")
+    confirmer = kv.confirmer()
+    assert confirmer.confirm(None, 3) == Route(FAKE, "10.0.0.2:8300")
+    assert confirmer.confirm("t", 3) == Route(FAKE, "10.0.0.2:8300")
+    assert [(path, params) for _, path, params in consul.calls] == [
+        ("/v1/kv/matchmaker/_", {"consistent": ""}),
+        ("/v1/status/leader", {}),
+        ("/v1/kv/matchmaker/t/_", {"consistent": ""}),
+        ("/v1/status/leader", {}),
+    ]
+    assert [how["timeout_seconds"] for how in consul.hows] == [3] * 4
+    assert [how.get("at") for how in consul.hows] == [None, FAKE] * 2
+
+
+@pytest.mark.parametrize("leader", ["", None, {}, ["10.0.0.2:8300"]])
+def test_without_a_leader_nothing_is_confirmed(consul, kv, leader):
+    """Nor by what is no answer."""
+    consul.leader = leader
+    with pytest.raises(Unavailable):
+        kv.confirmer().confirm(None, 3)
+
+
+def test_polls_can_be_interrupted_and_connections_closed(consul, kv):
+    """By whoever made them."""
+    poll = kv.watch(None)
+    poll.interrupt()
+    poll.close()
+    kv.confirmer().close()
     kv.close()
-    assert consul.closes == 3
-    assert kv.poll_timeout_seconds(5) == 15
-    assert "matchmaker" in repr(kv)
+    assert (consul.interrupts, consul.closes) == (1, 3)
+    assert "matchmaker" in repr(kv) and "matchmaker" in repr(poll)
 
 
 # -- listing and removing -------------------------------------------------------------------------
@@ -996,14 +1113,14 @@ def test_a_lease_of_another_process_cannot_be_withdrawn_from(consul, kv):
 
 
 @pytest.mark.finding("C1")
-@pytest.mark.xfail(strict=True, reason="C1: mended by the rebuild of the watch")
 def test_a_watch_of_one_topic_reads_nothing_of_others(consul, kv):
     """What a poll brings does not depend on how much is registered under other topics."""
     lease = kv.open()
     kv.publish(lease, Registration("scheduler", ONE))
-    kv.poll(0, 1)
-    alone = kv.polled_bytes
+    poll = kv.watch("scheduler")
+    polled(poll)
+    alone = poll.received_bytes
     for number in range(100):
         kv.publish(lease, Registration(f"other{number}", TWO))
-    kv.poll(0, 1)
-    assert kv.polled_bytes == alone
+    polled(poll)
+    assert poll.received_bytes == alone

@@ -90,6 +90,7 @@ CASES: dict[str, Case] = {
     "check_ttl_seconds": seconds("0.5", "60", "0.4", "61"),
     "liveness": Case("check", "check", "node", "node", ("", "serf")),
     "watch": Case("off", False, "TRUE", True, ("", "maybe")),
+    "max_watches": Case("0", 0, "100", 100, ("-1", "101", "1.5", "x", "")),
     "consistency": Case("stale", "stale", "consistent", "consistent", ("", "strong")),
     "quarantine_seconds": seconds("0", "30", "-1", "3601"),
     "quarantine_max_seconds": seconds("1", "86400", "-1", "86401"),

@@ -26,7 +26,8 @@ from ..model import Held, Host, Instance, Lease, Registration, Snapshot
 from ..naming import MAX_KEY_BYTES, SENTINEL, Key, host_folder, topic_folder
 from ..settings import Settings
 from ..worker import seconds_since_boot
-from .http.api import Answer, ConsulApi, go_duration
+from .http.api import Answer, ConsulApi, Line, go_duration
+from .kv_poll import Confirmer, Poll
 from .liveness import ServiceCheck
 
 logger = logging.getLogger(__name__)
@@ -45,9 +46,6 @@ SHOWN_LENGTH = 80
 """Of a key in a log line."""
 NOT_OURS = "not a key of ours, left alone"
 """Why a key that is not named as we name keys is among the orphans."""
-PROOF_SECONDS = 60.0
-"""How long a token that could read the prefix is taken to read all of it, where nothing that was
-there is missing: Consul up to 1.10 does not say that it hides something (fact D4)."""
 CONSUL_SESSION_TTL_MIN_SECONDS = 10
 """Consul's own floor, unless the servers' session_ttl_min lowers it (fact B1)."""
 LATE_SECONDS = 60.0
@@ -145,29 +143,18 @@ class Kv:
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
-        self._line = self._api.line()
         # By lease, and until when a renewal has to look for it.
         self._published: dict[str, dict[Registration, float]] = {}
         self._unanswered: set[tuple[str, Registration]] = set()  # publishes that may still arrive
         # Successive answers hold nearly the same keys, and taking one apart is what costs.
         self._parsed = _Remembered(self._parse, REMEMBERED_KEYS)
         self._unknown_keys = 0
-        self.polled_bytes = 0
-        self.polled_at = -math.inf
         self._checks_fail = False  # whether that was said
         self._may_write_sentinel = True
-        self._proven_keys: frozenset[str] = frozenset()  # of the last poll, where they proved less
-        self._proven_until = -math.inf
-        self._proven_for = -1  # token
 
     def close(self) -> None:
-        """Close every connection, also a poll that waits; leases are left alone."""
-        self._line.close()
+        """Close every connection but those of polls; leases are left alone."""
         self._api.close()
-
-    def end_polls(self) -> None:
-        """Make every `poll` raise Unavailable at once, now and from now on."""
-        self._line.close()
 
     # -- Resolver ----------------------------------------------------------------------------
 
@@ -175,41 +162,17 @@ class Kv:
         """Every live host of *topic*, perhaps none; with *server*, only that server's."""
         until = time.monotonic() + timeout_seconds
         folder = topic_folder(self._prefix, topic)
-        keys, answer = self._keys_under(folder, until=until)
-        entries = [entry for entry in self._registrations(keys) if entry.topic == topic]
-        snapshot = self._snapshot(topic, entries, answer, _details(answer, keys))
+        keys, answer = self._keys_under(folder, until)
+        snapshot = self.snapshot_of(topic, keys, answer)
         return snapshot if server is None else snapshot.for_server(server)
 
-    def poll(self, index: int, wait_seconds: float) -> tuple[int, Mapping[str, Snapshot]]:
-        """Every topic's hosts once something changed after *index*, or after *wait_seconds*.
+    def watch(self, topic: str | None) -> Poll:
+        """Blocking queries of the folder of *topic*, or of all topics; nothing is asked yet."""
+        return Poll(self._api, self, self._prefix, topic, clock=self._clock)
 
-        With *index* 0 at once.  Returns the index the answer is from, and a snapshot for each topic
-        that has a host.  Raises Unavailable, also when `end_polls` was called, and Denied, also
-        when the token may read only some topics: the others would look as if nobody served them.
-
-        `polled_at` is then when it was sent, and not when Consul answered.  Of an answer that came
-        after a wait nothing else is proven: an agent may be suspended with it, and a leader that
-        was cut off from the other servers lets the wait end without knowing of their changes.
-        """
-        keys, answer = self._keys_under(self._prefix + "/", (index, wait_seconds))
-        self.polled_bytes, self.polled_at = len(answer.body), answer.asked_at
-        if answer.is_filtered:
-            raise self._hidden(self._prefix + "/", answer)
-        if f"{self._prefix}/{SENTINEL}" not in keys:
-            self._prove_all_readable(keys, answer)
-            self._write_sentinel()
-        by_topic: dict[str, list[_Entry]] = {}
-        for entry in self._registrations(keys):
-            by_topic.setdefault(entry.topic, []).append(entry)
-        details = _details(answer, keys)
-        return answer.index, {
-            topic: self._snapshot(topic, found, answer, details)
-            for topic, found in by_topic.items()
-        }
-
-    def poll_timeout_seconds(self, wait_seconds: float) -> float:
-        """How long a poll may take before it counts as unanswered."""
-        return self._api.poll_timeout_seconds(wait_seconds)
+    def confirmer(self) -> Confirmer:
+        """What asks whether the queries of `watch` would tell of a change."""
+        return Confirmer(self._api, self, self._prefix)
 
     def topics(self) -> list[str]:
         """Every topic that has a registration, sorted."""
@@ -229,7 +192,7 @@ class Kv:
         answer = self._api.call("GET", _kv(self._prefix + "/"), {"keys": ""}, accept=(404,))
         keys = _keys_of(answer)
         if not keys:
-            self._prove_readable(self._prefix + "/", answer)
+            self.prove_readable(self._prefix + "/", answer)
         found: dict[str, _Orphan] = {}
         checks: list[_Check[str]] = []
         longest = len(self._prefix) + MAX_KEY_BYTES
@@ -413,52 +376,23 @@ class Kv:
 
     # -- reading -----------------------------------------------------------------------------
 
-    def _keys_under(
-        self,
-        folder: str,
-        after: tuple[int, float] | None = None,
-        *,
-        until: float = math.inf,
-    ) -> tuple[list[str], Answer]:
+    def _keys_under(self, folder: str, until: float = math.inf) -> tuple[list[str], Answer]:
         """The keys that begin with *folder*, and the answer they are from."""
-        params = {"keys": "", **self._consistency()}
-        if after is None:
-            answer = self._api.call(
-                "GET", _kv(folder), params, accept=(404,), timeout_seconds=_left(until)
-            )
-        else:
-            index, wait_seconds = after
-            if index > 0:
-                params["index"] = str(index)
-            answer = self._line.poll(_kv(folder), params, wait_seconds, accept=(404,))
-            if not answer.index:  # without one the next poll would not wait
-                raise answer.unexpected()
+        params, seconds = {"keys": "", **self.consistency()}, _left(until)
+        answer = self._api.call("GET", _kv(folder), params, accept=(404,), timeout_seconds=seconds)
         keys = _keys_of(answer)
-        if not keys and after is None:
-            self._prove_readable(folder, answer, until)
+        if not keys:
+            self.prove_readable(folder, answer, until)
         return keys, answer
 
-    def _consistency(self) -> dict[str, str]:
+    def consistency(self) -> dict[str, str]:
+        """The parameter of a read, by ``consistency``."""
         asked = self._settings.consistency
         return {} if asked == "default" else {asked: ""}
 
-    def _prove_all_readable(self, keys: list[str], answer: Answer) -> None:
-        """As `_prove_readable`, of the whole prefix, by a question of its own only once in a while:
-        what a token may no longer read is missing."""
-        now = self._clock()
-        if (
-            self._proven_for == self._api.token_changes
-            and now < self._proven_until
-            and self._proven_keys.issubset(keys)
-        ):
-            self._proven_keys = frozenset(keys)
-            return
-        self._proven_for = -1
-        self._prove_readable(self._prefix + "/", answer)
-        self._proven_keys, self._proven_until = frozenset(keys), now + PROOF_SECONDS
-        self._proven_for = self._api.token_changes
-
-    def _prove_readable(self, folder: str, answer: Answer, until: float = math.inf) -> None:
+    def prove_readable(
+        self, folder: str, answer: Answer, until: float = math.inf, line: Line | None = None
+    ) -> None:
         """Raise Denied when *answer* lacks something because the token may not read *folder*.
 
         Consul hides what a token may not list, as if it did not exist (fact D4); only a single key
@@ -466,13 +400,8 @@ class Kv:
         """
         if answer.is_filtered:
             raise self._hidden(folder, answer)
-        self._api.call(
-            "GET",
-            _kv(folder + SENTINEL),
-            self._consistency(),
-            accept=(404,),
-            timeout_seconds=_left(until),
-        )
+        path, params, seconds = _kv(folder + SENTINEL), self.consistency(), _left(until)
+        (line or self._api).call("GET", path, params, accept=(404,), timeout_seconds=seconds)
 
     def _hidden(self, folder: str, answer: Answer) -> Denied:
         return Denied(
@@ -510,22 +439,18 @@ class Kv:
         place = key.host.address, key.host.port or 0, key.server or ""
         return _Entry(key.topic, place, Instance(key.host, key.server), key.lease_id)
 
-    def _snapshot(
-        self,
-        topic: str,
-        entries: Iterable[_Entry],
-        answer: Answer,
-        details: Mapping[str, object],
-    ) -> Snapshot:
+    def snapshot_of(self, topic: str, keys: Sequence[str], answer: Answer) -> Snapshot:
+        """What *keys*, which *answer* has of *topic*, say."""
         # Two incarnations of one host are one instance: the dead one's key leaves with its lease.
-        found = {entry.place: entry.instance for entry in entries}
+        entries = self._registrations(keys)
+        found = {entry.place: entry.instance for entry in entries if entry.topic == topic}
         return Snapshot(
             topic,
             tuple(found[place] for place in sorted(found)),
             "kv",
             taken_at=answer.asked_at,
             clock=self._clock,
-            details=details,
+            details=_details(answer, keys),
             version=answer.index,
         )
 
@@ -556,7 +481,7 @@ class Kv:
             for registration in self._published.pop(lease.id, ()):
                 self._unanswered.discard((lease.id, registration))
 
-    def _write_sentinel(self) -> None:
+    def write_sentinel(self, line: Line) -> None:
         """Put one key without a session under the prefix, if there is none.
 
         A poll on a prefix that never had a key wakes on every write anywhere in Consul's KV store
@@ -566,9 +491,7 @@ class Kv:
             return
         text = "Kept by consul-matchmaker so that watching this folder stays cheap."
         try:
-            self._api.call(
-                "PUT", _kv(f"{self._prefix}/{SENTINEL}"), {"cas": "0"}, text.encode("ascii")
-            )
+            line.call("PUT", _kv(f"{self._prefix}/{SENTINEL}"), {"cas": "0"}, text.encode("ascii"))
         except Denied:
             self._may_write_sentinel = False
             logger.info(

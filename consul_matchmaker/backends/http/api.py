@@ -25,7 +25,7 @@ from ...model import Host
 from ...settings import Settings
 from ...texts import SHOWN_LENGTH, escaped, without_secret
 from ..traffic import Traffic
-from .exchange import Exchange
+from .exchange import AnswerTooLarge, Exchange
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,14 @@ class Answer:
         return Unavailable(
             f"{self.where}: the answer is not Consul's; is this the HTTP port of a Consul agent?"
         )
+
+
+class Overloaded(Unavailable):
+    """The agent has too many connections or requests (status 429): ask it less."""
+
+
+class TooLarge(Unavailable):
+    """The answer exceeds what is read of one; `exchange.MAX_ANSWER_BYTES` of it were received."""
 
 
 class _Call(NamedTuple):
@@ -307,7 +315,8 @@ class ConsulApi:
             )
         except (OSError, HTTPException, ValueError) as error:
             reason = _shown(getattr(error, "strerror", None) or str(error), token)
-            problem = Unavailable(f"{where}: {reason}; {self._remedy()}")
+            kind = TooLarge if isinstance(error, AnswerTooLarge) else Unavailable
+            problem = kind(f"{where}: {reason}; {self._remedy()}")
         else:
             index = found.headers.get("x-consul-index", "")
             filtered = found.headers.get("x-consul-results-filtered-by-acls", "")
@@ -369,7 +378,8 @@ class ConsulApi:
         return f'key_prefix "{self._settings.prefix}/" {policy}'
 
     def _server_error(self, answer: Answer) -> Unavailable:
-        return Unavailable(f"{self._said(answer)}: the agent cannot help now, try again")
+        kind = Overloaded if answer.status == 429 else Unavailable
+        return kind(f"{self._said(answer)}: the agent cannot help now, try again")
 
     def _said(self, answer: Answer) -> str:
         said = f", '{answer.said}'" if answer.said else ""

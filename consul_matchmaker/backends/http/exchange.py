@@ -51,6 +51,10 @@ class Response(NamedTuple):
     body: bytes
 
 
+class AnswerTooLarge(HTTPException):
+    """The answer exceeds MAX_ANSWER_BYTES."""
+
+
 class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no types
     """HTTP with one agent, over connections that are kept.  Thread-safe.
 
@@ -347,7 +351,7 @@ class _Reader:
 
     def _take(self, size: int) -> bytes:
         if size > MAX_ANSWER_BYTES:
-            raise HTTPException(f"the answer exceeds {MAX_ANSWER_BYTES} bytes; not read")
+            raise AnswerTooLarge(f"the answer exceeds {MAX_ANSWER_BYTES} bytes; not read")
         while len(self._ahead) < size:
             self._receive_more()
         taken = bytes(self._ahead[:size])
@@ -365,7 +369,7 @@ class _Reader:
         piece = self._sock.recv(PIECE_BYTES)
         self.count += len(piece)
         if self.count > MAX_ANSWER_BYTES:
-            raise HTTPException(f"the answer exceeds {MAX_ANSWER_BYTES} bytes; not read")
+            raise AnswerTooLarge(f"the answer exceeds {MAX_ANSWER_BYTES} bytes; not read")
         self._ahead += piece
         return len(piece)
 

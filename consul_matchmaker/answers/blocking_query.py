@@ -18,11 +18,10 @@ WAIT_JITTER = 0.2
 MIN_GAP_SECONDS = 0.025
 """Between two polls, however cheap: at most 40 a second when the cluster churns, and the most that
 a change arriving right after another waits to be seen."""
-MAX_GAP_SECONDS = 2.0
 WORK_SHARE = 0.1
-"""The most of one processor that watching may cost, however big and busy the prefix is."""
+"""The most of one processor that all queries may cost, however big and busy the prefix is."""
 BYTES_PER_SECOND = 1_000_000
-"""The most that watching may receive, on average, while the cluster churns."""
+"""The most that they may receive, on average, while the cluster churns."""
 MAX_IDLE_GAP_SECONDS = 1.0
 """Reached by doubling while polls come back early with the same answer: an empty prefix wakes on
 every write anywhere in Consul's KV store, 220 times in 6 s once measured (fact C4), and a proxy may
@@ -81,19 +80,19 @@ class BlockingQuery:
         """The state after a poll that brought no answer: the next one asks at once."""
         return replace(self, index=0, doubted_since=None, failures=self.failures + 1)
 
-    def wait_seconds(self, jitter: float) -> float:
+    def wait_seconds(self, jitter: float, longest: float = MAX_WAIT_SECONDS) -> float:
         """How long Consul may hold the next poll; *jitter* is from 0 to 1."""
-        return MAX_WAIT_SECONDS * (1 - WAIT_JITTER * jitter)
+        return longest * (1 - WAIT_JITTER * jitter)
 
-    def gap_seconds(self, work_seconds: float, answer_bytes: int = 0) -> float:
-        """How long to rest after an answer of *answer_bytes* that cost *work_seconds* of processor
-        time.
+    def gap_seconds(self, work_seconds: float, received_bytes: int = 0, queries: int = 1) -> float:
+        """How long to rest after a poll that received *received_bytes* and cost *work_seconds* of
+        processor time, also one that failed; *queries* share the bounds.
 
         Bounds what a churning cluster can make us spend; what changes meanwhile comes at once with
         the next poll, so nothing is lost, only seen a little later.
         """
+        rest = min(MAX_IDLE_GAP_SECONDS, MIN_GAP_SECONDS * 2.0 ** min(self.wakes_for_nothing, 30))
         if self.doubted_since is not None:
-            return DOUBT_GAP_SECONDS
-        idle = min(MAX_IDLE_GAP_SECONDS, MIN_GAP_SECONDS * 2.0 ** min(self.wakes_for_nothing, 30))
-        work = work_seconds * (1 / WORK_SHARE - 1)
-        return min(MAX_GAP_SECONDS, max(idle, work, answer_bytes / BYTES_PER_SECOND))
+            rest = DOUBT_GAP_SECONDS
+        work = work_seconds * (queries / WORK_SHARE - 1)
+        return max(rest, work, received_bytes * queries / BYTES_PER_SECOND)
