@@ -292,7 +292,6 @@ class Matchmaker:
     def __repr__(self) -> str:
         return f"<aio {self.sync!r}>"
 
-
     async def _off_loop(self, call: Callable[[], T]) -> T:
         return await off_loop(self._threads, call)
 
@@ -317,7 +316,7 @@ class Matchmaker:
 
 
 class _Bell:
-    """Rings on this event loop when the hosts of a topic may be others; see `Matchmaker.telling`."""
+    """Rings on this event loop when the hosts of a topic may be others: `Matchmaker.telling`."""
 
     def __init__(self, sync: matchmaker.Matchmaker, topic: str, server: str | None) -> None:
         self._loop = asyncio.get_running_loop()

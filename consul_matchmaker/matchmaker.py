@@ -27,8 +27,8 @@ from .settings import Settings
 from .worker import forget_in_child, seconds_since_boot
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
-    from .backends.kv import Kv
     from .answers.watcher import Watcher
+    from .backends.kv import Kv
 
 logger = logging.getLogger(__name__)
 
@@ -538,8 +538,8 @@ def _watcher(
     clock: Callable[[], float],
     jitter: Callable[[], float],
 ) -> Watcher:
-    from .backends.kv import Kv
     from .answers.watcher import Watcher
+    from .backends.kv import Kv
 
     assert isinstance(resolver, Kv)
     return Watcher(resolver, cache, settings, clock=clock, jitter=jitter)
@@ -581,9 +581,7 @@ def nobody_came(
     name = _named(topic, server)
     if error is None:
         return NoLiveHosts(f"no host served {name} within {timeout_seconds:g} s")
-    waited = TimedOut(
-        f"Consul could not be asked for {name} within {timeout_seconds:g} s: {error}"
-    )
+    waited = TimedOut(f"Consul could not be asked for {name} within {timeout_seconds:g} s: {error}")
     waited.__cause__ = error
     return waited
 

@@ -220,7 +220,11 @@ class Selector:
         turn = _Turn(snapshot, avoided, preferred(snapshot.instances, avoided))
         with self._lock:
             last = self._turns.get(name)
-            if last is not None and last.instances is snapshot.instances and last.avoided == avoided:
+            if (
+                last is not None
+                and last.instances is snapshot.instances
+                and last.avoided == avoided
+            ):
                 return last  # another thread was faster
             if last is None:
                 start = self._chance.randrange(len(turn.hosts))

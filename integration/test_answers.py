@@ -311,7 +311,7 @@ def test_a_cold_start_while_consul_hangs(
         cluster.resume("agent1")
         until(lambda: cold.hosts(topic).source != "disk", 5)
     cluster.pause("agent1")
-    (file,) = tmp_path.glob("*.answers")
+    (file,) = tmp_path.glob("*.answer")
     file.write_bytes(file.read_bytes()[:-1])
     with Matchmaker(settings) as cold, pytest.raises(errors.Unavailable):
         cold.hosts(topic)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from consul_matchmaker import Matchmaker, Registration, errors
-from consul_matchmaker.cache import RETURN_SECONDS, SECONDS_BETWEEN_DOUBTS
+from consul_matchmaker.answers.belief import BETWEEN_DOUBTS_SECONDS, RETURN_SECONDS
 from consul_matchmaker.demo.consul_probe import Node, wait_until
 from integration.access_rules import MANAGEMENT, new_token
 from integration.cluster import Cluster, ask, keys, tell
@@ -325,7 +325,7 @@ def test_quorum_lost_for_a_minute(
     for registration in added:
         registration.wait_until_published(timeout_seconds=1)
     # Three hosts that leave a topic at once are believed when Consul has said so for a while.
-    until(is_true_again, RETURN_SECONDS + SECONDS_BETWEEN_DOUBTS + SOON, "and what is seen")
+    until(is_true_again, RETURN_SECONDS + BETWEEN_DOUBTS_SECONDS + SOON, "and what is seen")
     print(f"back {took:.2f} s after the quorum; {repairs(caplog)}")
     time.sleep(INTERVAL)
     assert is_true_again()

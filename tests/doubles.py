@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
-from consul_matchmaker.errors import Unavailable
+from consul_matchmaker.errors import TimedOut, Unavailable
 from consul_matchmaker.model import Host, Instance, Snapshot, Source
 from consul_matchmaker.settings import Settings
 from consul_matchmaker.worker import Worker
@@ -87,7 +87,8 @@ class FakeResolver:
         gate = self._gates.get(topic)
         if gate is not None:
             self._arrivals[topic].set()
-            assert gate.wait(DEADLINE_SECONDS)
+            if not gate.wait(min(timeout_seconds, DEADLINE_SECONDS)):
+                raise TimedOut(f"nothing came within {timeout_seconds:g} s")
         said = self._says.get((topic, server))
         if isinstance(said, BaseException):
             raise said

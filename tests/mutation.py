@@ -36,13 +36,13 @@ WANTED_SHARE = 0.95
 # Each module, by its own name wherever it lies, and the tests that are about it.
 MODULES = {
     "backoff": ("test_backoff",),
-    "answers/blocking_query": ("test_blocking_query",),
-    "answers/watch_plan": ("test_watch_plan",),
+    "blocking_query": ("test_blocking_query",),
     "lease_state": ("test_lease_state",),
     "model": ("test_model",),
     "names": ("test_dns_names",),
     "naming": ("test_naming",),
     "selection": ("test_selection",),
+    "watch_plan": ("test_watch_plan",),
     "wire": ("test_dns_wire",),
 }
 # What takes the text of a note, and which argument that is.

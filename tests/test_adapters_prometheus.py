@@ -35,7 +35,7 @@ def test_the_figures_of_status() -> None:
         def value(name: str, **labels: str) -> float | None:
             return registry.get_sample_value(f"consul_matchmaker_{name}", {"name": "rpc", **labels})
 
-        assert value("lookups_total", found="fresh") == 2
+        assert value("lookups_total", found="memory") == 2
         assert value("lookups_total", found="asked") == 2
         assert value("lookups_total", found="away") == 0
         assert value("questions_total", outcome="answered") == 1

@@ -24,7 +24,7 @@ from consul_matchmaker.answers.belief import (
     UNSEEN_TTLS,
     State,
 )
-from consul_matchmaker.answers.cache import CHANCE_SECONDS, SECOND_CHANCES, Cache
+from consul_matchmaker.answers.cache import SECOND_CHANCES, Cache
 from consul_matchmaker.answers.freshness import Freshness
 from consul_matchmaker.answers.refresher import QUICK_SECONDS
 from consul_matchmaker.answers.state_file import StateFiles
@@ -41,8 +41,8 @@ from consul_matchmaker.settings import Settings
 
 from .doubles import (
     DEADLINE_SECONDS,
-    FakeResolver,
     LONGEST_SECONDS,
+    FakeResolver,
     ManualClock,
     StillWorker,
     catalog,
@@ -679,12 +679,12 @@ def test_a_topic_that_hangs_delays_no_other(consul: FakeResolver) -> None:
 @pytest.mark.system
 def test_waiting_for_anothers_question_has_an_end(consul: FakeResolver) -> None:
     """A question that is lost for ever does not hold up those who wait for its answer."""
-    cache = Cache(consul, kv(request_timeout_seconds=0.05))
+    cache = Cache(consul, kv())
     consul.hold("slow")
     hanging = in_thread(lambda: cache.lookup("slow"))
     consul.wait_until_asked("slow")
     with pytest.raises(TimedOut, match="slow"):
-        cache.lookup("slow")
+        cache.lookup("slow", timeout_seconds=0.05)
     consul.let_go("slow")
     hanging.result(DEADLINE_SECONDS)
 

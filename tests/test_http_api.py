@@ -16,7 +16,7 @@ import tracemalloc
 
 import pytest
 
-from consul_matchmaker.backends.http.api import ConsulApi, go_duration
+from consul_matchmaker.backends.http.api import ConsulApi, Overloaded, go_duration
 from consul_matchmaker.backends.http.exchange import IDLE_CONNECTIONS, MAX_ANSWER_BYTES
 from consul_matchmaker.errors import Denied, TimedOut, Unavailable
 from consul_matchmaker.settings import Settings
@@ -204,7 +204,7 @@ def test_an_accepted_status_is_an_answer():
         (403, Denied),
         (405, Unavailable),
         (413, Unavailable),
-        (429, Unavailable),
+        (429, Overloaded),
         (500, Unavailable),
         (502, Unavailable),
         (503, Unavailable),

@@ -60,6 +60,7 @@ CASES: dict[str, Case] = {
     "ttl_max_seconds": seconds("1", "86400", "-1", "86401"),
     "empty_ttl_seconds": seconds("0", "86400", "-0.1", "86401"),
     "max_stale_seconds": seconds("0", "31536000", "-1", "31536001"),
+    "stale_while_revalidate_seconds": seconds("0", "31536000", "-1", "31536001"),
     "confirm_empty_seconds": seconds("0", "3600", "-1", "3601"),
     "request_timeout_seconds": seconds("0.05", "600", "0", "601"),
     "domain": Case(

@@ -58,7 +58,11 @@ def clock() -> ManualClock:
 
 
 def made(
-    folder: Path, clock: ManualClock, settings: Settings | None = None, *, worker: type[Worker] = StillWorker
+    folder: Path,
+    clock: ManualClock,
+    settings: Settings | None = None,
+    *,
+    worker: type[Worker] = StillWorker,
 ) -> StateFiles:
     settings = replace(settings or kv(), state_path=str(folder))
     return StateFiles(settings, clock=clock, wall_clock=clock, worker=worker)

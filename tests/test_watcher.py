@@ -742,7 +742,9 @@ def watching():
 
 
 def threads():
-    return {t.name for t in threading.enumerate() if t.name.startswith("consul-matchmaker-")}
+    """Names of the threads of watchers."""
+    names = ("consul-matchmaker-watcher", "consul-matchmaker-poll")
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith(names)}
 
 
 def test_close_ends_a_poll_that_waits(watching, caplog):

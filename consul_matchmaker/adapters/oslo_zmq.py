@@ -256,7 +256,9 @@ class MatchmakerConsul:
         found = self._at_hand(where)
         if found is None:
             with _translated():
-                hosts = self._matchmaker.hosts(*where, timeout_seconds=self._wait_timeout + GRACE_SECONDS).hosts
+                hosts = self._matchmaker.hosts(
+                    *where, timeout_seconds=self._wait_timeout + GRACE_SECONDS
+                ).hosts
             found = self._translate(where, hosts)
         return found
 

@@ -229,9 +229,7 @@ class Belief:
         self.gone_at = kept.taken_at + self.rules.settings.max_stale_seconds
         self.held = kept
 
-    def answered(
-        self, answer: Snapshot, now: float, freshness: Freshness | None = None
-    ) -> bool:
+    def answered(self, answer: Snapshot, now: float, freshness: Freshness | None = None) -> bool:
         """*answer* has come at *now*; with *freshness*, from a watch.  Returns whether it changes
         the hosts that are held."""
         self._recovered(now)
@@ -318,9 +316,7 @@ class Belief:
         self.usable_until = -NEVER
         self.refresh_at = NEVER
 
-    def _hold(
-        self, answer: Snapshot, taken_at: float, fresh_until: float, confirmed: bool
-    ) -> None:
+    def _hold(self, answer: Snapshot, taken_at: float, fresh_until: float, confirmed: bool) -> None:
         self.held = answer.stamped(
             taken_at=taken_at,
             fresh_until=fresh_until,

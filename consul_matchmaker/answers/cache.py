@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 CHANCE_SECONDS = 0.05
 """So long Consul may take to answer before an old answer is given: it needs 0.2 to 2 ms where it is
 well, and no caller must wait where it is not."""
+ENOUGH_TIME = 0.9
+"""Of ``longest_lookup_seconds``: a question that had less and was not answered says nothing of
+Consul, and is asked again with all the time it needs."""
 IN_USE_SECONDS = 60.0
 """A topic is watched until nobody has asked for it for so long."""
 SECOND_CHANCES = 16
@@ -63,7 +66,7 @@ class _Question:
 
     def wait(self, name: str, seconds: float) -> Snapshot | None:
         """What it brought; None: it had too little time, ask yourself."""
-        if not self._done.wait(max(0.0, seconds)):
+        if not self._done.wait(min(seconds, threading.TIMEOUT_MAX)):
             raise TimedOut(
                 f"{name}: another thread asked Consul, and there was no answer "
                 f"within {seconds:g} s: retry"
@@ -180,9 +183,7 @@ class Cache:
         self._hit = self._hits.__next__  # counts without a lock, and loses nothing
         self._hits_read = 0
         self._found = dict.fromkeys(("fresh", "stale", "away", "disk", "asked", "refused"), 0)
-        self._questions = dict.fromkeys(
-            ("answered", "failed", "deferred", "doubted", "offered"), 0
-        )
+        self._questions = dict.fromkeys(("answered", "failed", "deferred", "doubted", "offered"), 0)
         self._seconds_asking = self._longest_question = 0.0
         self._evictions = 0
         self._entries = _Entries(settings.max_topics, self._evicted)
@@ -227,7 +228,7 @@ class Cache:
             return narrowed
         if timeout_seconds is None:
             timeout_seconds = self.longest_lookup_seconds
-        left = timeout_seconds - (self._clock() - now)
+        left = max(0.0, timeout_seconds - (self._clock() - now))
         entry = self._entry(topic, server)
         entry.asked_at = now = self._clock()
         return self._lookup_slow(entry, now, left, is_counted=True)
@@ -258,7 +259,7 @@ class Cache:
         narrowed = answer.for_server(server)
         if narrowed.instances or not self.finds_servers:
             return narrowed
-        return self._ask(self._entry(topic, server), deadline - self._clock())
+        return self._ask(self._entry(topic, server), max(0.0, deadline - self._clock()))
 
     def wait_for_change(
         self,
@@ -355,7 +356,9 @@ class Cache:
     def known_version(self, topic: str) -> int:
         """Consul's index of the answer that is held for *topic*; 0 where there is none."""
         entry = self._by_key.get(topic)
-        return 0 if entry is None or entry.held is None or entry.doubt is not None else entry.version
+        return (
+            0 if entry is None or entry.held is None or entry.doubt is not None else entry.version
+        )
 
     def offer(self, topic: str, answer: Snapshot, freshness: Freshness) -> None:
         """Take what a watch says of *topic*, which is fresh as long as *freshness* says.  One whose
@@ -410,8 +413,9 @@ class Cache:
         self._refresher.forget()
         if self._state_files is not None:
             self._state_files.forget()
-        before, self._entries = self._entries.by_key, _Entries(
-            self._settings.max_topics, self._evicted
+        before, self._entries = (
+            self._entries.by_key,
+            _Entries(self._settings.max_topics, self._evicted),
         )
         for key, entry in before.items():
             entry.start_clean()
@@ -553,12 +557,13 @@ class Cache:
     def _ask(self, entry: _Entry, timeout_seconds: float) -> Snapshot:
         """Ask the resolver, or wait for whoever asks already; no lock is held meanwhile."""
         deadline = self._clock() + timeout_seconds
+        left = timeout_seconds
         while True:
-            left = max(0.0, deadline - self._clock())
-            question = self._join(entry, _Question(left))
+            question = self._join(entry, _Question(min(left, self.longest_lookup_seconds)))
             answer = question.wait(entry.name, left)
             if answer is not None:
                 return answer
+            left = max(0.0, deadline - self._clock())
 
     def _join(self, entry: _Entry, question: _Question) -> _Question:
         """The question that is on its way; if there is none, *question*, which then is settled."""
@@ -584,7 +589,7 @@ class Cache:
 
     def _ask_resolver(self, entry: _Entry, question: _Question) -> None:
         began, seconds = self._clock(), question.timeout_seconds
-        is_short = seconds < self.longest_lookup_seconds
+        is_short = seconds < ENOUGH_TIME * self.longest_lookup_seconds
         try:
             answer = self._resolver.lookup(entry.topic, entry.server, timeout_seconds=seconds)
             took = self._clock() - began
@@ -616,9 +621,7 @@ class Cache:
             question.settle(None)
         self._refresher.start()
 
-    def _settle(
-        self, entry: _Entry, question: _Question, answer: Snapshot, seconds: float
-    ) -> None:
+    def _settle(self, entry: _Entry, question: _Question, answer: Snapshot, seconds: float) -> None:
         with self._lock:
             entry.is_slow = seconds >= QUICK_SECONDS
             self._seconds_asking += seconds

@@ -131,14 +131,6 @@ class Memory:
             }
             return sorted(found | {topic for topic, hosts in self._declared.items() if hosts})
 
-    def status(self) -> dict[str, object]:
-        """Nothing to tell."""
-        return {}
-
-    def wire(self) -> dict[str, dict[str, int]]:
-        """Nothing is exchanged with anybody."""
-        return {}
-
     def forget(self) -> None:
         """In a forked child: a new lock.  What it holds stays, as it would in Consul."""
         self._lock = threading.Lock()
