@@ -26,8 +26,8 @@ from .settings import Settings
 from .worker import call_within, forget_in_child, seconds_since_boot
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
-    from .backends.kv import Kv
     from .answers.watcher import Watcher
+    from .backends.kv import Kv
 
 logger = logging.getLogger(__name__)
 
@@ -557,8 +557,8 @@ def _watcher(
     clock: Callable[[], float],
     jitter: Callable[[], float],
 ) -> Watcher:
-    from .backends.kv import Kv
     from .answers.watcher import Watcher
+    from .backends.kv import Kv
 
     assert isinstance(resolver, Kv)
     return Watcher(resolver, cache, settings, clock=clock, jitter=jitter)

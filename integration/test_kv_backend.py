@@ -1,9 +1,7 @@
 """kv mode's backend and its watcher against a real Consul, also while agents and servers fail."""
 
 import base64
-import contextlib
 import json
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,8 +14,8 @@ from consul_matchmaker.backends.http.api import ConsulApi
 from consul_matchmaker.backends.kv import NOT_OURS, Kv
 from consul_matchmaker.demo.consul_probe import Node
 from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
-from consul_matchmaker.model import Host, Registration, Snapshot
-from consul_matchmaker.naming import SENTINEL, Key
+from consul_matchmaker.model import Host, Registration
+from consul_matchmaker.naming import Key
 from consul_matchmaker.settings import Settings
 from integration.access_rules import guarded_cluster, new_token
 from integration.cluster import Cluster, ask, tell

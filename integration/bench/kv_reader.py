@@ -4,11 +4,12 @@ import json
 import sys
 import time
 
+from consul_matchmaker.watcher import Watcher
+
 from consul_matchmaker import Settings
 from consul_matchmaker.backends.http.api import ConsulApi
 from consul_matchmaker.backends.kv import Kv
 from consul_matchmaker.cache import Cache
-from consul_matchmaker.watcher import Watcher
 
 
 def main(url: str) -> None:
