@@ -260,7 +260,7 @@ def test_topics_come_into_use_and_leave_it_and_no_change_is_lost(
     """Four topics, six, four: while the plan changes, and changes back, hosts come all the time."""
     topics = tuple(f"{topic}{number}" for number in range(6))
     watcher, told = watch(*topics[:4])
-    counting = Counting(make_kv(), *topics)
+    counting = Counting(make_kv(session_ttl_seconds=120), *topics)
 
     def publish_until(is_right: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -350,6 +350,7 @@ def make_writer(cluster: Cluster) -> Kv:
     leader = cluster.leader()
     addresses = [cluster.nodes[name].http for name in SERVERS if name != leader]
     values = {"mode": "kv", "addresses": addresses, "request_timeout_seconds": 2}
+    values["session_ttl_seconds"] = 120  # which nobody renews
     prefix = _prefix[0]
     settings = Settings.from_mapping({**values, "prefix": prefix}, {})
     return Kv(ConsulApi(settings), settings)

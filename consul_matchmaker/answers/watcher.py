@@ -319,8 +319,10 @@ class Watcher:
     def on_answer(self, watch: _Watch, polled: Polled, asked_at: float) -> None:
         """Tell what *watch* brought, which is from *asked_at* or later; it is believed."""
         topic = watch.watched
-        in_use = self._cache.topics_in_use() if topic is None else (topic,)
+        in_use = set(self._cache.topics_in_use()) if topic is None else {topic}
         with self._telling:
+            told = self._told
+            left = {each for each in told if told[each].number == watch.number} - in_use
             with self.lock:
                 if watch.is_ended:
                     return
@@ -329,8 +331,8 @@ class Watcher:
                 is_first = watch.freshness.fresh_until == -math.inf
             if is_first:
                 self._confirm_watch(watch, taken_at)
-            for topic, folder in polled.folders(in_use):
-                self._tell(topic, folder, watch, polled, taken_at)
+            for topic, folder in polled.folders(in_use | left):
+                self._tell(topic, folder, watch, polled, taken_at, is_left=topic in left)
             self._confirm_watch(watch, taken_at)  # now that it has told all
         is_new, watch.has_answered = not watch.has_answered, True
         self._answers, self._answered_at = self._answers + 1, self.clock()
@@ -342,15 +344,27 @@ class Watcher:
         self._tell_when_well()
 
     def _tell(
-        self, topic: str, folder: bytes, watch: _Watch, polled: Polled, taken_at: float
+        self,
+        topic: str,
+        folder: bytes,
+        watch: _Watch,
+        polled: Polled,
+        taken_at: float,
+        *,
+        is_left: bool,
     ) -> None:
-        """Offer *topic* unless it was, from this watch and as it is."""
+        """Offer *topic* unless it was, from this watch and as it is.
+
+        One that has *left* use is offered for the last time: later changes are not told, so what
+        this watch confirms then must not count for it.
+        """
         told = self._told.get(topic)
         if told is not None and told.number > watch.number:
             return  # the watch that takes over has told of it
         if told is not None and told.folder == folder:
             is_known = self._cache.known_version(topic) == told.snapshot.version
-            if told.number == watch.number and watch.has_answered and is_known:
+            is_told = told.number == watch.number and watch.has_answered and is_known
+            if is_told and not is_left:
                 return
             snapshot = replace(told.snapshot, taken_at=taken_at)
         else:
@@ -358,8 +372,12 @@ class Watcher:
             if told is not None and is_first and polled.index < told.snapshot.version:
                 return  # the other watch told of something newer: the next poll will too
             snapshot = replace(polled.snapshot(topic, folder), taken_at=taken_at)
-        self._told[topic] = _Told(watch.number, folder, snapshot)
-        self._cache.offer(topic, snapshot, watch.freshness)
+        if is_left:
+            del self._told[topic]
+            self._cache.offer(topic, snapshot, Freshness())
+        else:
+            self._told[topic] = _Told(watch.number, folder, snapshot)
+            self._cache.offer(topic, snapshot, watch.freshness)
 
     def _confirm_watch(self, watch: _Watch, taken_at: float) -> None:
         with self.lock:
@@ -417,15 +435,17 @@ class Watcher:
         return max(0.0, min(times) - now)
 
     def _follow_plan(self, topics: Sequence[str]) -> None:
+        running = {watch.number for watch in self._watches.values()}
         with self._telling:
             for topic in self._told.keys() - set(topics):
-                del self._told[topic]
+                if self._told[topic].number not in running:
+                    del self._told[topic]
         with self.lock:
             plan = self._plan = self._plan.planned(topics, self.clock())
             self._ending = [watch for watch in self._ending if not watch.worker.stop(0)]
         while True:
-            running = {name: watch.is_live for name, watch in self._watches.items()}
-            ends, starts = plan.steps(running, len(self._ending))
+            live = {name: watch.is_live for name, watch in self._watches.items()}
+            ends, starts = plan.steps(live, len(self._ending))
             if not ends:
                 break
             for name in ends:

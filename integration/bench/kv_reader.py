@@ -4,6 +4,8 @@ import json
 import sys
 import time
 
+from consul_matchmaker.watcher import Watcher
+
 from consul_matchmaker import Settings
 from consul_matchmaker.answers.cache import Cache
 from consul_matchmaker.answers.watcher import Watcher
