@@ -4,8 +4,6 @@ import json
 import sys
 import time
 
-from consul_matchmaker.watcher import Watcher
-
 from consul_matchmaker import Settings
 from consul_matchmaker.answers.cache import Cache
 from consul_matchmaker.answers.watcher import Watcher
@@ -19,6 +17,7 @@ def main(url: str) -> None:
     kv = Kv(ConsulApi(settings), settings)
     cache = Cache(kv, settings)
     watcher = Watcher(kv, cache, settings)
+    cache.on_topic_used = watcher.topics_changed
     for number in range(20):
         cache.lookup(f"topic{number}")
     watcher.start()
