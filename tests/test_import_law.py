@@ -38,6 +38,8 @@ LAYERS = {
         "backends",
         "backends.*",
         "state_file",
+        "answers",
+        "answers.state_file",
         "supervise",
     ),
     "running": ("keeper", "cache", "watcher", "selection", "matchmaker", "aio"),

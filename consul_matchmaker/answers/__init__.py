@@ -1,0 +1,1 @@
+"""Topic to hosts: what is known, how fresh it is, and when Consul is asked again."""
