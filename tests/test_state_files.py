@@ -175,6 +175,14 @@ def test_nonsense_with_a_right_checksum_is_no_answer(
     assert loaded(files) is None
 
 
+def test_deep_nesting_is_no_answer(tmp_path: Path, clock: ManualClock) -> None:
+    """It does not get as far as the end of the stack."""
+    files = made(tmp_path, clock)
+    content = b"[" * 100_000 + b"]" * 100_000
+    files._folder.path("scheduler", None).write_bytes(state_file._header(content) + content)
+    assert loaded(files) is None
+
+
 ROW = ["10.0.0.1", 1, None, 1, 1]
 
 
@@ -316,13 +324,14 @@ def stamps(folder: Path) -> dict[str, int]:
 
 
 class Disk:
-    """In place of the folder: remembers what is saved, and can fail or hang."""
+    """In place of the folder: remembers what is saved; can fail, hang, and have files for ever."""
 
     def __init__(self) -> None:
         self.saved: list[tuple[str, Any]] = []
         self.fails: set[str] = set()
         self.began, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
+        self.is_endless = self.is_sweeping = False
 
     def save(self, topic: str, server: str | None, answer: Any) -> bool:
         self.began.set()
@@ -332,7 +341,12 @@ class Disk:
         return topic not in self.fails
 
     def sweep(self) -> Iterator[None]:
-        yield from ()
+        self.is_sweeping = True
+        try:
+            while self.is_endless:
+                yield
+        finally:
+            self.is_sweeping = False
 
     @property
     def topics(self) -> list[str]:
@@ -374,7 +388,9 @@ def test_a_change_is_written_with_the_next_step_and_the_last_one_counts(
         files.keep("scheduler", None, answer(clock, instance))
     files.step()
     assert len(disk.saved) == 1
-    files.keep("scheduler", None, answer(clock, SIX, is_complete=False))
+    held = answer(clock, SIX)
+    files.keep("scheduler", None, held)
+    files.keep("scheduler", None, replace(held, is_complete=False))
     files.step()
     assert len(disk.saved) == 2
 
@@ -453,7 +469,7 @@ def instructions(call: Callable[[], object]) -> int:
 @pytest.mark.finding("D5")
 def test_the_cost_does_not_grow_with_the_topics(tmp_path: Path, clock: ManualClock) -> None:
     """Keeping an unchanged topic, a changed one, a new one, dropping one, and the step that writes
-    one: the same number of instructions with 10 topics and with 10,000."""
+    one that changed often: the same number of instructions with 10 topics and with 10,000."""
     settings = kv(max_stale_seconds=10_000)
 
     def costs(topics: int) -> list[int]:
@@ -464,6 +480,9 @@ def test_the_cost_does_not_grow_with_the_topics(tmp_path: Path, clock: ManualClo
             files.keep(f"topic{number}", None, held)
         files.step()
         changed = answer(clock, SIX)
+        for _ in range(topics):
+            files.keep("topic5", None, changed)
+            files.keep("topic5", None, held)
         return [
             instructions(call)
             for call in (
@@ -613,6 +632,7 @@ def test_a_file_that_cannot_be_written_holds_up_no_other(
     files.drop("d", None)
     files.step()
     assert disk.topics == ["a"]
+    assert [entry.name[0] for entry in files._noted] == ["c", "b"]
     files.step()
     assert disk.topics == ["a", "c"]
     disk.fails.clear()
@@ -655,6 +675,21 @@ def test_closing_writes_what_is_not_written_and_ends_the_thread(
     assert disk.topics == ["a", "b", "c", "d"]
 
 
+def test_closing_without_a_thread_writes_and_ends_the_sweep(
+    files: StateFiles, disk: Disk, clock: ManualClock
+) -> None:
+    """By whoever closes; what is kept afterwards is not written, however often it is closed."""
+    disk.is_endless = True
+    files.step()
+    assert disk.is_sweeping
+    for topic in "ab":
+        files.keep(topic, None, answer(clock, ONE))
+        assert files.close(0)
+    assert disk.topics == ["a"]
+    assert "1 topics" in repr(files)
+    assert not disk.is_sweeping
+
+
 def test_what_never_wrote_is_closed_at_once(threaded: StateFiles, clock: ManualClock) -> None:
     """Without a thread there is nobody to wait for, and none is started any more."""
     assert threaded.close(0)
@@ -683,8 +718,9 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(
 ) -> None:
     """It says that the thread has not ended; which ends after the file that it was at."""
     disk.go_on.clear()
-    for topic in "abc":
-        threaded.keep(topic, None, answer(clock, ONE))
+    with no_thread_to_be_had():
+        threaded.keep("a", None, answer(clock, ONE))
+    threaded.keep("b", None, answer(clock, ONE))
     assert disk.began.wait(DEADLINE_SECONDS)
     (saver,) = savers()
     closing = in_thread(lambda: threaded.close(0.01))
@@ -758,6 +794,7 @@ def test_nothing_of_others_is_removed(tmp_path: Path, clock: ManualClock) -> Non
     foreign = {aged(tmp_path / name, clock, 99) for name in names}
     target = aged(tmp_path / "target", clock, 99)
     file.symlink_to(target)
+    os.utime(file, (0, 0), follow_symlinks=False)
     folder = file.with_name(file.name + ".x")
     folder.mkdir()
     aged(folder, clock, 99)

@@ -146,7 +146,8 @@ class StateFiles:
         *snapshot*'s ``taken_at`` is by this object's clock.  An empty one that is not confirmed,
         and one from disk, are passed over.  Costs the same whatever is kept; no I/O.
         """
-        if snapshot.source == "disk" or not (snapshot.instances or snapshot.confirmed):
+        may_be_wrong = snapshot.source == "disk" or not (snapshot.instances or snapshot.confirmed)
+        if may_be_wrong or self._is_closing:
             return
         entry = self._topics.get((topic, server))
         if entry is None:
@@ -169,7 +170,7 @@ class StateFiles:
                 logger.debug("state files are not written: %s", error)
 
     def _note(self, entry: _Entry) -> None:
-        if not (entry.is_noted or self._is_closing):
+        if not entry.is_noted:
             entry.is_noted = True
             self._noted.append(entry)
 
@@ -181,7 +182,7 @@ class StateFiles:
 
     def stop(self) -> None:
         """Begin to close: have the thread write what is not written yet, and end.  Does not wait;
-        what `keep` is told from now on is not written."""
+        what is kept from now on is passed over."""
         self._is_closing = True
         self._worker.wake()
 
