@@ -39,7 +39,6 @@ from .worker import Worker, forget_in_child, seconds_since_boot
 logger = logging.getLogger(__name__)
 
 RECENT_EVENTS = 50
-SECONDS_AFTER_A_FAILED_BEAT = 0.3
 SECONDS_AT_EXIT = 2.0  # what a process that ends without close() spends on leaving, at most
 
 _LEVELS = {
@@ -93,8 +92,6 @@ class Keeper:
         self._jitter = jitter
         self._threaded = threaded
         self._listeners: list[Listener] = []
-        # Some leases need a beat every moment: `backends.Beating`.
-        self._beat_lease: Callable[[], float | None] | None = getattr(registrar, "beat", None)
         self._worker = Worker("consul-matchmaker-keeper", self.step)
         self._make_clean()
         forget_in_child(self)
@@ -110,7 +107,6 @@ class Keeper:
         self._own_listeners: dict[Registration, Listener] = {}
         self._beats: dict[Registration, _Beats] = {}
         self._silence_at = math.inf  # when somebody may have fallen silent, at the earliest
-        self._lease_is_beating = True
         self._stepping_thread: int | None = None
         self._may_give_up = self._gave_up = False  # the first is close's word, the second step's
         self._pid = os.getpid()
@@ -406,31 +402,15 @@ class Keeper:
         """
         self._stepping_thread = threading.get_ident()
         try:
-            pauses = [self._step(), self._beat_if_due()]
-            return min((each for each in pauses if each is not None), default=None)
+            return self._step()
         finally:
             self._stepping_thread = None
 
-    def _beat_if_due(self) -> float | None:
-        """Beat for the lease, if it needs that; return in how many seconds to do so again."""
-        if self._beat_lease is None or self._is_closed:
-            return None
-        error: MatchmakerError | None = None
-        pause: float | None = SECONDS_AFTER_A_FAILED_BEAT
-        try:
-            pause = self._beat_lease()
-        except MatchmakerError as failure:
-            error = failure
-        is_beating = error is None
-        if is_beating is not self._lease_is_beating:
-            # Only a renewal tells whether the lease has outlived this.
-            self._lease_is_beating = is_beating
-            if not is_beating:
-                logger.info("a beat failed, asking what became of the lease: %s", error)
-            with self._changed:
-                self._reconciler.ask_renewal(self._clock())
-            return 0.0
-        return pause
+    def _doubt_lease(self, reason: str | None) -> None:
+        """Ask at once what became of the lease: only a renewal tells.  Returns at once."""
+        if reason is not None:
+            logger.info("a beat failed, asking what became of the lease: %s", reason)
+        self.renew_now()
 
     def _step(self) -> float | None:
         with self._changed:
@@ -460,7 +440,7 @@ class Keeper:
     def _carry_out(self, action: Call) -> Outcome:
         try:
             if isinstance(action, Open):
-                return self._registrar.open()
+                return self._registrar.open(self._doubt_lease)
             if isinstance(action, Renew):
                 return self._registrar.renew(action.lease)
             if isinstance(action, Publish):

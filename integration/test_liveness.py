@@ -139,7 +139,6 @@ def test_a_longer_check_ttl_outlives_an_election(
 
 
 @pytest.mark.finding("B4")
-@pytest.mark.xfail(strict=True, reason="B4: mended by the rebuild, where a thread only beats")
 def test_a_slow_listener_costs_no_registration(
     join: Callable[..., Matchmaker], agent: Node, prefix: str
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 
 import pytest
 
+from consul_matchmaker.backends import OnDoubt
 from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.errors import Closed, ConfigurationError, Denied, TimedOut, Unavailable
 from consul_matchmaker.keeper import Keeper
@@ -46,7 +46,7 @@ class Gate(Memory):
             self.reached.set()
             assert self.open_up.wait(LONG)
 
-    def open(self) -> Lease:
+    def open(self, on_doubt: OnDoubt | None = None) -> Lease:
         self._pass("open")
         return super().open()
 
@@ -436,7 +436,7 @@ def test_a_listener_that_fails_harms_nobody(
 def test_no_error_of_a_backend_ends_the_keeping(by_hand: ByHand, error: BaseException) -> None:
     """Even a bug, a cancelled task, or a token file that is missing for a moment, is a delay."""
 
-    def fail() -> Lease:
+    def fail(on_doubt: OnDoubt | None = None) -> Lease:
         raise error
 
     by_hand.memory.open = fail  # type: ignore[method-assign]
@@ -605,7 +605,7 @@ def run_python(script: str) -> list[str]:
         def say(text):
             os.write(1, f"{text}\\n".encode())
         class Telling(Memory):
-            def open(self):
+            def open(self, on_doubt=None):
                 say(f"open {'parent' if os.getpid() == parent else 'child'}")
                 return super().open()
             def release(self, lease):
@@ -927,64 +927,49 @@ def test_draining_says_when_consul_does_not_confirm(by_hand: ByHand) -> None:
         registration.drain(0.0)
 
 
-# Leases that need a beat
+# Leases that may end before their time
 
 
-class BeatenMemory(Memory):
-    """A Memory whose leases need beats, as those of liveness=check do."""
+class DoubtedMemory(Memory):
+    """A Memory whose leases may end sooner, as those of liveness=check do."""
 
     def __init__(self, clock: ManualClock) -> None:
         super().__init__(session_ttl_seconds=TTL, clock=clock)
         self.clock_now = clock
-        self.beaten_at: list[float] = []
         self.renewed_at: list[float] = []
-        self.error: Exception | None = None
+        self.on_doubt: OnDoubt | None = None
 
-    def beat(self) -> float | None:
-        self.beaten_at.append(self.clock_now())
-        if self.error is not None:
-            raise self.error
-        return 0.3
+    def open(self, on_doubt: OnDoubt | None = None) -> Lease:
+        self.on_doubt = on_doubt
+        return super().open()
 
     def renew(self, lease: Lease) -> Collection[Registration]:
         self.renewed_at.append(self.clock_now())
         return super().renew(lease)
 
 
-@pytest.fixture
-def beaten() -> ByHand:
+def test_a_doubt_asks_for_a_renewal_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Only that tells whether the lease is gone; asked again when the doubt is over."""
+    caplog.set_level(logging.INFO)
     by_hand = ByHand()
-    by_hand.memory = BeatenMemory(by_hand.clock)
+    by_hand.memory = memory = DoubtedMemory(by_hand.clock)
     by_hand.keeper = Keeper(
-        by_hand.memory, SETTINGS, clock=by_hand.clock, jitter=lambda: 0.5, threaded=False
+        memory, SETTINGS, clock=by_hand.clock, jitter=lambda: 0.5, threaded=False
     )
-    return by_hand
-
-
-def test_beats_come_between_renewals(beaten: ByHand) -> None:
-    """The keeper's own thread beats: no wait of it is longer than the next beat allows."""
-    beaten.keeper.register(A)
-    beaten.run_for(10)
-    assert isinstance(beaten.memory, BeatenMemory)
-    times = beaten.memory.beaten_at
-    assert max(later - earlier for earlier, later in itertools.pairwise(times)) <= 0.31
-    assert len(beaten.memory.renewed_at) < 6
-
-
-def test_a_failed_beat_asks_for_a_renewal_at_once(beaten: ByHand) -> None:
-    """Only that tells whether the lease is gone; asked again when beats succeed, not each time."""
-    memory = beaten.memory
-    assert isinstance(memory, BeatenMemory)
-    beaten.keeper.register(A)
-    beaten.run_for(INTERVAL * 2 + 0.1)
-    lease = beaten.keeper.status()["lease"]
+    by_hand.keeper.register(A)
+    by_hand.run_for(INTERVAL * 2 + 0.1)
+    lease = by_hand.keeper.status()["lease"]
     assert isinstance(lease, str)
+    assert memory.on_doubt is not None
     memory.end_lease(lease)
-    memory.error = Unavailable("does not know that check")
     memory.renewed_at.clear()
-    before = beaten.clock.now
-    beaten.run_for(1.3)
-    assert beaten.visible() == ["10.0.0.5:9501"]
-    assert memory.renewed_at[0] - before <= 1.3
-    beaten.run_for(1.0)
+    before = by_hand.clock.now
+    memory.on_doubt("does not know that check")
+    by_hand.run_for(1.0)
+    assert by_hand.visible() == ["10.0.0.5:9501"]
+    assert memory.renewed_at[0] - before <= 1.0
+    memory.on_doubt(None)
+    by_hand.run_for(1.0)
     assert len(memory.renewed_at) <= 2
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("does not know that check" in line for line in lines) == 1

@@ -1,20 +1,26 @@
-"""Tests of service_check: beats come in time, also while something else is waited for."""
+"""A process with a TTL check: beats come in time, and who holds a lease hears when they fail."""
+
+import threading
+import time
 
 import pytest
 
-from consul_matchmaker.backends.http.api import Answer
-from consul_matchmaker.backends.liveness import BEAT_EVERY, ServiceCheck
+from consul_matchmaker.backends.http.api import Answer, ConsulApi
+from consul_matchmaker.backends.liveness import BEAT_EVERY, Liveness
 from consul_matchmaker.errors import Denied, Unavailable
 from consul_matchmaker.model import Host
+from consul_matchmaker.settings import Settings
 
-from .doubles import ManualClock
+from .contract import eventually
+from .doubles import ManualClock, in_thread
+from .http_servers import Server, reply
 
 HERE = Host("127.0.0.1", 8500)
 CHECK_TTL_SECONDS = 1.0
 BEAT_SECONDS = BEAT_EVERY * CHECK_TTL_SECONDS
 
 
-class FakeAgent:
+class FakeApi:
     """Notes what it is asked, and fails as long as it is told to."""
 
     def __init__(self) -> None:
@@ -22,6 +28,7 @@ class FakeAgent:
         self.error: Exception | None = None
         self.timeouts: list[float] = []
         self.token_changes = 1
+        self.closed_lines = 0
 
     def call(self, method, path, params=None, body=b"", *, at=None, timeout_seconds=10.0):
         self.paths.append(path)
@@ -32,14 +39,28 @@ class FakeAgent:
             raise self.error
         return Answer(200, b"", 0, False, path, HERE)
 
+    def line(self):
+        return Line(self)
+
     @property
     def beats(self) -> int:
         return sum("/check/pass/" in path for path in self.paths)
 
 
+class Line:
+    """A connection of the fake's."""
+
+    def __init__(self, api: FakeApi) -> None:
+        self._api = api
+        self.call = api.call
+
+    def close(self) -> None:
+        self._api.closed_lines += 1
+
+
 @pytest.fixture
-def agent():
-    return FakeAgent()
+def api():
+    return FakeApi()
 
 
 @pytest.fixture
@@ -48,121 +69,154 @@ def clock():
 
 
 @pytest.fixture
-def check(agent, clock):
-    return ServiceCheck(agent, CHECK_TTL_SECONDS, clock=clock)
+def doubts():
+    return []
 
 
-def test_nothing_is_beaten_for_before_it_is_registered(agent, check):
-    """No thread and no request is owed to anybody then."""
-    assert check.beat() is None
-    check.deregister()
-    assert agent.paths == []
+def made(api, clock, ttl_seconds=CHECK_TTL_SECONDS):
+    return Liveness(api, ttl_seconds, clock=clock, threaded=False)
 
 
-def test_beats_come_three_times_a_ttl(agent, clock, check):
-    """However often it is called, one beat is sent per interval."""
-    check.register()
+@pytest.fixture
+def liveness(api, clock):
+    return made(api, clock)
+
+
+def test_nothing_is_beaten_for_before_it_is_registered(api, liveness):
+    """No request is owed to anybody then."""
+    assert liveness.step() is None
+    liveness.deregister()
+    assert api.paths == []
+
+
+def test_beats_come_three_times_a_ttl(api, clock, liveness, doubts):
+    """However often the thread wakes, one beat is sent per interval."""
+    liveness.register(doubts.append)
     for _ in range(100):
-        assert 0 < check.beat() <= BEAT_SECONDS
+        assert 0 < liveness.step() <= BEAT_SECONDS
         clock.advance(BEAT_SECONDS / 10)
-    assert agent.beats in (9, 10)
-    assert set(agent.timeouts) == {CHECK_TTL_SECONDS / 2}
-
-
-def test_a_failed_beat_is_said_until_one_succeeds(agent, clock, check):
-    """An agent that is gone, or that has forgotten the check: the lease may be lost."""
-    check.register()
-    agent.error = Unavailable("status 500")
-    clock.advance(BEAT_SECONDS)
-    for _ in range(2):
-        with pytest.raises(Unavailable, match="status 500"):
-            check.beat()
-    assert agent.beats == 1
-    agent.error = Denied("403")
-    clock.advance(BEAT_SECONDS)
-    with pytest.raises(Denied):
-        check.beat()
-    agent.error = None
-    clock.advance(BEAT_SECONDS)
-    assert check.beat() == BEAT_SECONDS
-
-
-def test_a_late_beat_is_said(agent, clock, check):
-    """A suspended machine beats on as if nothing had been, but Consul has seen a dead process."""
-    check.register()
-    clock.advance(CHECK_TTL_SECONDS + 60)
-    with pytest.raises(Unavailable, match=r"60\.0 s late"):
-        check.beat()
-    clock.advance(BEAT_SECONDS)
-    assert check.beat() == BEAT_SECONDS
-
-
-def test_a_beat_while_waiting_keeps_its_error_for_beat(agent, clock, check):
-    """Who waits for another answer is not disturbed by it."""
-    assert check.beat_meanwhile() > 0
-    check.register()
-    agent.error = Unavailable("gone")
-    clock.advance(BEAT_SECONDS)
-    assert check.beat_meanwhile() == BEAT_SECONDS
-    with pytest.raises(Unavailable, match="gone"):
-        check.beat()
-
-
-def test_another_token_registers_anew(agent, clock, check):
-    """The agent syncs a check with the token that registered it: a revoked one tells nobody that
-    we are gone.  That registration is the beat."""
-    check.register()
-    agent.token_changes += 1
-    for _ in range(3):
-        clock.advance(BEAT_SECONDS)
-        check.beat()
-    assert agent.paths.count("/v1/agent/service/register") == 2
-    assert agent.beats == 2
-
-
-def test_what_cannot_be_deregistered_is_left_to_consul(agent, clock, check):
-    """Leaving never fails for it, and no beat keeps it alive, or is asked for any more."""
-    check.register()
-    agent.error = Unavailable("gone")
-    clock.advance(BEAT_SECONDS)
-    with pytest.raises(Unavailable):
-        check.beat()
-    check.deregister()
-    clock.advance(BEAT_SECONDS)
-    assert check.beat() is None
-
-
-def test_a_forked_child_has_no_check(agent, clock, check):
-    """It never beats for its parent, and would register under another id."""
-    before = check.id
-    check.register()
-    check.forget()
-    clock.advance(BEAT_SECONDS)
-    assert check.beat() is None
-    assert check.id != before
+    assert api.beats in (9, 10)
+    assert set(api.timeouts) == {CHECK_TTL_SECONDS / 2}
+    assert doubts == []
 
 
 @pytest.mark.finding("D10")
-def test_each_failure_is_raised_as_an_object_of_its_own(agent, clock, check):
-    """One that is raised again and again would grow with every traceback."""
-    check.register()
-    agent.error = Unavailable("status 500")
+def test_a_failure_is_told_once_and_its_end_once(api, clock, liveness, doubts):
+    """As text, of an agent that is gone or has forgotten the check: the lease may be lost."""
+    liveness.register(doubts.append)
+    api.error = Unavailable("status 500")
+    for _ in range(3):
+        clock.advance(BEAT_SECONDS)
+        liveness.step()
+    assert (api.beats, doubts) == (3, ["status 500"])
+    api.error = Denied("403")
     clock.advance(BEAT_SECONDS)
-    raised = []
-    for _ in range(2):
-        with pytest.raises(Unavailable, match="status 500") as caught:
-            check.beat()
-        raised.append(caught.value)
-    assert raised[0] is not raised[1]
+    liveness.step()
+    api.error = None
+    for _ in range(3):
+        clock.advance(BEAT_SECONDS)
+        assert liveness.step() == pytest.approx(BEAT_SECONDS)
+    assert doubts == ["status 500", None]
+
+
+def test_a_beat_that_took_its_time_is_followed_by_the_next_at_once(api, clock, liveness):
+    """An agent that hangs for half the TTL leaves time for one more try."""
+    liveness.register()
+    clock.advance(BEAT_SECONDS)
+    passes, api.error = api.call, Unavailable("no answer within 0.5 s")
+
+    def slow(*args, **how):
+        clock.advance(how["timeout_seconds"])
+        return passes(*args, **how)
+
+    liveness._line.call = slow
+    assert liveness.step() == 0
+
+
+def test_a_late_beat_is_told(api, clock, liveness, doubts):
+    """A suspended machine beats on as if nothing had been, but Consul has seen a dead process."""
+    liveness.register(doubts.append)
+    clock.advance(CHECK_TTL_SECONDS + 60)
+    liveness.step()
+    (doubt,) = doubts
+    assert "60.0 s late" in doubt
+    clock.advance(BEAT_SECONDS)
+    liveness.step()
+    assert doubts == [doubt, None]
+
+
+def test_another_token_registers_anew(api, clock, liveness):
+    """The agent syncs a check with the token that registered it: a revoked one tells nobody that
+    we are gone.  That registration is the beat."""
+    liveness.register()
+    api.token_changes += 1
+    for _ in range(3):
+        clock.advance(BEAT_SECONDS)
+        liveness.step()
+    assert api.paths.count("/v1/agent/service/register") == 2
+    assert api.beats == 2
+
+
+def test_what_cannot_be_deregistered_is_left_to_consul(api, clock, liveness, doubts):
+    """Leaving never fails for it, and no beat keeps it alive any more."""
+    liveness.register(doubts.append)
+    api.error = Unavailable("gone")
+    liveness.deregister()
+    clock.advance(BEAT_SECONDS)
+    assert liveness.step() is None
+    assert (api.beats, doubts) == (0, [])
+
+
+def test_a_forked_child_has_no_check(api, clock, liveness):
+    """It never beats for its parent, and would register under another id."""
+    before = liveness.id
+    liveness.register()
+    liveness.forget()
+    clock.advance(BEAT_SECONDS)
+    assert liveness.step() is None
+    assert liveness.id != before
 
 
 @pytest.mark.finding("F1")
-def test_a_longer_ttl_is_beaten_as_often_in_proportion(agent, clock):
+def test_a_longer_ttl_is_beaten_as_often_in_proportion(api, clock, doubts):
     """The deployment says how long a beat may be held up; nothing is late before that."""
-    check = ServiceCheck(agent, 5.0, clock=clock)
-    check.register()
+    liveness = made(api, clock, 5.0)
+    liveness.register(doubts.append)
     clock.advance(4.9)
-    assert check.beat() == 5.0 * BEAT_EVERY
+    assert liveness.step() == pytest.approx(5.0 * BEAT_EVERY)
+    assert doubts == []
     clock.advance(5.1)
-    with pytest.raises(Unavailable, match=r"0\.1 s late"):
-        check.beat()
+    liveness.step()
+    assert "0.1 s late" in doubts[0]
+
+
+@pytest.mark.system
+@pytest.mark.finding("B4")
+def test_beats_go_on_whatever_else_hangs():
+    """A call that hangs holds no beat up, nor does the thread outlive `close`, also while the agent
+    answers no beat either."""
+    with Server() as server:
+        hangs = threading.Event()
+
+        def behave(request):
+            if hangs.is_set() or request.path == "/v1/session/create":
+                return lambda sock: server.stopping.wait(30)
+            return reply()
+
+        server.behave = behave
+        api = ConsulApi(Settings(mode="kv", addresses=(server.address,)))
+        liveness = Liveness(api, 0.3)
+        liveness.register()
+        in_thread(lambda: api.call("PUT", "/v1/session/create"))
+
+        def beats():
+            return sum("/check/pass/" in request.path for request in server.requests)
+
+        eventually(beats, lambda count: count > 5)
+        hangs.set()
+        before = beats()
+        eventually(beats, lambda count: count > before)
+        started = time.monotonic()
+        liveness.close()
+        assert not liveness._worker.is_running
+        assert time.monotonic() - started < 5

@@ -7,7 +7,7 @@ cannot express.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from ..model import Host, Lease, Registration, Snapshot
@@ -44,21 +44,18 @@ class Resolver(Protocol):
         """Close every connection."""
 
 
-class Beating(Protocol):
-    """A Registrar whose leases end soon after the last beat of their process."""
-
-    def beat(self) -> float | None:
-        """Say that this process lives, if it is time; return in how many seconds to come again,
-        None: no lease needs it now.
-
-        Raises Unavailable and Denied when that failed or came late, so that a lease may be lost."""
+OnDoubt = Callable[[str | None], None]
+"""Told why a lease may have ended before its time, and None when that reason is over."""
 
 
 class Registrar(Protocol):
     """Makes registrations visible to everybody, under one lease a process."""
 
-    def open(self) -> Lease:
-        """A new lease, which ends by itself when it is not renewed."""
+    def open(self, on_doubt: OnDoubt | None = None) -> Lease:
+        """A new lease, which ends by itself when it is not renewed.
+
+        Where it may end sooner than that, *on_doubt* is called, on any thread: then only a renewal
+        tells what has become of it."""
 
     def publish(self, lease: Lease, registration: Registration) -> None:
         """Make *registration* visible until it is withdrawn or *lease* ends."""

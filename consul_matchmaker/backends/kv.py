@@ -26,9 +26,10 @@ from ..model import Held, Host, Instance, Lease, Registration, Snapshot
 from ..naming import MAX_KEY_BYTES, SENTINEL, Key, host_folder, topic_folder
 from ..settings import Settings
 from ..worker import seconds_since_boot
+from . import OnDoubt
 from .http.api import Answer, ConsulApi, Line, go_duration
 from .kv_poll import Confirmer, Poll
-from .liveness import ServiceCheck
+from .liveness import Liveness
 
 logger = logging.getLogger(__name__)
 
@@ -127,18 +128,18 @@ class Kv:
         self._prefix = settings.prefix
         self._clock = clock
         self.longest_lookup_seconds = settings.request_timeout_seconds * len(settings.addresses)
-        self._check: ServiceCheck | None = None
+        self._liveness: Liveness | None = None
         if settings.liveness == "check":
             # A suspended machine has to notice that its beat is late.
             lasting = seconds_since_boot if clock is time.monotonic else clock
-            self._check = ServiceCheck(api, settings.check_ttl_seconds, clock=lasting)
+            self._liveness = Liveness(api, settings.check_ttl_seconds, clock=lasting)
         self._begin()
 
     def forget(self) -> None:
         """In a forked child: no connection, no lease, nothing published."""
         self._api.forget()
-        if self._check is not None:
-            self._check.forget()
+        if self._liveness is not None:
+            self._liveness.forget()
         self._begin()
 
     def _begin(self) -> None:
@@ -154,6 +155,8 @@ class Kv:
 
     def close(self) -> None:
         """Close every connection but those of polls; leases are left alone."""
+        if self._liveness is not None:
+            self._liveness.close()
         self._api.close()
 
     # -- Resolver ----------------------------------------------------------------------------
@@ -246,10 +249,11 @@ class Kv:
 
     # -- Registrar ---------------------------------------------------------------------------
 
-    def open(self) -> Lease:
+    def open(self, on_doubt: OnDoubt | None = None) -> Lease:
         """A new session, which Consul ends 2 x TTL after the last renewal at the latest.
 
-        With ``liveness=check`` it hangs on a check too, which `beat` keeps passing."""
+        With ``liveness=check`` it hangs on a check too, which a thread keeps passing; *on_doubt*
+        is called when that fails."""
         ttl_seconds = self._settings.session_ttl_seconds
         # Beside our own check too: it runs on the agent, and says nothing once that is dead.
         node_checks = [] if self._settings.liveness == "session" else [NODE_CHECK]
@@ -263,9 +267,9 @@ class Kv:
             "NodeChecks": node_checks,
         }
         place = None
-        if self._check is not None:
-            place = self._check.register()
-            wanted["ServiceChecks"] = [{"ID": self._check.id}]
+        if self._liveness is not None:
+            place = self._liveness.register(on_doubt)
+            wanted["ServiceChecks"] = [{"ID": self._liveness.id}]
         try:
             answer = self._api.call("PUT", "/v1/session/create", body=_json(wanted), at=place)
         except Unavailable as error:
@@ -348,12 +352,8 @@ class Kv:
         """Destroy the session; Consul deletes its keys with it, in the same Raft entry."""
         self._api.call("PUT", f"/v1/session/destroy/{lease.id}", accept=(404,))
         self._drop(lease)
-        if self._check is not None:
-            self._check.deregister()
-
-    def beat(self) -> float | None:
-        """Keep the lease's check passing; see `backends.Beating`."""
-        return None if self._check is None else self._check.beat()
+        if self._liveness is not None:
+            self._liveness.deregister()
 
     def expire(self, topic: str, host: Host) -> int:
         """Delete every key of *topic* on *host*, whoever holds it; return how many there were."""

@@ -1,4 +1,4 @@
-"""Keep a TTL check on an agent passing, so that Consul sees soon that we are gone."""
+"""Keep a TTL check on an agent passing, so that Consul sees soon that this process is gone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from ..errors import Denied, Unavailable
 from ..model import Host
-from ..worker import seconds_since_boot
-from .http.api import ConsulApi, go_duration
+from ..worker import Worker, seconds_since_boot
+from . import OnDoubt
+from .http.api import ConsulApi, Line, go_duration
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +25,18 @@ BEAT_TIMEOUT = 0.5
 """Of the check's TTL: then another beat is tried before it ends."""
 DEREGISTER_AFTER = "1m"
 """The least that Consul takes: what a killed process leaves in the catalog is gone after this."""
+END_SECONDS = 0.5
+"""How long `close` waits for the thread: it is in no call by then that takes longer."""
 
 
-class ServiceCheck:
-    """A service with a TTL check on one agent: there while this process beats.  Thread-safe.
+class Liveness:
+    """A service with a TTL check on one agent, which a thread keeps passing.  Thread-safe.
 
-    The check lives on the agent that was asked, so a session bound to it has to be made there.
+    The thread does nothing else, over a connection of its own, so that nothing else that this
+    process waits for holds a beat up.  The check lives on the agent that was asked, so a session
+    bound to it has to be made there.
+
+    With ``threaded=False`` there is no thread: the owner calls `step`.
     """
 
     def __init__(
@@ -38,32 +45,51 @@ class ServiceCheck:
         ttl_seconds: float,
         *,
         clock: Callable[[], float] = seconds_since_boot,
+        threaded: bool = True,
     ) -> None:
         self._api = api
         self._ttl_seconds = ttl_seconds
         self._beat_seconds = BEAT_EVERY * ttl_seconds
         self._clock = clock
-        self.forget()
+        self._threaded = threaded
+        self._worker = Worker("consul-matchmaker-liveness", self.step)
+        self._make_clean()
+
+    def _make_clean(self) -> None:
+        self._lock = threading.Lock()
+        self._line = self._api.line()
+        self.id = f"{SERVICE}-{uuid.uuid4().hex}"
+        self._place: Host | None = None
+        self._on_doubt: OnDoubt | None = None
+        self._is_in_doubt = False
+        self._token_changes = 0
+        self._due_at = self._beaten_at = 0.0
 
     def forget(self) -> None:
         """In a forked child: the check is the parent's."""
-        self._lock = threading.Lock()
-        self.id = f"{SERVICE}-{uuid.uuid4().hex}"
-        self._place: Host | None = None
-        self._token_changes = 0
-        self._due_at = self._beaten_at = 0.0
-        self._error: Unavailable | Denied | None = None
+        self._worker.forget()
+        self._make_clean()
 
-    def register(self) -> Host:
-        """Register the service, its check passing; return the agent that has it.  Idempotent."""
+    def register(self, on_doubt: OnDoubt | None = None) -> Host:
+        """Register the service, its check passing, and keep it so; return the agent that has it.
+
+        Idempotent.  When a beat fails, or comes so late that the check has ended, *on_doubt* is
+        called with the reason, and with None when beats succeed again; on the thread that beats, so
+        it has to return at once.
+        """
         sent_at = self._clock()
-        place = self._register(None, None)
+        place = self._register(self._api, None, None)
         with self._lock:
-            self._place, self._error = place, None
+            self._place, self._on_doubt, self._is_in_doubt = place, on_doubt, False
             self._beaten_at, self._due_at = sent_at, sent_at + self._beat_seconds
+        if self._threaded:
+            self._worker.start()
+            self._worker.wake()
         return place
 
-    def _register(self, at: Host | None, timeout_seconds: float | None) -> Host:
+    def _register(
+        self, way: ConsulApi | Line, at: Host | None, timeout_seconds: float | None
+    ) -> Host:
         service = {
             "ID": self.id,
             "Name": SERVICE,
@@ -77,32 +103,15 @@ class ServiceCheck:
         }
         body = json.dumps(service).encode("ascii")
         path = "/v1/agent/service/register"
-        answer = self._api.call("PUT", path, body=body, at=at, timeout_seconds=timeout_seconds)
+        answer = way.call("PUT", path, body=body, at=at, timeout_seconds=timeout_seconds)
         assert answer.address is not None
         self._token_changes = self._api.token_changes
         return answer.address
 
-    def beat(self) -> float | None:
-        """Beat if it is time; return in how many seconds to come again, None: never.
-
-        Raises Unavailable and Denied when the last beat failed or was too late, so that the lease
-        may have ended.
-        """
-        pause = self._beat_if_due()
-        error = self._error
-        if error is not None:  # another object each time: a raised one collects tracebacks
-            raise type(error)(*error.args)
-        return pause
-
-    def beat_meanwhile(self) -> float:
-        """Beat if it is time, while something else is waited for; `beat` will raise its error."""
-        pause = self._beat_if_due()
-        return self._beat_seconds if pause is None else pause
-
     def deregister(self) -> None:
         """Take the service out of the catalog; when that fails, Consul does it by itself."""
         with self._lock:
-            place, self._place, self._error = self._place, None, None
+            place, self._place = self._place, None
         if place is None:
             return
         try:
@@ -110,7 +119,14 @@ class ServiceCheck:
         except (Unavailable, Denied) as error:
             logger.debug("service %s stays for %s: %s", self.id, DEREGISTER_AFTER, error)
 
-    def _beat_if_due(self) -> float | None:
+    def close(self) -> None:
+        """End the thread, also while the agent does not answer; the service is left alone."""
+        self._line.close()
+        if not self._worker.stop(END_SECONDS):
+            logger.debug("%r has not ended yet", self._worker)
+
+    def step(self) -> float | None:
+        """Beat if it is time; return in how many seconds to come again, None: when registered."""
         now = self._clock()
         with self._lock:
             place = self._place
@@ -120,26 +136,33 @@ class ServiceCheck:
                 return self._due_at - now
             self._due_at = now + self._beat_seconds
             late_by = now - self._beaten_at - self._ttl_seconds
+        problem = self._beat(place)
+        has_beaten = problem is None
+        if has_beaten and late_by > 0:  # suspended, or kept from the processor
+            problem = f"the beat of check {self.id} was {late_by:.1f} s late"
+        with self._lock:
+            if self._place is None:  # deregistered meanwhile
+                return None
+            if has_beaten:
+                self._beaten_at = now
+            is_news = self._is_in_doubt != (problem is not None)
+            self._is_in_doubt = problem is not None
+            on_doubt, pause = self._on_doubt, max(0.0, self._due_at - self._clock())
+        if is_news and on_doubt is not None:
+            on_doubt(problem)
+        return pause
+
+    def _beat(self, place: Host) -> str | None:
+        """Say that this process lives; return why that failed."""
         timeout_seconds = BEAT_TIMEOUT * self._ttl_seconds
-        error: Unavailable | Denied | None = None
-        has_beaten = False
         try:
             if self._api.token_changes != self._token_changes:
                 # The agent tells the servers of this check with the token that registered it: once
                 # that one is revoked they would never hear that we are gone.
-                self._register(place, timeout_seconds)
+                self._register(self._line, place, timeout_seconds)
             else:
                 path = f"/v1/agent/check/pass/{self.id}"
-                self._api.call("PUT", path, at=place, timeout_seconds=timeout_seconds)
-        except (Unavailable, Denied) as failure:
-            error = failure
-        else:
-            has_beaten = True
-            if late_by > 0:  # suspended, or kept from the processor
-                error = Unavailable(f"the beat of check {self.id} was {late_by:.1f} s late")
-        with self._lock:
-            if has_beaten:
-                self._beaten_at = now
-            if self._place is not None:
-                self._error = error
-        return self._beat_seconds
+                self._line.call("PUT", path, at=place, timeout_seconds=timeout_seconds)
+        except (Unavailable, Denied) as error:
+            return str(error)
+        return None

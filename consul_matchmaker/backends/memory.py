@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ..errors import Denied, LeaseLost, Unavailable
 from ..model import Host, Instance, Lease, Registration, Snapshot, checked_topic
+from . import OnDoubt
 
 LIVES_PER_TTL = 2
 """Consul keeps a session for exactly twice its TTL after the last renewal (fact B2)."""
@@ -77,8 +78,8 @@ class Memory:
 
     # -- Registrar
 
-    def open(self) -> Lease:
-        """A new lease; it ends 2 x its TTL after the last renewal."""
+    def open(self, on_doubt: OnDoubt | None = None) -> Lease:
+        """A new lease; it ends 2 x its TTL after the last renewal, never in doubt before."""
         with self._lock:
             self._answer()
             lease = Lease(str(uuid.uuid4()), self._ttl_seconds)

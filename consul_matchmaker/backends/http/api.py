@@ -82,6 +82,10 @@ class TooLarge(Unavailable):
     """The answer exceeds what is read of one; `exchange.MAX_ANSWER_BYTES` of it were received."""
 
 
+class _GivenUp(Unavailable):
+    """The caller itself has ended the call, which says nothing of the agent."""
+
+
 class _Call(NamedTuple):
     """What is asked, of whichever agent."""
 
@@ -218,9 +222,9 @@ class ConsulApi:
             is_hurried = call.until < time.monotonic() + call.timeout_seconds
             try:
                 answer = self._answer(self._settings.addresses[candidate], call, line)
+            except _GivenUp:
+                raise
             except Unavailable as error:
-                if line is not None:
-                    line.raise_if_interrupted()
                 first_error = first_error or error
                 if is_hurried and isinstance(error, TimedOut) and call.until <= time.monotonic():
                     break  # which says nothing of the agent
@@ -286,7 +290,12 @@ class ConsulApi:
                 address, self.new_exchange(address)
             )
         deadline = min(time.monotonic() + call.timeout_seconds, call.until)
-        answer = self._send(exchange, address, call, where, token, deadline)
+        try:
+            answer = self._send(exchange, address, call, where, token, deadline)
+        except Unavailable:
+            if line is not None:
+                line.raise_if_interrupted()
+            raise
         if answer.status == 403 and self._settings.token_file:
             fresh = self._current_token(where, is_refused=True)
             if fresh != token:
@@ -487,7 +496,7 @@ class Line:
         if self._is_interrupted or (exchange is not None and exchange.is_aborted):
             self._exchange = None
             self._is_interrupted = self._is_closed
-            raise Unavailable("the connection to Consul was given up by its owner")
+            raise _GivenUp("the connection to Consul was given up by its owner")
 
 
 def go_duration(seconds: float) -> str:
