@@ -2083,6 +2083,7 @@ def test_a_cut_answer_takes_nothing_over_from_disk(
     before.lookup("scheduler")
     before.close(DEADLINE_SECONDS)
     cache = on_disk(dns, clock, wall, tmp_path)
+    dns.fail("scheduler")
     assert shown(cache.lookup("scheduler")) == [A, B]
     dns.say("scheduler", C, is_complete=False)
     assert shown(cache.refresh("scheduler")) == [C]
@@ -2119,7 +2120,7 @@ def test_a_consul_that_is_well_is_quicker_than_the_file(
     """At a start with Consul there the first answer is its own already; with one that hangs the
     file's comes soon, and only the first caller waits for it at all."""
     monkeypatch.setattr(cache_module, "CHANCE_SECONDS", 1.0)
-    settings = kv(state_path=str(tmp_path), stale_while_revalidate_seconds=0)
+    settings = kv(state_path=str(tmp_path))
     consul.say("scheduler", A)
     before = Cache(consul, settings)
     before.lookup("scheduler")

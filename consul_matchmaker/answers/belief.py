@@ -199,12 +199,13 @@ class Belief:
 
     def must_ask_first(self, now: float) -> bool:
         """Whether Consul gets the chance to answer before the held answer is given: it is older
-        than ``stale_while_revalidate_seconds``, and Consul was not asked since."""
+        than ``stale_while_revalidate_seconds``, or from disk, and Consul was not asked since."""
         held = self.held
         assert held is not None
         if now < held.fresh_until or self.failures or self.had_no_time:
             return False
-        return now - held.taken_at >= self.rules.settings.stale_while_revalidate_seconds
+        seconds = self.rules.settings.stale_while_revalidate_seconds
+        return held.source == "disk" or now - held.taken_at >= seconds
 
     def serve(self, now: float) -> Snapshot:
         """The held answer, given without another look for a while; a refresh is due if it is

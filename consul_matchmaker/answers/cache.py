@@ -35,7 +35,7 @@ from .state_file import StateFiles
 
 logger = logging.getLogger(__name__)
 
-CHANCE_SECONDS = 0.05
+CHANCE_SECONDS = 0.02
 """So long Consul may take to answer before an old answer is given: it needs 0.2 to 2 ms where it is
 well, and no caller must wait where it is not."""
 ENOUGH_TIME = 0.9
