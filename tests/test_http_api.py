@@ -16,7 +16,7 @@ import tracemalloc
 
 import pytest
 
-from consul_matchmaker.backends.http.api import ConsulApi, Overloaded, go_duration
+from consul_matchmaker.backends.http.api import ConsulApi, Overloaded, TooLarge, go_duration
 from consul_matchmaker.backends.http.exchange import IDLE_CONNECTIONS, MAX_ANSWER_BYTES
 from consul_matchmaker.errors import Denied, TimedOut, Unavailable
 from consul_matchmaker.settings import Settings
@@ -320,7 +320,7 @@ def test_a_body_without_end_is_not_read():
         for _ in range(MAX_ANSWER_BYTES // 2**20 + 8):
             sock.sendall(b"x" * 2**20)
 
-    with Server(lambda request: flood) as server, pytest.raises(Unavailable, match="exceeds"):
+    with Server(lambda request: flood) as server, pytest.raises(TooLarge, match="exceeds"):
         agent_at(server.address).call("GET", "/v1/kv/a")
 
 
