@@ -89,6 +89,7 @@ def kv(make_kv: MakeKv) -> Kv:
 def watch(make_kv: MakeKv) -> Iterator[Watch]:
     """Have topics watched; returns when the first is fresh."""
     made: list[Watcher] = []
+    before = set(threading.enumerate())  # of other tests in this process
 
     def start(*topics: str, addresses: tuple[str, ...] = (), **values: Any) -> tuple[Watcher, Told]:
         told = Told(*topics)
@@ -102,7 +103,13 @@ def watch(make_kv: MakeKv) -> Iterator[Watch]:
     yield start
     for watcher in made:
         assert watcher.close(5)
-    assert not [t for t in threading.enumerate() if t.name.startswith("consul-matchmaker-poll")]
+    assert [one for one in threads_since(before) if "poll" in one] == []
+
+
+def threads_since(before: set[threading.Thread]) -> list[str]:
+    """The names of our threads that run now and did not then."""
+    names = [thread.name for thread in set(threading.enumerate()) - before]
+    return [name for name in names if name.startswith("consul-matchmaker")]
 
 
 class Counting:
@@ -317,13 +324,14 @@ def test_closing_a_watcher_does_not_wait_for_its_polls(
 ) -> None:
     """close() ends polls that would wait for long, also at an agent that is frozen, and leaves no
     thread."""
+    before = set(threading.enumerate())
     watcher, _ = watch(topic, f"{topic}2")
     cluster.pause("agent1")
     time.sleep(FRESH_SECONDS)  # a confirmation hangs too, perhaps
     started = time.monotonic()
     assert watcher.close(5)
     assert time.monotonic() - started < 2
-    assert not [t for t in threading.enumerate() if t.name.startswith("consul-matchmaker")]
+    assert threads_since(before) == []
 
 
 def test_a_frozen_agent_makes_answers_stale_in_time(
