@@ -28,6 +28,7 @@ def test_few_topics_have_a_query_each_and_many_share_one():
     """Up to max_watches folders, beyond that the prefix; nothing where nothing is in use."""
     assert planned(()).wanted == ()
     assert planned(("a",)).wanted == ("a",)
+    assert (planned(FIVE).is_prefix, planned(FOUR).is_prefix) == (True, False)
     assert planned(FOUR).wanted == FOUR
     assert planned(FIVE).wanted == (PREFIX,)
 
@@ -70,6 +71,7 @@ def test_where_the_prefix_cannot_be_watched_some_folders_are():
     for _ in range(50):
         plan = plan.refused(now)
     assert plan.next_at(now) == now + MAX_RETRY_SECONDS
+    assert plan.next_at(now + MAX_RETRY_SECONDS) == math.inf
     assert plan.accepted().refused(now).next_at(now) == now + RETRY_SECONDS
     assert WatchPlan(0).refused(0).planned(FIVE, 1).wanted == ()
 
@@ -81,13 +83,14 @@ def test_an_agent_with_too_many_connections_gets_fewer():
     plan = planned(FOUR, 1, plan).overloaded(1).overloaded(1)
     assert planned(FOUR, 1, plan).wanted == ("a",)
     assert plan.next_at(1) == 1 + RELIEF_SECONDS
+    assert plan.next_at(1 + RELIEF_SECONDS) == math.inf, "it is due"
     counts, now = [], 1.0
     for _ in range(4):
         now += RELIEF_SECONDS
         plan = planned(FOUR, now, plan)
+        plan = planned(FOUR, now, plan)  # once more at the same time, which changes nothing
         counts.append(len(plan.wanted))
     assert counts == [2, 3, 4, 4]
-    assert plan.next_at(now) == math.inf
 
 
 # -- how to get there -----------------------------------------------------------------------------

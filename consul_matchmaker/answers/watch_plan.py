@@ -17,7 +17,6 @@ The rules:
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -41,17 +40,17 @@ class WatchPlan:
 
     max_watches: int
     folders: tuple[str, ...] = ()
-    """Topics that have a query of their own."""
+    """Topics that have a query of their own, unless `is_prefix`."""
     is_prefix: bool = False
     """Whether one query of the whole prefix serves all topics."""
     fits_since: float | None = None
     """Since when the topics in use are few enough for queries of their own."""
     tried_again_at: float = -math.inf
     """Until then the prefix is not watched."""
-    refusals: int = 0
-    """How often in a row the prefix could not be watched."""
-    allowed: int | None = None
-    """Queries that may run since an agent had too many connections; None: as many as are set."""
+    retry_seconds: float = RETRY_SECONDS
+    """How long it is not, when it cannot be watched the next time."""
+    allowed: float = math.inf
+    """How many queries may run since an agent had too many connections."""
     relief_at: float = math.inf
     """When one more may run."""
 
@@ -63,7 +62,7 @@ class WatchPlan:
     @property
     def slots(self) -> int:
         """How many queries may run at once, also while the plan changes."""
-        return max(1, self.max_watches if self.allowed is None else self.allowed)
+        return max(1, int(min(self.max_watches, self.allowed)))
 
     def planned(self, topics: Sequence[str], now: float) -> WatchPlan:
         """The plan for *topics*, which are in use at *now*."""
@@ -73,13 +72,12 @@ class WatchPlan:
             fits_since = now if plan.fits_since is None else plan.fits_since
         is_many = fits_since is None or (plan.is_prefix and now < fits_since + FIT_SECONDS)
         if topics and is_many and now >= plan.tried_again_at:
-            return replace(plan, is_prefix=True, folders=(), fits_since=fits_since)
+            return replace(plan, is_prefix=True, fits_since=fits_since)
         in_use, most = set(topics), min(plan.max_watches, plan.slots)
         kept = [topic for topic in plan.folders if topic in in_use]
         in_use.difference_update(kept)
-        others = itertools.islice((topic for topic in topics if topic in in_use), most)
-        folders = tuple([*kept, *others][:most])
-        return replace(plan, is_prefix=False, folders=folders, fits_since=fits_since)
+        others = [topic for topic in topics if topic in in_use]
+        return replace(plan, is_prefix=False, folders=tuple([*kept, *others][:most]))
 
     def overloaded(self, now: float) -> WatchPlan:
         """After an agent had too many connections."""
@@ -87,12 +85,13 @@ class WatchPlan:
 
     def refused(self, now: float) -> WatchPlan:
         """After the prefix could not be watched."""
-        pause = min(MAX_RETRY_SECONDS, RETRY_SECONDS * 2.0 ** min(self.refusals, 30))
-        return replace(self, tried_again_at=now + pause, refusals=self.refusals + 1)
+        pause = self.retry_seconds
+        doubled = min(MAX_RETRY_SECONDS, 2 * pause)
+        return replace(self, tried_again_at=now + pause, retry_seconds=doubled)
 
     def accepted(self) -> WatchPlan:
         """After the prefix was watched: the next refusal is the first again."""
-        return replace(self, refusals=0) if self.refusals else self
+        return replace(self, retry_seconds=RETRY_SECONDS)
 
     def next_at(self, now: float) -> float:
         """When another plan may be due although nothing else happens."""
@@ -110,7 +109,7 @@ class WatchPlan:
         others still take a slot.
         """
         wanted = self.wanted
-        is_replaced = all(running.get(each, False) for each in wanted)
+        is_replaced = all(running.get(each) for each in wanted)
         unwanted = [each for each in running if each not in wanted]
         end = {
             each
@@ -124,8 +123,6 @@ class WatchPlan:
         return end, missing[: max(0, free)]
 
     def _relieved(self, now: float) -> WatchPlan:
-        if self.allowed is None or now < self.relief_at:
+        if now < self.relief_at:
             return self
-        if self.allowed + 1 >= self.max_watches:
-            return replace(self, allowed=None, relief_at=math.inf)
         return replace(self, allowed=self.allowed + 1, relief_at=now + RELIEF_SECONDS)

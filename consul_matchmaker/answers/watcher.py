@@ -387,18 +387,21 @@ class Watcher:
     def on_failure(self, watch: _Watch, route: Route, error: Exception) -> None:
         """A poll of *watch*, on *route*, brought no answer."""
         now = self.clock()
+        is_refused = watch.watched is PREFIX and isinstance(error, (TooLarge, Denied))
         with self.lock:
             watch.lose()
             watch.has_answered = False
-            if isinstance(error, Overloaded):
-                self._plan = self._plan.overloaded(now)
-            elif watch.watched is PREFIX and isinstance(error, (TooLarge, Denied)):
+            if is_refused:
                 self._plan = self._plan.refused(now)
-                pause = self._plan.tried_again_at - now
-                logger.warning("the prefix is not watched as a whole for %g s: %s", pause, error)
+            elif isinstance(error, Overloaded):
+                self._plan = self._plan.overloaded(now)
             elif isinstance(error, Unavailable) and self.route == route and self._is_confirmed:
                 self.route = None
-        self._tell_lost(error)
+        if is_refused:
+            pause = self._plan.tried_again_at - now
+            logger.warning("the prefix is not watched as a whole for %g s: %s", pause, error)
+        else:
+            self._tell_lost(error)
         self._worker.wake()
 
     def _tell_lost(self, error: Exception) -> None:
