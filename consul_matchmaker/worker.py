@@ -12,7 +12,7 @@ import threading  # never `from threading import ...`: eventlet may patch it aft
 import time
 import weakref
 from collections.abc import Callable
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, TypeVar
 
 from .errors import Unavailable
 
@@ -59,30 +59,6 @@ def _forget_all() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
     os.register_at_fork(after_in_child=_forget_all)
-
-
-def call_within(timeout_seconds: float, call: Callable[[], T], name: str) -> T:
-    """What *call* returns or raises, run on a daemon thread *name* so that the caller's wait ends.
-
-    Raises TimeoutError when it has not ended after *timeout_seconds*; its thread then ends with it.
-    """
-    outcome: list[tuple[T | None, BaseException | None]] = []
-    done = threading.Event()
-
-    def run() -> None:
-        try:
-            outcome.append((call(), None))
-        except BaseException as error:
-            outcome.append((None, error))
-        done.set()
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    if not done.wait(min(timeout_seconds, threading.TIMEOUT_MAX)):
-        raise TimeoutError(f"{name}: no result within {timeout_seconds:g} s")
-    value, error = outcome.pop()
-    if error is not None:
-        raise error
-    return cast(T, value)
 
 
 class Worker:

@@ -491,6 +491,11 @@ class Cache:
         if entry is None:
             return None
         entry.asked_at = now = self._clock()
+        held = entry.held
+        if held is not None and now < entry.usable_until:
+            if not is_counted:
+                self._hit()
+            return held
         with self._lock:
             if entry.held is None or now >= entry.gone_at or entry.must_ask_first(now):
                 return None
@@ -728,7 +733,8 @@ class Cache:
         """Room was needed.  The lock is held."""
         self._evictions += 1
         entry.refresh_at = NEVER
-        self._in_use.pop(entry.topic, None)
+        if entry.server is None:
+            self._in_use.pop(entry.topic, None)
         self._outbox.extend(entry.waiters)  # they look again, and make another entry
         if self._state_files is not None:
             self._outbox.append(partial(self._state_files.drop, entry.topic, entry.server))
