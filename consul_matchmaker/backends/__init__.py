@@ -41,7 +41,7 @@ class Resolver(Protocol):
         """Drop every connection without touching the network: this is a forked child now."""
 
     def close(self) -> None:
-        """Close every connection."""
+        """Close every connection for ever; a lookup under way, or later, raises Unavailable."""
 
 
 OnDoubt = Callable[[str | None], None]

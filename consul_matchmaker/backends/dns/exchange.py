@@ -1,7 +1,8 @@
 """Carry DNS queries to one agent and its replies back: UDP, and TCP connections that are kept.
 
 Nothing here knows what is asked.  Every call ends at its *until*, an instant of `time.monotonic`
-(what a socket waits for is real time), and raises OSError (TimeoutError) or BadReply.
+(what a socket waits for is real time), and raises OSError (TimeoutError) or BadReply; Unavailable
+once its channel was closed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 
+from ...errors import Unavailable
 from ...model import Host
 from ..host_names import HostNames
 from ..traffic import Traffic
@@ -64,6 +68,9 @@ def _read(wire: bytes, query: bytes, traffic: Traffic, extra_bytes: int = 0) -> 
     return reply
 
 
+_Opening = Callable[[socket.socket], AbstractContextManager[None]]
+
+
 class NotConnected(ConnectionError):
     """No TCP connection to the agent came about: refused, or too slow.  UDP is what is left."""
 
@@ -87,10 +94,40 @@ class Channel:
         self._is_local: bool | None = None
         self._useless_places = 0
         self._tcp_first_until = 0.0
+        self._open: set[socket.socket] = set()
+        self._is_closed = False
         for connection in kept:
             connection.close()
 
-    close = forget
+    def close(self) -> None:
+        """Close every connection, and have every call raise Unavailable: one under way at once."""
+        self._is_closed = True
+        for sock in tuple(self._open):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # wakes who waits there; closing would not
+        with self._lock:
+            kept, self._kept = self._kept, []
+        for connection in kept:
+            connection.close()
+
+    @contextmanager
+    def opening(self, sock: socket.socket) -> Iterator[None]:
+        """Have `close` end what is done with *sock*."""
+        self._open.add(sock)
+        try:
+            self.raise_if_closed()  # after the add, so that `close` misses none
+            yield
+            self.raise_if_closed()
+        except OSError:
+            self.raise_if_closed()
+            raise
+        finally:
+            self._open.discard(sock)
+
+    def raise_if_closed(self) -> None:
+        """Raise Unavailable after `close`."""
+        if self._is_closed:
+            raise Unavailable("this way to Consul was closed meanwhile: make a new matchmaker")
 
     def udp_limit(self, until: float) -> int:
         """The EDNS size to ask for; resolves the agent's name if it has one."""
@@ -147,7 +184,7 @@ class Channel:
         query = os.urandom(2) + query[2:]
         resend_seconds = timeout_seconds / RESENDS_PER_TIMEOUT
         family, place = self._resolved(until)
-        with socket.socket(family, socket.SOCK_DGRAM) as udp:
+        with socket.socket(family, socket.SOCK_DGRAM) as udp, self.opening(udp):
             udp.connect(place)
             now = time.monotonic()
             is_retry = False
@@ -161,6 +198,7 @@ class Channel:
                     try:
                         return _read(udp.recv(65_535), query, self.udp)
                     except (TimeoutError, NotOurs):
+                        self.raise_if_closed()
                         now = time.monotonic()
         raise TimeoutError("no answer by UDP")
 
@@ -212,7 +250,7 @@ class Channel:
     def _connect(self, until: float) -> _Connection:
         place, now = self._resolved(until), time.monotonic()
         try:
-            return _Connection(place, now + CONNECT_SHARE * (until - now))
+            return _Connection(place, now + CONNECT_SHARE * (until - now), self.opening)
         except OSError as error:
             raise NotConnected(error.errno, f"no TCP connection: {error}") from error
 
@@ -300,12 +338,14 @@ class Stream:
 class _Connection:
     """A TCP connection to an agent, with DNS's two bytes of length before each message."""
 
-    def __init__(self, place: _Place, until: float) -> None:
+    def __init__(self, place: _Place, until: float, opening: _Opening) -> None:
         family, address = place
+        self._opening = opening
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         try:
             self._wait_no_longer_than(until)
-            self._socket.connect(address)
+            with opening(self._socket):
+                self._socket.connect(address)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except BaseException:
             self._socket.close()
@@ -319,7 +359,8 @@ class _Connection:
     def send(self, query: bytes, until: float) -> None:
         self._wait_no_longer_than(until)
         self._queries += 1
-        self._socket.sendall(len(query).to_bytes(LENGTH_BYTES, "big") + query)
+        with self._opening(self._socket):
+            self._socket.sendall(len(query).to_bytes(LENGTH_BYTES, "big") + query)
 
     def receive(self, until: float) -> bytes:
         length = int.from_bytes(self._receive(LENGTH_BYTES, until), "big")
@@ -333,7 +374,8 @@ class _Connection:
         view, filled = memoryview(parts), 0
         while filled < length:
             self._wait_no_longer_than(until)
-            count = self._socket.recv_into(view[filled:])
+            with self._opening(self._socket):
+                count = self._socket.recv_into(view[filled:])
             if not count:
                 raise ConnectionResetError("the agent closed the connection")
             filled += count

@@ -182,7 +182,7 @@ class DnsSrv:
         self._forget_topics()
 
     def close(self) -> None:
-        """Close every connection; a later lookup opens others."""
+        """Close every connection for ever; a lookup under way, or later, raises Unavailable."""
         for channel in self._channels:
             channel.close()
 
