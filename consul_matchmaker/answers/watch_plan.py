@@ -81,7 +81,7 @@ class WatchPlan:
 
     def overloaded(self, now: float) -> WatchPlan:
         """After an agent had too many connections."""
-        return replace(self, allowed=max(1, self.slots // 2), relief_at=now + RELIEF_SECONDS)
+        return replace(self, allowed=max(1, self.slots / 2), relief_at=now + RELIEF_SECONDS)
 
     def refused(self, now: float) -> WatchPlan:
         """After the prefix could not be watched."""
