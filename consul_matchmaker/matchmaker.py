@@ -402,8 +402,8 @@ class Matchmaker:
         has_ended = self._keeper is None or self._keeper.close(remaining())
         if self._watcher is not None:
             has_ended &= self._watcher.close(remaining())
-        has_ended &= self._cache.close(remaining())
-        self._resolver.close()
+        self._resolver.close()  # ends what is being asked
+        has_ended &= self._cache.close(max(remaining(), GRACE_SECONDS))
         if not has_ended:
             logger.warning("closed within %g s although Consul did not answer", timeout_seconds)
 

@@ -41,6 +41,7 @@ class FakeResolver:
         self.finds_servers = finds_servers
         self.longest_lookup_seconds = LONGEST_SECONDS
         self.timeouts: list[float] = []
+        self._is_closed = False
         self.source = source
         self.asked: list[tuple[str, str | None]] = []
         self._says: dict[tuple[str, str | None], Snapshot | BaseException] = {}
@@ -89,6 +90,8 @@ class FakeResolver:
             self._arrivals[topic].set()
             if not gate.wait(min(timeout_seconds, DEADLINE_SECONDS)):
                 raise TimedOut(f"nothing came within {timeout_seconds:g} s")
+            if self._is_closed:
+                raise Unavailable("closed meanwhile")
         said = self._says.get((topic, server))
         if isinstance(said, BaseException):
             raise said
@@ -102,7 +105,11 @@ class FakeResolver:
 
     def forget(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """As every resolver does: what is under way ends."""
+        self._is_closed = True
+        for gate in self._gates.values():
+            gate.set()
 
 
 def instance(text: str | Instance) -> Instance:

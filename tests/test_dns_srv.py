@@ -31,7 +31,7 @@ from tests.dns_servers import (
     LossyRelay,
     reply_to,
 )
-from tests.doubles import NO_TRAFFIC, ManualClock
+from tests.doubles import DEADLINE_SECONDS, NO_TRAFFIC, ManualClock, in_thread
 
 pytestmark = pytest.mark.system
 
@@ -1068,6 +1068,30 @@ def test_an_agent_that_cannot_be_reached_is_tried_at_its_next_address(resolver: 
             dns_srv.lookup("scheduler")
         assert len(dns_srv.lookup("scheduler")) == 2
         dns_srv.close()
+
+
+@pytest.mark.parametrize("by_tcp", [False, True])
+def test_closing_ends_a_lookup_that_waits(resolver: Lookup, by_tcp: bool) -> None:
+    """At once, whichever transport it waits at; a later one is refused."""
+    ended = threading.Event()
+
+    def silent(server: DnsServer, stream: socket.socket) -> None:
+        ended.wait(DEADLINE_SECONDS)
+
+    with DnsServer(lambda asked: [], serve_tcp=silent) as server:
+        dns_srv = resolver(server)
+        if by_tcp:
+            dns_srv._channels[0].udp_is_silent()
+        lookup = in_thread(lambda: dns_srv.lookup("scheduler"))
+        transport = "tcp" if by_tcp else "udp"
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not dns_srv.wire()[transport]["queries"] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        dns_srv.close()
+        assert isinstance(lookup.exception(DEADLINE_SECONDS), Unavailable)
+        with pytest.raises(Unavailable, match="closed"):
+            dns_srv.lookup("scheduler")
+        ended.set()
 
 
 def test_an_agent_is_local_by_loopback_or_by_its_address() -> None:
