@@ -589,13 +589,26 @@ def test_an_unknown_name_is_unavailable():
         agent_at("no-such-host.invalid:8500").call("GET", "/v1/kv/a")
 
 
-def test_close_then_call_opens_a_new_connection(server):
-    """close() drops what is open and nothing else."""
-    agent = agent_at(server.address)
-    agent.call("GET", "/v1/kv/a")
+def test_close_ends_a_call_that_waits_and_refuses_later_ones(server):
+    """At once, though the agent hangs; no other agent is asked instead."""
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def hang(request):
+        arrived.set()
+        go_on.wait(DEADLINE_SECONDS)
+        return reply(200, b"")
+
+    server.behave = hang
+    agent = agent_at(server.address, server.address)
+    call = in_thread(lambda: agent.call("GET", "/v1/kv/a"))
+    assert arrived.wait(DEADLINE_SECONDS)
     agent.close()
-    agent.call("GET", "/v1/kv/a")
-    assert server.connections == 2
+    assert isinstance(call.exception(DEADLINE_SECONDS), Unavailable)
+    go_on.set()
+    with pytest.raises(Unavailable, match="closed"):
+        agent.call("GET", "/v1/kv/a")
+    assert len(server.requests) == 1
+    assert agent.status()["agents_away"] == []
 
 
 def test_a_forked_child_leaves_the_parents_connection_alone(server):

@@ -129,6 +129,7 @@ class ConsulApi:
         # Dropping closes only our descriptors of them, which the parent does not notice.
         self._lock = threading.Lock()
         self._exchanges: dict[Host, Exchange] = {}
+        self._is_closed = False
         self._current = 0
         self._failures = [0] * len(self._settings.addresses)
         self._retry_at = [-math.inf] * len(self._settings.addresses)
@@ -139,10 +140,11 @@ class ConsulApi:
         self._token_stamp: object = None
 
     def close(self) -> None:
-        """Close every connection but those of lines; one in use when its call has ended."""
-        exchanges, self._exchanges = self._exchanges, {}
-        for exchange in exchanges.values():
-            exchange.close()
+        """Close every connection but those of lines, for ever: a call under way, or later, raises
+        Unavailable at once."""
+        self._is_closed = True
+        for exchange in tuple(self._exchanges.values()):
+            exchange.abort()
 
     def call(
         self,
@@ -289,18 +291,25 @@ class ConsulApi:
             exchange = self._exchanges.get(address) or self._exchanges.setdefault(
                 address, self.new_exchange(address)
             )
+            self._raise_if_closed()  # now that `close` finds what to end
         deadline = min(time.monotonic() + call.timeout_seconds, call.until)
         try:
             answer = self._send(exchange, address, call, where, token, deadline)
         except Unavailable:
             if line is not None:
                 line.raise_if_interrupted()
+            else:
+                self._raise_if_closed()
             raise
         if answer.status == 403 and self._settings.token_file:
             fresh = self._current_token(where, is_refused=True)
             if fresh != token:
                 answer = self._send(exchange, address, call, where, fresh, deadline)
         return answer
+
+    def _raise_if_closed(self) -> None:
+        if self._is_closed:
+            raise _GivenUp("the way to Consul was closed: make a new matchmaker")
 
     def _send(
         self,
