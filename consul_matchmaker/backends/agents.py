@@ -82,7 +82,9 @@ class Agents:
             else:
                 yield candidate
         for index in sorted(resting, key=lambda index: self._agents[index].retry_at):
-            yield Candidate(self, index, self._agents[index])
+            candidate = Candidate(self, index, self._agents[index])
+            candidate.is_resting = True
+            yield candidate
 
     def is_resting(self, index: int) -> bool:
         """Whether the agent of that place in the settings has failed and is left alone for now."""
@@ -134,6 +136,8 @@ class Candidate:
         self.address = agent.address
         self.is_retry = False
         """Whether its rest is over, and this caller alone tries it."""
+        self.is_resting = False
+        """Whether its rest is not over: it is asked only where no other answers."""
         self._agents = agents
         self._agent = agent
         self._answers, self._failures = agent.answers, agent.failures

@@ -19,11 +19,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...backoff import Backoff
 from ...errors import ConfigurationError, Denied, TimedOut, Unavailable
 from ...model import Host
 from ...settings import Settings
 from ...texts import SHOWN_LENGTH, escaped, without_secret
+from ..agents import Agents
 from ..traffic import Traffic
 from .exchange import AnswerTooLarge, Exchange
 
@@ -36,8 +36,6 @@ POLL_JITTER = 1 / 16
 """... and adds up to this share of the wait (fact C2)."""
 LONGEST_EXAMINED = 10_000
 """Characters of an error's text that are searched for the token."""
-FIRST_REPROBE_SECONDS = 1.0
-MAX_REPROBE_SECONDS = 15.0
 
 NO_PARAMETERS: Mapping[str, str] = {}
 
@@ -121,7 +119,13 @@ class ConsulApi:
         self._settings = settings
         self._clock = clock
         self._has_warned = False
-        self._backoff = Backoff(FIRST_REPROBE_SECONDS, MAX_REPROBE_SECONDS, jitter)
+        self._agents = Agents(
+            settings.addresses,
+            "the Consul agent",
+            settings.request_timeout_seconds,
+            clock=clock,
+            jitter=jitter,
+        )
         self.forget()
 
     def forget(self) -> None:
@@ -130,9 +134,7 @@ class ConsulApi:
         self._lock = threading.Lock()
         self._exchanges: dict[Host, Exchange] = {}
         self._is_closed = False
-        self._current = 0
-        self._failures = [0] * len(self._settings.addresses)
-        self._retry_at = [-math.inf] * len(self._settings.addresses)
+        self._agents.forget()
         self._traffic = Traffic()
         self._token: str | None = None
         self.token_changes = 0
@@ -179,23 +181,15 @@ class ConsulApi:
         return wait_seconds * (1 + POLL_JITTER) + slack_seconds
 
     def status(self) -> dict[str, object]:
-        """Which agent is in use, and which are left alone for now."""
-        now = self._clock()
-        with self._lock:
-            away = [i for i, retry_at in enumerate(self._retry_at) if retry_at > now]
-            current = self._current
-        addresses = self._settings.addresses
-        return {
-            "agent": str(addresses[current]),
-            "agents_away": [str(addresses[i]) for i in away],
-        }
+        """Which agent is asked first, and which are left alone for now."""
+        return self._agents.status()
 
     def wire(self) -> dict[str, dict[str, int]]:
         """What was said to agents and heard from them, by transport; see `Traffic`."""
         return {"http": self._traffic.counts()}
 
     def __repr__(self) -> str:
-        return f"<ConsulApi {self._settings.addresses[self._current]}>"
+        return f"<ConsulApi {self._agents}>"
 
     # -- which agent -------------------------------------------------------------------------
 
@@ -220,28 +214,38 @@ class ConsulApi:
             return self._accepted(call, answer)
         first_error: Unavailable | None = None
         server_errors = 0
-        for candidate in self._candidates():
-            is_hurried = call.until < time.monotonic() + call.timeout_seconds
+        for candidate in self._agents.candidates():
+            if candidate.is_resting and first_error is not None:
+                break  # where all rest one is asked, in turn, so that no call waits for each
+            began = time.monotonic()
             try:
-                answer = self._answer(self._settings.addresses[candidate], call, line)
+                answer = self._answer(candidate.address, call, line)
+            except TimedOut as error:
+                first_error = first_error or error
+                candidate.timed_out(str(error), min(call.timeout_seconds, call.until - began))
+                if time.monotonic() >= call.until:
+                    break
             except _GivenUp:
+                candidate.was_not_asked()
                 raise
             except Unavailable as error:
                 first_error = first_error or error
-                if is_hurried and isinstance(error, TimedOut) and call.until <= time.monotonic():
-                    break  # which says nothing of the agent
-                self._failed(candidate)
-                continue
-            if _is_server_error(answer):
+                candidate.failed(str(error))
+            except BaseException:
+                candidate.was_not_asked()
+                raise
+            else:
+                if not _is_server_error(answer):
+                    candidate.worked()
+                    return self._accepted(call, answer)
                 # It lives, and cannot help: perhaps it alone has lost the servers.  One other
                 # opinion is enough, as without a leader all of them say the same.
-                first_error = first_error or self._server_error(answer)
+                problem = self._server_error(answer)
+                candidate.could_not_help(str(problem))
+                first_error = first_error or problem
                 server_errors += 1
                 if server_errors == 2:
                     break
-                continue
-            self._worked(candidate, first_error)
-            return self._accepted(call, answer)
         assert first_error is not None
         raise first_error
 
@@ -249,35 +253,6 @@ class ConsulApi:
         if answer.status == 200 or answer.status in call.accept:
             return answer
         raise self._refusal(call, answer)
-
-    def _candidates(self) -> list[int]:
-        now = self._clock()
-        with self._lock:
-            order = [self._current]
-            order += [i for i in range(len(self._retry_at)) if i != self._current]
-            ready = [i for i in order if self._retry_at[i] <= now]
-            # All are away: one of them is asked, in turn, so that no call waits for each.
-            return ready or [min(order, key=self._retry_at.__getitem__)]
-
-    def _failed(self, candidate: int) -> None:
-        with self._lock:
-            self._failures[candidate] += 1
-            bound = self._backoff.bound_seconds(self._failures[candidate])
-            self._retry_at[candidate] = self._clock() + bound
-
-    def _worked(self, candidate: int, earlier: Unavailable | None) -> None:
-        with self._lock:
-            is_away = self._retry_at[self._current] > self._clock()
-            self._failures[candidate] = 0
-            self._retry_at[candidate] = -math.inf
-            # Not by an answer to an old poll, when the others have moved on meanwhile.
-            is_new = candidate != self._current and (is_away or earlier is not None)
-            if is_new:
-                self._current = candidate
-        if is_new:
-            address = self._settings.addresses[candidate]
-            reason = earlier or "the last one is away"
-            logger.warning("asking the Consul agent %s from now on (%s)", address, reason)
 
     # -- one exchange ------------------------------------------------------------------------
 
