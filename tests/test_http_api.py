@@ -583,10 +583,26 @@ def test_nobody_listening_says_what_to_check():
     )
 
 
-def test_an_unknown_name_is_unavailable():
-    """A host name that does not resolve is a failure like any other."""
-    with pytest.raises(Unavailable, match="check that a Consul agent"):
-        agent_at("no-such-host.invalid:8500").call("GET", "/v1/kv/a")
+def test_names_are_resolved_within_the_deadline(server):
+    """A name is what the system's resolver says, one that it does not know is a failure like any
+    other, and a resolver that hangs holds nobody past his time."""
+    hangs = threading.Event()
+
+    def resolve(name):
+        if name == "hanging":
+            hangs.wait(DEADLINE_SECONDS)
+        return ["127.0.0.1"] if name == "known" else []
+
+    def api(name):
+        settings = Settings(mode="kv", addresses=(f"{name}:{server.port}",))
+        return ConsulApi(settings, resolve=resolve)
+
+    assert api("known").call("GET", "/v1/kv/a").status == 200
+    with pytest.raises(Unavailable, match="no host of the name unknown; check that a Consul agent"):
+        api("unknown").call("GET", "/v1/kv/a")
+    with pytest.raises(TimedOut):
+        api("hanging").call("GET", "/v1/kv/a", timeout_seconds=0.2)
+    hangs.set()
 
 
 def test_close_ends_a_call_that_waits_and_refuses_later_ones(server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import socket
 import threading
 import time
@@ -65,11 +66,14 @@ class HostNames:
         self._questions: dict[str, _Question] = {}
 
     def addresses(self, name: str, until: float) -> list[str]:
-        """The addresses of *name*, IPv4 before IPv6; [] when there is no such name.
+        """The addresses of *name*, IPv4 before IPv6; [] when there is no such name.  An IP address
+        is its own.
 
         Raises OSError when the resolver cannot tell, TimeoutError when it has not told by *until*,
         an instant of `time.monotonic`; what it then says later is remembered all the same.
         """
+        if _is_ip(name):
+            return [name]
         known = self._known.get(name)
         if known is not None and self._clock() < known[1]:
             return known[0]
@@ -123,6 +127,14 @@ class HostNames:
 
     def __repr__(self) -> str:
         return f"<HostNames {len(self._known)} known, {len(self._questions)} asked for>"
+
+
+def _is_ip(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    return True
 
 
 def _seconds_until(until: float) -> float:

@@ -47,14 +47,6 @@ LENGTH_BYTES = 2
 _Place = tuple[socket.AddressFamily, tuple[object, ...]]
 
 
-def _is_ip(address: str) -> bool:
-    try:
-        ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    return True
-
-
 def _read(wire: bytes, query: bytes, traffic: Traffic, extra_bytes: int = 0) -> Reply:
     """*wire* as the reply to *query*, counted; raises BadReply."""
     size = len(wire) + extra_bytes
@@ -213,7 +205,7 @@ class Channel:
         if place is None:
             address, port = self.agent.address, self.agent.port
             # IPv4 first, where Consul listens by default, though `localhost` is IPv6 as well.
-            found = [address] if _is_ip(address) else self._names.addresses(address, until)
+            found = self._names.addresses(address, until)
             if not found:
                 raise OSError(f"there is no host of the name {address}")
             address = found[self._useless_places % len(found)]

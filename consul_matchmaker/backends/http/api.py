@@ -24,6 +24,7 @@ from ...model import Host
 from ...settings import Settings
 from ...texts import SHOWN_LENGTH, escaped, without_secret
 from ..agents import Agents
+from ..host_names import HostNames, resolve_by_system
 from ..traffic import Traffic
 from .exchange import AnswerTooLarge, Exchange
 
@@ -102,9 +103,9 @@ class ConsulApi:
     """Consul's HTTP API at the configured addresses.  Thread-safe.
 
     A call goes to the agent that worked last; one that cannot be reached is left alone for a while
-    and the next in order takes over, so a dead agent costs one timeout, not one a call.  (Resolving
-    a host name is not counted in any timeout: prefer IP addresses.)  Every call must be idempotent:
-    one that meets a connection closed in the meantime is repeated silently.
+    and the next in order takes over, so a dead agent costs one timeout, not one a call.  Every call
+    must be idempotent: one that meets a connection closed in the meantime is repeated silently.
+    Host names are resolved by the system's resolver (*resolve*) beside the caller's thread.
 
     No connection is made before the first call.
     """
@@ -115,9 +116,17 @@ class ConsulApi:
         *,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
+        resolve: Callable[[str], list[str]] = resolve_by_system,
     ) -> None:
         self._settings = settings
         self._clock = clock
+        self._host_names = HostNames(
+            ttl_seconds=settings.ttl_seconds,
+            empty_ttl_seconds=settings.empty_ttl_seconds,
+            most=len(settings.addresses),
+            clock=clock,
+            resolve=resolve,
+        )
         self._has_warned = False
         self._agents = Agents(
             settings.addresses,
@@ -135,6 +144,7 @@ class ConsulApi:
         self._exchanges: dict[Host, Exchange] = {}
         self._is_closed = False
         self._agents.forget()
+        self._host_names.forget()
         self._traffic = Traffic()
         self._token: str | None = None
         self.token_changes = 0
@@ -270,16 +280,16 @@ class ConsulApi:
         deadline = min(time.monotonic() + call.timeout_seconds, call.until)
         try:
             answer = self._send(exchange, address, call, where, token, deadline)
+            if answer.status == 403 and self._settings.token_file:
+                fresh = self._current_token(where, is_refused=True)
+                if fresh != token:
+                    answer = self._send(exchange, address, call, where, fresh, deadline)
         except Unavailable:
             if line is not None:
                 line.raise_if_interrupted()
             else:
                 self._raise_if_closed()
             raise
-        if answer.status == 403 and self._settings.token_file:
-            fresh = self._current_token(where, is_refused=True)
-            if fresh != token:
-                answer = self._send(exchange, address, call, where, fresh, deadline)
         return answer
 
     def _raise_if_closed(self) -> None:
@@ -342,6 +352,7 @@ class ConsulApi:
             (settings.ca_cert or True) if settings.verify else False,
             (settings.client_cert, settings.client_key) if settings.client_cert else None,
             traffic=self._traffic,
+            host_names=self._host_names,
         )
 
     def _remedy(self) -> str:

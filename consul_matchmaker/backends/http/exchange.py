@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import consul.base
 
+from ..host_names import HostNames
 from ..traffic import Traffic
 
 CONNECT_TIMEOUT_SECONDS = 2.0
@@ -75,6 +76,7 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
         cert: tuple[str, str | None] | None = None,
         *,
         traffic: Traffic | None = None,
+        host_names: HostNames | None = None,
     ) -> None:
         super().__init__(f"[{host}]" if ":" in host else host, port, scheme, verify, cert)
         self._name = host
@@ -83,6 +85,7 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
             "User-Agent: consul-matchmaker\r\nAccept-Encoding: identity\r\n"
         )
         self._traffic = traffic or Traffic()
+        self._host_names = host_names or HostNames(ttl_seconds=0, empty_ttl_seconds=0, most=1)
         # No lock guards these: a signal handler may close what its own thread is using.
         self._idle: deque[socket.socket] = deque()
         self._open: set[socket.socket] = set()
@@ -100,7 +103,7 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
         """Connect if need be, ask, and read the whole answer before *deadline* (`time.monotonic`).
 
         Raises TimeoutError, ConnectionError after `abort`, and OSError, HTTPException and
-        ValueError (a host name or a header that cannot be one) for what else goes wrong.
+        ValueError (a header that cannot be one) for what else goes wrong.
         """
         head = [method, " ", self.uri(path, params)[len(self.base_uri) :], self._head]
         for name, value in headers.items():
@@ -177,15 +180,14 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
 
     def _connect(self, deadline: float) -> socket.socket:
         first_error: OSError | None = None
-        for family, kind, protocol, _, address in socket.getaddrinfo(
-            self._name, self.port, type=socket.SOCK_STREAM
-        ):
-            sock = socket.socket(family, kind, protocol)
+        until = min(deadline, time.monotonic() + CONNECT_TIMEOUT_SECONDS)
+        for address in self._host_names.addresses(self._name, until):
+            sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
             try:
                 self._opened(sock)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.settimeout(min(CONNECT_TIMEOUT_SECONDS, _left_until(deadline)))
-                sock.connect(address)
+                sock.connect((address, self.port))
                 return self._secured(sock, deadline) if self.scheme == "https" else sock
             except OSError as error:
                 first_error = first_error or error
@@ -193,8 +195,7 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
             except BaseException:
                 self._close(sock)
                 raise
-        assert first_error is not None  # getaddrinfo raises when it finds none
-        raise first_error
+        raise first_error or OSError(f"there is no host of the name {self._name}")
 
     def _secured(self, sock: socket.socket, deadline: float) -> socket.socket:
         secure = self._context().wrap_socket(
