@@ -924,7 +924,9 @@ def test_when_all_are_away_one_is_asked_a_call():
     clock = ManualClock()
     with Server(lambda r: None) as a, Server(lambda r: None) as b, Server(lambda r: None) as c:
         servers = [a, b, c]
-        agent = agent_at(*(server.address for server in servers), clock=clock)
+        addresses = tuple(server.address for server in servers)
+        settings = Settings(mode="kv", addresses=addresses)
+        agent = ConsulApi(settings, clock=clock, jitter=lambda: 0.5)
         with pytest.raises(Unavailable, match=a.address):
             agent.call("GET", "/v1/kv/a")
         counts = [len(server.requests) for server in servers]
