@@ -666,6 +666,17 @@ def test_costly_answers_are_asked_for_less_often():
     assert one.poll("a", (5, {"a": [5]})) == pytest.approx(0.05 * (40 - 1))
 
 
+def test_what_others_do_during_the_wait_is_no_cost_of_the_watch():
+    """Under eventlet all threads are one, and its processor time is that of the whole program."""
+    one = world(*SIX)
+
+    def wait():
+        one.cpu += 60  # what the program does meanwhile
+        return ports(5)
+
+    assert one.poll(PREFIX, wait) == pytest.approx(MIN_GAP_SECONDS)
+
+
 def test_big_answers_are_asked_for_less_often():
     """200 kB rest a fifth of a second, 60 MB a minute: the share of the network is bounded."""
     one = world(*SIX)

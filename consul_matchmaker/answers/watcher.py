@@ -137,12 +137,15 @@ class _Watch:
             if owner.route is None:
                 return None
             sent = self.sent = _Sent(owner.route, now)
-        cpu_started, wait_seconds = owner.cpu_clock(), owner.wait_seconds(self.query)
-        rest = 0.0
+        wait_seconds = owner.wait_seconds(self.query)
+        rest = work = 0.0
         try:
             polled = self.poll.poll(self.query.index, wait_seconds, sent.route.agent)
+            # From here on, as eventlet runs other green threads of this thread during the wait.
+            cpu_started = owner.cpu_clock()
             self._end_wait()
             self._answered(polled, sent.at, wait_seconds)
+            work = owner.cpu_clock() - cpu_started
         except (Unavailable, Denied) as error:
             self._end_wait()
             if self.worker.is_stopping:
@@ -153,7 +156,6 @@ class _Watch:
             self.query = self.query.failed()
             owner.on_failure(self, sent.route, error)
             rest = owner.backoff.seconds(self.query.failures)
-        work = owner.cpu_clock() - cpu_started
         gap = self.query.gap_seconds(work, self.poll.received_bytes, owner.queries)
         self.rests_until = owner.clock() + max(rest, gap)
         return max(rest, gap)
