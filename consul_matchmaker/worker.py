@@ -12,13 +12,11 @@ import threading  # never `from threading import ...`: eventlet may patch it aft
 import time
 import weakref
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from .errors import Unavailable
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 SECONDS_AFTER_A_BUG = 1.0
 """How long a worker rests after its step raised something nobody expected."""
@@ -168,3 +166,7 @@ class Worker:
         if self.has_died:
             state = "died"
         return f"<Worker {self.name}, {state}>"
+
+
+MakeWorker = Callable[[str, Callable[[], float | None]], Worker]
+"""Makes a worker of its name and step: `Worker`, or in tests one whose step is run by hand."""

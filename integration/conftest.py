@@ -8,10 +8,13 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from consul_matchmaker import Matchmaker
+from consul_matchmaker import Matchmaker, Settings
+from consul_matchmaker.backends.http.api import ConsulApi
+from consul_matchmaker.backends.kv import Kv
 from consul_matchmaker.demo.consul_binary import ConsulNotFound
 from consul_matchmaker.demo.consul_probe import Node
 from integration.access_rules import SHORT_LEASES, guarded_cluster
@@ -184,3 +187,24 @@ def join(url: str) -> Iterator[Callable[..., Matchmaker]]:
     """Makes matchmakers, each with a lease of its own; `join("&setting=value")` adds to the URL."""
     with contextlib.ExitStack() as stack:
         yield lambda extra="": stack.enter_context(Matchmaker.from_url(url + extra))
+
+
+@pytest.fixture
+def make_kv(agent: Node, prefix: str) -> Iterator[Callable[..., Kv]]:
+    """Make a Kv over the cluster's agent, or over other addresses."""
+    made: list[Kv] = []
+
+    def make(*addresses: str, **values: Any) -> Kv:
+        values = {"mode": "kv", "prefix": prefix, "addresses": addresses or (agent.http,), **values}
+        settings = Settings.from_mapping(values, {})
+        made.append(Kv(ConsulApi(settings), settings))
+        return made[-1]
+
+    yield make
+    for kv in made:
+        kv.close()
+
+
+@pytest.fixture
+def kv(make_kv: Callable[..., Kv]) -> Kv:
+    return make_kv()

@@ -4,46 +4,23 @@ import base64
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from consul_matchmaker import Matchmaker
-from consul_matchmaker.backends.http.api import ConsulApi
 from consul_matchmaker.backends.kv import NOT_OURS, Kv
 from consul_matchmaker.demo.consul_probe import Node
 from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Registration
 from consul_matchmaker.naming import Key
-from consul_matchmaker.settings import Settings
 from integration.access_rules import guarded_cluster, new_token
 from integration.cluster import Cluster, ask, tell
 from tests.contract import ONE, TWO, RegistrarContract, eventually
 
 MakeKv = Callable[..., Kv]
 ELECTION_SECONDS = 30.0  # an election takes about 6 s, on a loaded machine more
-
-
-@pytest.fixture
-def make_kv(agent: Node, prefix: str) -> Iterator[MakeKv]:
-    """Make a Kv over the cluster's agent, or over other addresses."""
-    made: list[Kv] = []
-
-    def make(*addresses: str, **values: Any) -> Kv:
-        values = {"mode": "kv", "prefix": prefix, "addresses": addresses or (agent.http,), **values}
-        settings = Settings.from_mapping(values, {})
-        made.append(Kv(ConsulApi(settings), settings))
-        return made[-1]
-
-    yield make
-    for kv in made:
-        kv.close()
-
-
-@pytest.fixture
-def kv(make_kv: MakeKv) -> Kv:
-    return make_kv()
 
 
 class TestContract(RegistrarContract):

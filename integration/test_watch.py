@@ -65,27 +65,6 @@ Watch = Callable[..., tuple[Watcher, Told]]
 
 
 @pytest.fixture
-def make_kv(agent: Node, prefix: str) -> Iterator[MakeKv]:
-    """Make a Kv over the cluster's agent, or over other addresses."""
-    made: list[Kv] = []
-
-    def make(*addresses: str, **values: Any) -> Kv:
-        values = {"mode": "kv", "prefix": prefix, "addresses": addresses or (agent.http,), **values}
-        settings = Settings.from_mapping(values, {})
-        made.append(Kv(ConsulApi(settings), settings))
-        return made[-1]
-
-    yield make
-    for kv in made:
-        kv.close()
-
-
-@pytest.fixture
-def kv(make_kv: MakeKv) -> Kv:
-    return make_kv()
-
-
-@pytest.fixture
 def watch(make_kv: MakeKv) -> Iterator[Watch]:
     """Have topics watched; returns when the first is fresh."""
     made: list[Watcher] = []

@@ -104,7 +104,7 @@ def made(
 ) -> Cache:
     """A cache whose background work is done by `step`, jitter at its least."""
     settings = replace(settings or kv(), max_topics=max_topics)
-    return Cache(consul, settings, clock=clock, jitter=jitter, worker=StillWorker, **more)
+    return Cache(consul, settings, clock=clock, jitter=jitter, make_worker=StillWorker, **more)
 
 
 def step(cache: Cache) -> float | None:

@@ -12,7 +12,7 @@ from consul_matchmaker.model import Host
 from consul_matchmaker.settings import Settings
 
 from .contract import eventually
-from .doubles import ManualClock, in_thread
+from .doubles import ManualClock, StillWorker, in_thread
 from .http_servers import Server, reply
 
 HERE = Host("127.0.0.1", 8500)
@@ -74,7 +74,7 @@ def doubts():
 
 
 def made(api, clock, ttl_seconds=CHECK_TTL_SECONDS):
-    return Liveness(api, ttl_seconds, clock=clock, threaded=False)
+    return Liveness(api, ttl_seconds, clock=clock, make_worker=StillWorker)
 
 
 @pytest.fixture

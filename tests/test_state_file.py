@@ -65,7 +65,7 @@ def made(
     worker: type[Worker] = StillWorker,
 ) -> StateFiles:
     settings = replace(settings or kv(), state_path=str(folder))
-    return StateFiles(settings, clock=clock, wall_clock=clock, worker=worker)
+    return StateFiles(settings, clock=clock, wall_clock=clock, make_worker=worker)
 
 
 def answer(
@@ -856,7 +856,7 @@ class StillWorker(Worker):
 
 
 folder, name = sys.argv[1:]
-files = StateFiles(Settings(mode="kv", state_path=folder), worker=StillWorker)
+files = StateFiles(Settings(mode="kv", state_path=folder), make_worker=StillWorker)
 for number in range(300):
     instances = tuple(Instance(Host("10.0.0.1", 1 + number), name) for _ in range(50))
     files.keep("scheduler", None, Snapshot("t", instances, "kv", taken_at=time.monotonic()))
@@ -872,7 +872,7 @@ def test_whoever_reads_while_processes_write_meets_whole_files(
     nothing is left beside the file."""
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     writers = [subprocess.Popen([*command, name]) for name in ("one", "other")]
-    files = StateFiles(kv(state_path=str(tmp_path)), worker=StillWorker)
+    files = StateFiles(kv(state_path=str(tmp_path)), make_worker=StillWorker)
     found = 0
     try:
         while any(writer.poll() is None for writer in writers):

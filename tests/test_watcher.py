@@ -28,7 +28,7 @@ from consul_matchmaker.errors import Denied, Unavailable
 from consul_matchmaker.model import Host, Instance, Snapshot
 from consul_matchmaker.settings import Settings
 
-from .doubles import ManualClock, kv
+from .doubles import ManualClock, StillWorker, kv
 
 TTL_SECONDS = kv().ttl_seconds
 FRESH_SECONDS = TTL_SECONDS + LATEST_ANSWER_SECONDS
@@ -144,25 +144,6 @@ class Cache:
 
     def ports(self, topic):
         return self.held[topic][0]
-
-
-class StillWorker:
-    """A worker whose step runs only when a test says so."""
-
-    def __init__(self, name, step):
-        self.name, self.step = name, step
-        self.is_running = self.is_stopping = False
-
-    def start(self):
-        self.is_running = True
-
-    def stop(self, timeout_seconds):
-        self.is_stopping, self.is_running = True, False
-        return True
-
-    def wake(self): ...
-
-    def forget(self): ...
 
 
 class World:

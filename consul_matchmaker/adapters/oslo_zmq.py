@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 from .. import Host, Matchmaker, Registration, Settings
 from ..errors import Closed, MatchmakerError, NoLiveHosts
+from ..matchmaker import GRACE_SECONDS
 from ..worker import forget_in_child
 from .extras import extra
 from .oslo_config import read_settings
@@ -46,8 +47,6 @@ logger = logging.getLogger(__name__)
 LATE_SECONDS = 5.0
 """How long after `unregister` a register may still come from a thread that has not seen the stop:
 upstream's updater tests its flag, and then registers, with nothing slow in between."""
-GRACE_SECONDS = 0.1
-"""What Consul has to answer with a ``wait_timeout`` of 0."""
 WITHDRAWAL_SECONDS = 1.0
 """How long a server that stops waits for Consul's word; the withdrawal goes on without it."""
 

@@ -27,7 +27,7 @@ from ..backends import Resolver
 from ..errors import Closed, Denied, MatchmakerError, TimedOut, Unavailable
 from ..model import Snapshot, checked_topic
 from ..settings import Settings
-from ..worker import Worker
+from ..worker import MakeWorker, Worker
 from .belief import NEVER, Belief, Rules, State, is_same
 from .freshness import Freshness
 from .refresher import QUICK_SECONDS, Refreshable, Refresher
@@ -163,7 +163,7 @@ class Cache:
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
         wall_clock: Callable[[], float] = time.time,
-        worker: Callable[[str, Callable[[], float | None]], Worker] = Worker,
+        make_worker: MakeWorker = Worker,
     ) -> None:
         self.finds_servers = resolver.finds_servers
         self.longest_lookup_seconds = resolver.longest_lookup_seconds
@@ -171,16 +171,15 @@ class Cache:
         self._settings = settings
         self._clock = clock
         self._rules = Rules(settings, self._note, clock, jitter)
-        self._refresher = Refresher(self._refresh, clock, worker)
+        self._refresher = Refresher(self._refresh, clock, make_worker)
         self._state_files: StateFiles | None = None
         if settings.state_path is not None:
             self._state_files = StateFiles(
-                settings, clock=clock, wall_clock=wall_clock, worker=worker
+                settings, clock=clock, wall_clock=wall_clock, make_worker=make_worker
             )
         self._is_away = False  # a topic with an answer failed, and none has recovered since
         self._is_closed = False
-        self._hits = itertools.count()
-        self._hit = self._hits.__next__  # counts without a lock, and loses nothing
+        self._hit = itertools.count().__next__  # counts without a lock, and loses nothing
         self._hits_read = 0
         self._found = dict.fromkeys(("fresh", "stale", "away", "disk", "asked", "refused"), 0)
         self._questions = dict.fromkeys(("answered", "failed", "deferred", "doubted", "offered"), 0)
@@ -224,7 +223,7 @@ class Cache:
             if server is None:
                 return held
         narrowed = held.for_server(server)
-        if narrowed.instances or not self.finds_servers:
+        if self._is_enough(narrowed):
             return narrowed
         if timeout_seconds is None:
             timeout_seconds = self.longest_lookup_seconds
@@ -239,7 +238,7 @@ class Cache:
         if server is None or answer is None:
             return answer
         narrowed = answer.for_server(server)
-        if narrowed.instances or not self.finds_servers:
+        if self._is_enough(narrowed):
             return narrowed
         return self._peek(self._by_key.get((topic, server)), is_counted=True)
 
@@ -257,7 +256,7 @@ class Cache:
         if server is None:
             return answer
         narrowed = answer.for_server(server)
-        if narrowed.instances or not self.finds_servers:
+        if self._is_enough(narrowed):
             return narrowed
         return self._ask(self._entry(topic, server), max(0.0, deadline - self._clock()))
 
@@ -481,6 +480,10 @@ class Cache:
                     )
         self._send_outbox()
         return entry
+
+    def _is_enough(self, narrowed: Snapshot) -> bool:
+        """Whether the topic's answer says all that there is to say of a server."""
+        return bool(narrowed.instances) or not self.finds_servers
 
     def _entries_of(self, topic: str, server: str | None) -> list[_Entry]:
         """Those that a lookup of *server* may read; there may be more of them later."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..errors import Unavailable
-from ..worker import Worker
+from ..worker import MakeWorker, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,14 @@ class Refresher:
         self,
         refresh: Callable[[Refreshable, float | None], None],
         clock: Callable[[], float],
-        worker: Callable[[str, Callable[[], float | None]], Worker] = Worker,
+        make_worker: MakeWorker = Worker,
     ) -> None:
         self._refresh = refresh
         self._clock = clock
         self._quick = _Lane()
         self._slow = _Lane()
-        self._quick_worker = worker("consul-matchmaker-refresher", self._quick_step)
-        self._slow_worker = worker("consul-matchmaker-refresher-slow", self._slow_step)
+        self._quick_worker = make_worker("consul-matchmaker-refresher", self._quick_step)
+        self._slow_worker = make_worker("consul-matchmaker-refresher-slow", self._slow_step)
         self._count = itertools.count()
         self._lock = threading.Lock()
 

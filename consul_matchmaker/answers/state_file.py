@@ -26,7 +26,7 @@ from typing import NamedTuple
 from ..errors import Unavailable
 from ..model import Host, Instance, Snapshot
 from ..settings import MODES, Settings
-from ..worker import Worker
+from ..worker import MakeWorker, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +109,14 @@ class StateFiles:
         *,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
-        worker: Callable[[str, Callable[[], float | None]], Worker] = Worker,
+        make_worker: MakeWorker = Worker,
     ) -> None:
         self._folder = _Folder(settings, wall_clock)
         self._clock = clock
         self._wall_clock = wall_clock
         pause = min(settings.max_stale_seconds, A_DAY_SECONDS) / SAVES_PER_MAX_STALE
         self._rewrite_seconds = max(BETWEEN_SAVES_SECONDS, pause)
-        self._worker = worker("consul-matchmaker-saver", self._step)
+        self._worker = make_worker("consul-matchmaker-saver", self._step)
         self._make_clean()
 
     def _make_clean(self) -> None:

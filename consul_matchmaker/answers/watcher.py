@@ -30,7 +30,7 @@ from ..backoff import Backoff
 from ..errors import Denied, Unavailable
 from ..model import Snapshot
 from ..settings import Settings
-from ..worker import Worker
+from ..worker import MakeWorker, Worker
 from .blocking_query import MAX_WAIT_SECONDS, BlockingQuery
 from .freshness import Freshness
 from .watch_plan import PREFIX, Watched, WatchPlan
@@ -224,7 +224,7 @@ class Watcher:
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
         cpu_clock: Callable[[], float] = time.thread_time,
-        make_worker: Callable[[str, Callable[[], float | None]], Worker] = Worker,
+        make_worker: MakeWorker = Worker,
     ) -> None:
         self.kv, self.clock, self.cpu_clock, self.make_worker = kv, clock, cpu_clock, make_worker
         self.backoff = Backoff(FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS, jitter)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ..errors import Denied, Unavailable
 from ..model import Host
-from ..worker import Worker, seconds_since_boot
+from ..worker import MakeWorker, Worker, seconds_since_boot
 from . import OnDoubt
 from .http.api import ConsulApi, Line, go_duration
 
@@ -35,8 +35,6 @@ class Liveness:
     The thread does nothing else, over a connection of its own, so that nothing else that this
     process waits for holds a beat up.  The check lives on the agent that was asked, so a session
     bound to it has to be made there.
-
-    With ``threaded=False`` there is no thread: the owner calls `step`.
     """
 
     def __init__(
@@ -45,14 +43,13 @@ class Liveness:
         ttl_seconds: float,
         *,
         clock: Callable[[], float] = seconds_since_boot,
-        threaded: bool = True,
+        make_worker: MakeWorker = Worker,
     ) -> None:
         self._api = api
         self._ttl_seconds = ttl_seconds
         self._beat_seconds = BEAT_EVERY * ttl_seconds
         self._clock = clock
-        self._threaded = threaded
-        self._worker = Worker("consul-matchmaker-liveness", self.step)
+        self._worker = make_worker("consul-matchmaker-liveness", self.step)
         self._make_clean()
 
     def _make_clean(self) -> None:
@@ -82,9 +79,8 @@ class Liveness:
         with self._lock:
             self._place, self._on_doubt, self._is_in_doubt = place, on_doubt, False
             self._beaten_at, self._due_at = sent_at, sent_at + self._beat_seconds
-        if self._threaded:
-            self._worker.start()
-            self._worker.wake()
+        self._worker.start()
+        self._worker.wake()
         return place
 
     def _register(
