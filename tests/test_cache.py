@@ -1619,6 +1619,30 @@ def test_an_answer_wakes_only_those_who_wait_for_its_topic(
     assert len(woken) == 2
 
 
+def test_who_waits_for_a_server_is_told_though_it_is_asked_for_only_later(
+    clock: ManualClock,
+) -> None:
+    """Also when the topic's own answer had the server at first, or room was made meanwhile."""
+    consul = FakeResolver("dns", finds_servers=True)
+    cache = made(consul, clock, catalog(), max_topics=2)
+    consul.say("scheduler", f"{A}=node1")
+    cache.lookup("scheduler", "node1")
+    woken: list[None] = []
+    with cache.telling("scheduler", "node1", lambda: woken.append(None)):
+        consul.say("scheduler", B)
+        consul.say("scheduler", C, server="node1")
+        cache.refresh("scheduler", "node1")
+        woken.clear()
+        consul.say("scheduler", D, server="node1")
+        assert shown(cache.refresh("scheduler", "node1")) == [D]
+        assert len(woken) == 1
+    cache.refresh("scheduler")
+    consul.say("scheduler", E, server="node1")
+    cache.refresh("scheduler", "node1")
+    assert len(woken) == 1
+    assert cache._waiters == {}
+
+
 def test_one_topic_is_enough_room(consul: FakeResolver, clock: ManualClock) -> None:
     """Even max_topics=1 works."""
     cache = made(consul, clock, max_topics=1)

@@ -190,6 +190,7 @@ class Cache:
         self._lock = threading.RLock()  # a signal handler may look up on top of a lookup
         # What is to be called once the lock is given back: log handlers, who waits for a change.
         self._outbox: collections.deque[Callable[[], object]] = collections.deque()
+        self._waiters: dict[_Key, list[Callable[[], object]]] = {}
         self._in_use: dict[str, float] = {}  # when it was seen to be; the oldest first
         self.on_topic_used: Callable[[], object] | None = None
         """Called, without a lock, when `topics_in_use` has one more; set by who watches them."""
@@ -271,8 +272,8 @@ class Cache:
         *timeout_seconds*.  Raises Unavailable or Denied like `lookup`, and Closed."""
         deadline = self._clock() + timeout_seconds
         changed = threading.Event()
-        while True:
-            with self.telling(topic, server, changed.set) as entries:
+        with self.telling(topic, server, changed.set):
+            while True:
                 changed.clear()
                 snapshot = self.lookup(topic, server)
                 if seen is None or not is_same(snapshot, seen):
@@ -280,35 +281,40 @@ class Cache:
                 remaining = deadline - self._clock()
                 if remaining <= 0:
                     return snapshot
-                if entries == self._entries_of(topic, server):  # else another has just been made
-                    changed.wait(min(remaining, threading.TIMEOUT_MAX))
+                changed.wait(min(remaining, threading.TIMEOUT_MAX))
                 if self._is_closed:
                     raise Closed("the matchmaker was closed while waiting")
 
     @contextmanager
-    def telling(
-        self, topic: str, server: str | None, wake: Callable[[], object]
-    ) -> Iterator[list[_Entry]]:
+    def telling(self, topic: str, server: str | None, wake: Callable[[], object]) -> Iterator[None]:
         """Meanwhile *wake* is called, on whatever thread, when the hosts of *topic* may be others,
         or asking for them failed and there are none; the topic is kept fresh.  *wake* must not
         wait, nor raise.  Raises InvalidTopic and Closed."""
         self._entry(topic)
-        entries = self._entries_of(topic, server)
+        keys: list[_Key] = [topic] if server is None else [topic, (topic, server)]
         with self._lock:
             now = self._clock()
-            for entry in entries:
+            for key in keys:
+                self._waiters.setdefault(key, []).append(wake)
+                entry = self._by_key.get(key)  # or else it finds who waits when it is made
+                if entry is None:
+                    continue
                 entry.waiters.append(wake)
                 if entry.held is not None:
                     entry.refresh_at = min(entry.refresh_at, max(now, entry.held.fresh_until))
                     self._refresher.schedule(entry)
         self._refresher.start()
         try:
-            yield entries
+            yield
         finally:
             with self._lock:
-                for entry in entries:
-                    with contextlib.suppress(ValueError):  # it was evicted, or this is a child
-                        entry.waiters.remove(wake)
+                for key in keys:
+                    entry = self._entries.get(key)
+                    for waiters in (self._waiters.get(key, []), entry.waiters if entry else []):
+                        with contextlib.suppress(ValueError):  # this is a forked child
+                            waiters.remove(wake)
+                    if not self._waiters.get(key, True):
+                        del self._waiters[key]
 
     def explain(self, topic: str, server: str | None = None) -> dict[str, object]:
         """What is held of *topic*, how it came, what is under way.  Asks nobody; fit for json."""
@@ -408,6 +414,7 @@ class Cache:
         """In a forked child: new locks, no thread, nothing under way; the answers stay."""
         self._lock = threading.RLock()  # a signal handler may look up on top of a lookup
         self._outbox.clear()
+        self._waiters.clear()
         self._in_use.clear()
         self._refresher.forget()
         if self._state_files is not None:
@@ -463,6 +470,7 @@ class Cache:
             if entry is None:
                 now = self._clock()
                 entry = self._entries[key] = _Entry(topic, server, self._rules, now)
+                entry.waiters += self._waiters.get(key, ())
                 self._note_use(entry, now)
                 if kept is not None:
                     entry.read_from_disk(
@@ -484,11 +492,6 @@ class Cache:
     def _is_enough(self, narrowed: Snapshot) -> bool:
         """Whether the topic's answer says all that there is to say of a server."""
         return bool(narrowed.instances) or not self.finds_servers
-
-    def _entries_of(self, topic: str, server: str | None) -> list[_Entry]:
-        """Those that a lookup of *server* may read; there may be more of them later."""
-        keys: list[_Key] = [topic] if server is None else [topic, (topic, server)]
-        return [entry for key in keys if (entry := self._by_key.get(key)) is not None]
 
     def _peek(self, entry: _Entry | None, *, is_counted: bool = False) -> Snapshot | None:
         if entry is None:
