@@ -19,6 +19,9 @@ from .model import Host, Registration
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit codes of every shell for a command it cannot start
 PROBE_SECONDS = 0.1  # between two looks whether the command listens; a server starts in this order
 PROBE_TIMEOUT_SECONDS = 1.0
+# A signal that comes just before a wait begins does not end it: Python runs the handler only when
+# the wait is over.  So none is longer.
+UNNOTICED_SECONDS = 0.5
 SECONDS_UNTIL_TOLD = 3.0  # how long nothing may happen before the operator is told why
 
 Say = Callable[[str], None]
@@ -75,7 +78,7 @@ class Holder:
         try:
             self._start()
             while self._exit_code is None:
-                self._events.get()()
+                self._next_event()()
                 if self._error is not None:
                     raise self._error
         finally:
@@ -84,6 +87,11 @@ class Holder:
             self._over.set()
             self._leave()
         return self._exit_code
+
+    def _next_event(self) -> Callable[[], None]:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._events.get(timeout=UNNOTICED_SECONDS)
 
     def _start(self) -> None:
         if not self._command:

@@ -525,6 +525,31 @@ def python(text: str, *argv: str) -> list[str]:
     return [sys.executable, "-c", text, *argv]
 
 
+ELSEWHERE = """
+import signal, threading, time
+
+def interrupt_this_thread():
+    while "scheduler" not in memory.topics():
+        time.sleep(0.01)
+    time.sleep(0.2)  # until the main thread waits
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+threading.Thread(target=interrupt_this_thread, daemon=True).start()
+sys.exit("""
+
+
+@pytest.mark.system
+def test_a_signal_that_does_not_end_the_wait_is_noticed_all_the_same() -> None:
+    """As one that comes just before the wait begins, or to another thread: Python runs its handler
+    only when the main thread goes on."""
+    text = CLI_OVER_MEMORY.replace("sys.exit(", ELSEWHERE)
+    arguments = ["up", "--url", KV, "register", "scheduler", "10.0.0.1:9501"]
+    ended = subprocess.run(
+        python(text, *arguments), capture_output=True, text=True, timeout=WAIT_SECONDS
+    )
+    assert (ended.returncode, ended.stdout) == (0, LEFT)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.system
 def test_register_holds_until_a_signal_and_withdraws(number: int) -> None:
