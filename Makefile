@@ -3,7 +3,7 @@
 # make test    all that can run here: also the other unit tests, and those on a real Consul
 #
 # All set up what they need (Python >= 3.10 is assumed, nothing else), in .venv and .tox.
-# A Consul program is found, or fetched, by consul_matchmaker/demo/consul_binary.py.
+# A Consul program is found, or fetched, by consul_matchmaker/testing/consul_binary.py.
 # make test says at its end what was left out, and what that needs.
 
 PYTHON ?= python3

@@ -20,9 +20,9 @@ from typing import Any, TypeVar, cast
 from . import matchmaker, model
 from .answers.belief import is_same
 from .errors import Closed, TimedOut, Unavailable
-from .keeper import Change
 from .matchmaker import ASK_AGAIN_SECONDS, GRACE_SECONDS, nobody_came
 from .model import Host, Snapshot, Standing
+from .registrations.keeper import Change
 from .settings import Settings
 from .worker import forget_in_child
 

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, cast
 
 from .answers.belief import is_same
 from .answers.cache import Cache
+from .answers.selection import Quarantine, Selector
 from .backends import Registrar, Resolver
+from .backends.kv.keys import checked_registration
 from .errors import Closed, ConfigurationError, Denied, NoLiveHosts, TimedOut, Unavailable
-from .keeper import Change, Keeper
 from .model import Host, Registration, Snapshot, Standing, checked_topic, warning_of
-from .naming import checked_registration
-from .selection import Quarantine, Selector
+from .registrations.keeper import Change, Keeper
 from .settings import Settings
 from .worker import forget_in_child, seconds_since_boot
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
     from .answers.watcher import Watcher
-    from .backends.kv import Kv
+    from .backends.kv.store import Kv
 
 logger = logging.getLogger(__name__)
 
@@ -518,7 +518,7 @@ def _resolver(settings: Settings, clock: Callable[[], float]) -> Resolver:
 
         return DnsSrv(settings, clock=clock)
     from .backends.http.api import ConsulApi
-    from .backends.kv import Kv
+    from .backends.kv.store import Kv
 
     return Kv(ConsulApi(settings, clock=clock), settings, clock=clock)
 
@@ -539,7 +539,7 @@ def _watcher(
     jitter: Callable[[], float],
 ) -> Watcher:
     from .answers.watcher import Watcher
-    from .backends.kv import Kv
+    from .backends.kv.store import Kv
 
     assert isinstance(resolver, Kv)
     return Watcher(resolver, cache, settings, clock=clock, jitter=jitter)

@@ -5,9 +5,9 @@ import json
 import uuid
 from collections.abc import Iterator
 
-from consul_matchmaker.demo.consul_binary import consul_version, find_consul
-from consul_matchmaker.demo.consul_probe import Node, request
-from consul_matchmaker.demo.local_consul import LocalCluster
+from consul_matchmaker.testing.consul_binary import consul_version, find_consul
+from consul_matchmaker.testing.consul_probe import Node, request
+from consul_matchmaker.testing.local_consul import LocalCluster
 
 MANAGEMENT = str(uuid.uuid4())
 """The token that may do everything."""

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from consul_matchmaker.demo.consul_binary import find_consul
+from consul_matchmaker.testing.consul_binary import find_consul
 
 DEFAULT_NAME = "consul-matchmaker/consul:local"
 DOCKERFILE = Path(__file__).parent / "image" / "Dockerfile"

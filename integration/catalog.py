@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.testing.consul_probe import Node
 from integration.cluster import tell
 
 OPERATIONS = 64  # the most a transaction may hold before Consul 1.14 (fact B12)

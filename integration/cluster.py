@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from consul_matchmaker.demo.consul_probe import (
+from consul_matchmaker.backends.kv.keys import SENTINEL
+from consul_matchmaker.testing.consul_probe import (
     Node,
     NotReady,
     agreed_leader,
@@ -26,13 +27,12 @@ from consul_matchmaker.demo.consul_probe import (
     request,
     wait_until,
 )
-from consul_matchmaker.demo.local_consul import (
+from consul_matchmaker.testing.local_consul import (
     LEADER_SECONDS,
     READY_SECONDS,
     ClusterError,
     LocalCluster,
 )
-from consul_matchmaker.naming import SENTINEL
 
 TELL_SECONDS = 20.0  # an election takes two or three; the rest is for busy machines
 DOCKER_SECONDS = 60.0  # one docker command; a stop may take the 10 s the engine grants

@@ -14,9 +14,9 @@ import pytest
 
 from consul_matchmaker import Matchmaker, Settings
 from consul_matchmaker.backends.http.api import ConsulApi
-from consul_matchmaker.backends.kv import Kv
-from consul_matchmaker.demo.consul_binary import ConsulNotFound
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.backends.kv.store import Kv
+from consul_matchmaker.testing.consul_binary import ConsulNotFound
+from consul_matchmaker.testing.consul_probe import Node
 from integration.access_rules import SHORT_LEASES, guarded_cluster
 from integration.cluster import (
     Cluster,

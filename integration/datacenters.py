@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json, wait_until
-from consul_matchmaker.demo.local_consul import LocalCluster
+from consul_matchmaker.testing.consul_probe import Node, NotReady, read_json, wait_until
+from consul_matchmaker.testing.local_consul import LocalCluster
 from integration import catalog
 from integration.cluster import free_ports
 

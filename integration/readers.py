@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, errors
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.testing.consul_probe import Node
 from integration.cluster import tell
 from integration.repeated import Repeated
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from consul_matchmaker import Matchmaker
-from consul_matchmaker.demo.consul_probe import Node, NotReady, request
+from consul_matchmaker.testing.consul_probe import Node, NotReady, request
 from integration.cluster import tell
 from integration.repeated import Repeated
 
@@ -41,7 +41,8 @@ def repairs(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         record.getMessage()
         for record in caplog.records
-        if record.name == "consul_matchmaker.keeper" and record.levelno >= logging.WARNING
+        if record.name == "consul_matchmaker.registrations.keeper"
+        and record.levelno >= logging.WARNING
     ]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from consul_matchmaker import Matchmaker, Snapshot, errors
-from consul_matchmaker.demo.consul_probe import Node, request
+from consul_matchmaker.testing.consul_probe import Node, request
 from integration.cluster import Cluster, ask
 from integration.readers import (
     HOSTS,

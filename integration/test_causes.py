@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from consul_matchmaker import Matchmaker, errors
-from consul_matchmaker.demo.consul_probe import Node, request
-from consul_matchmaker.demo.local_consul import LocalCluster
+from consul_matchmaker.testing.consul_probe import Node, request
+from consul_matchmaker.testing.local_consul import LocalCluster
 from integration.access_rules import MANAGEMENT, guarded_cluster, new_token
 from integration.cluster import Cluster, keys, tell
 from integration.registering_process import RegisteringProcess

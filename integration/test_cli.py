@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.testing.consul_probe import Node
 from integration.access_rules import MANAGEMENT
 from integration.cluster import Cluster, ask, keys, tell
 from integration.command_line import WAIT_SECONDS, cli, running, said

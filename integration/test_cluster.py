@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from consul_matchmaker.demo.consul_probe import (
+from consul_matchmaker.testing.consul_probe import (
     Node,
     NotReady,
     check_dns,

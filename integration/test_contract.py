@@ -12,10 +12,10 @@ from consul_matchmaker import Matchmaker
 from consul_matchmaker.backends import Resolver
 from consul_matchmaker.backends.dns.resolver import DnsSrv
 from consul_matchmaker.backends.http.api import ConsulApi
-from consul_matchmaker.backends.kv import Kv
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.backends.kv.store import Kv
 from consul_matchmaker.model import Host
 from consul_matchmaker.settings import Settings
+from consul_matchmaker.testing.consul_probe import Node
 from integration.cluster import tell
 from tests.awaited import Awaited
 from tests.contract import Backend, RegistrarContract, ResolverContract

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from consul_matchmaker import Matchmaker
-from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json
+from consul_matchmaker.testing.consul_probe import Node, NotReady, read_json
 from integration.cluster import keys
 from integration.crowd import Crowd
 from integration.registrations import CRASH_SECONDS, SOON, TTL, Sampler

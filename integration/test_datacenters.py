@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from consul_matchmaker import Host, Matchmaker, Settings, errors
-from consul_matchmaker.demo.local_consul import LocalCluster
+from consul_matchmaker.testing.local_consul import LocalCluster
 from integration.datacenters import serve, two_datacenters
 from integration.waiting import until
 

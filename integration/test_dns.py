@@ -15,7 +15,7 @@ import pytest
 from consul_matchmaker import Host, Matchmaker, Settings
 from consul_matchmaker.backends.dns.names import shard_of
 from consul_matchmaker.backends.dns.resolver import DnsSrv
-from consul_matchmaker.demo.consul_probe import Node, request
+from consul_matchmaker.testing.consul_probe import Node, request
 from integration.catalog import METADATA, instances, register, unregister
 from integration.cluster import Cluster, ask, tell
 from integration.repeated import Repeated

@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from consul_matchmaker.demo.consul_probe import Node, request
+from consul_matchmaker.testing.consul_probe import Node, request
 from integration.access_rules import new_token
 from integration.cluster import Cluster, ask, tell
 from integration.command_line import cli

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from consul_matchmaker import Matchmaker
-from consul_matchmaker.backends.kv import NOT_OURS, Kv
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.backends.kv.keys import Key
+from consul_matchmaker.backends.kv.store import NOT_OURS, Kv
 from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Registration
-from consul_matchmaker.naming import Key
+from consul_matchmaker.testing.consul_probe import Node
 from integration.access_rules import guarded_cluster, new_token
 from integration.cluster import Cluster, ask, tell
 from tests.contract import ONE, TWO, RegistrarContract, eventually

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from consul_matchmaker import Matchmaker, Registration
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.testing.consul_probe import Node
 from integration.cluster import Cluster, ask, keys
 from integration.registering_process import RegisteringProcess
 from integration.registrations import (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import pytest
 
 from consul_matchmaker import Matchmaker, errors
-from consul_matchmaker.demo.consul_probe import Node, NotReady, check_dns, request
+from consul_matchmaker.testing.consul_probe import Node, NotReady, check_dns, request
 from integration.cluster import Cluster
 from integration.readers import (
     SCHEDULER_SECONDS,

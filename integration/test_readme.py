@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.testing.consul_probe import Node
 from integration.cluster import ask
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

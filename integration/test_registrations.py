@@ -13,7 +13,7 @@ import pytest
 
 from consul_matchmaker import Matchmaker, Registration, errors
 from consul_matchmaker.answers.belief import BETWEEN_DOUBTS_SECONDS, RETURN_SECONDS
-from consul_matchmaker.demo.consul_probe import Node, wait_until
+from consul_matchmaker.testing.consul_probe import Node, wait_until
 from integration.access_rules import MANAGEMENT, new_token
 from integration.cluster import Cluster, ask, keys, tell
 from integration.registering_process import RegisteringProcess

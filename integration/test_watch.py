@@ -13,12 +13,12 @@ from consul_matchmaker.answers.freshness import Freshness
 from consul_matchmaker.answers.watch_plan import FIT_SECONDS
 from consul_matchmaker.answers.watcher import LATEST_ANSWER_SECONDS, Watcher
 from consul_matchmaker.backends.http.api import ConsulApi
-from consul_matchmaker.backends.kv import Kv
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.backends.kv.keys import SENTINEL
+from consul_matchmaker.backends.kv.store import Kv
 from consul_matchmaker.errors import Denied, Unavailable
 from consul_matchmaker.model import Host, Registration, Snapshot
-from consul_matchmaker.naming import SENTINEL
 from consul_matchmaker.settings import Settings
+from consul_matchmaker.testing.consul_probe import Node
 from integration.access_rules import guarded_cluster, new_token
 from integration.cluster import Cluster, ask, tell
 from tests.contract import ONE, TWO, eventually

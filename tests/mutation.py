@@ -1,6 +1,6 @@
 """Change the rules in every small way, and say which changes no test of theirs notices.
 
-`tox -e mutation`, or `tox -e mutation -- wire naming` for some modules only.  mutmut makes the
+`tox -e mutation`, or `tox -e mutation -- wire keys` for some modules only.  mutmut makes the
 changes ("mutants") and runs, for each, the tests that reach the changed function.  Works in a copy
 of the tree.  Prints a row a module and fails when a change is not noticed and not accepted in
 `mutation_survivors.txt`, or when something is accepted there that does not survive.
@@ -37,10 +37,10 @@ WANTED_SHARE = 0.95
 MODULES = {
     "backoff": ("test_backoff",),
     "blocking_query": ("test_blocking_query",),
-    "lease_state": ("test_lease_state",),
+    "reconciler": ("test_reconciler",),
     "model": ("test_model",),
     "names": ("test_dns_names",),
-    "naming": ("test_naming",),
+    "keys": ("test_kv_keys",),
     "selection": ("test_selection",),
     "watch_plan": ("test_watch_plan",),
     "wire": ("test_dns_wire",),

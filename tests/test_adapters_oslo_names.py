@@ -18,8 +18,8 @@ from consul_matchmaker.adapters.oslo_names import (
     server_of,
     topic_of,
 )
+from consul_matchmaker.backends.kv.keys import Key, checked_registration
 from consul_matchmaker.model import Host
-from consul_matchmaker.naming import Key, checked_registration
 
 
 def target(topic: str, server: str | None = None, fanout: bool = False) -> SimpleNamespace:

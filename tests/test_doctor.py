@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from consul_matchmaker import cli
-from consul_matchmaker.doctor import Finding, findings
+from consul_matchmaker.cli.doctor import Finding, findings
 from consul_matchmaker.settings import Settings
 
 from .dns_servers import Answer, Asked, DnsServer, FakeConsul, FakeInstance, reply_to

@@ -25,15 +25,16 @@ LAYERS = {
         "errors",
         "model",
         "settings",
-        "naming",
         "texts",
         "backoff",
-        "lease_state",
+        "registrations",
+        "registrations.reconciler",
         "answers",
         "answers.belief",
         "answers.blocking_query",
         "answers.freshness",
         "answers.watch_plan",
+        "backends.kv.keys",
         "backends.dns.wire",
         "backends.dns.coverage",
         "backends.dns.names",
@@ -43,11 +44,10 @@ LAYERS = {
         "backends",
         "backends.*",
         "answers.state_file",
-        "supervise",
     ),
-    "running": ("keeper", "answers.*", "selection", "matchmaker", "aio"),
+    "running": ("answers.*", "registrations.keeper", "matchmaker", "aio"),
     "public": ("",),  # the package itself: its list of public names
-    "edges": ("adapters", "adapters.*", "cli", "doctor", "__main__", "demo", "demo.*"),
+    "edges": ("adapters", "adapters.*", "testing", "testing.*", "cli", "cli.*", "__main__"),
 }
 OWNERS = {
     "cachetools": {"answers.cache"},
@@ -205,7 +205,7 @@ def _calls_at_import(node: ast.AST) -> Iterator[ast.Call]:
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_sleeps(module: str) -> None:
     """Waiting can always be interrupted: by events and conditions, never time.sleep."""
-    if module in ("demo.consul_probe", "demo.local_consul", "demo.story", "supervise"):
+    if module in ("testing.consul_probe", "testing.local_consul", "cli.demo", "cli.supervise"):
         return  # they wait for other programs, on threads of their own callers
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Attribute) and node.attr == "sleep":

@@ -16,8 +16,8 @@ import pytest
 from consul_matchmaker.backends import OnDoubt
 from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.errors import Closed, ConfigurationError, Denied, TimedOut, Unavailable
-from consul_matchmaker.keeper import Keeper
 from consul_matchmaker.model import Host, Lease, Registration
+from consul_matchmaker.registrations.keeper import Keeper
 from consul_matchmaker.settings import Settings
 
 from .doubles import ManualClock, no_thread_to_be_had
@@ -595,11 +595,11 @@ def run_python(script: str) -> list[str]:
     """Run *script* in a fresh interpreter; return the lines it printed."""
     prelude = """
         import logging, os, sys, threading
-        import consul_matchmaker.keeper as module
+        import consul_matchmaker.registrations.keeper as module
         # Leaving may take as long as the machine stops meanwhile.
         at_exit, module.SECONDS_AT_EXIT = module.SECONDS_AT_EXIT, 10.0
         from consul_matchmaker.backends.memory import Memory
-        from consul_matchmaker.keeper import Keeper
+        from consul_matchmaker.registrations.keeper import Keeper
         from consul_matchmaker.model import Host, Registration
         from consul_matchmaker.settings import Settings
         def say(text):

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from consul_matchmaker.demo import consul_binary, local_consul
-from consul_matchmaker.demo.consul_binary import (
+from consul_matchmaker.testing import consul_binary, local_consul
+from consul_matchmaker.testing.consul_binary import (
     ConsulNotFound,
     apt_options,
     consul_version,
     debian_mirrors,
     find_consul,
 )
-from consul_matchmaker.demo.consul_probe import Node, NotReady, agreed_leader, wait_until
-from consul_matchmaker.demo.local_consul import LocalCluster, merged
+from consul_matchmaker.testing.consul_probe import Node, NotReady, agreed_leader, wait_until
+from consul_matchmaker.testing.local_consul import LocalCluster, merged
 
 pytestmark = pytest.mark.system
 
@@ -231,7 +231,7 @@ class TestLeader:
         """Two servers that name the same one have a leader; one that names itself has none."""
         named = {"server1": "10.0.0.2:8300", "server2": "10.0.0.2:8300"}
         monkeypatch.setattr(
-            "consul_matchmaker.demo.consul_probe.read_json", lambda node, path: named[node.name]
+            "consul_matchmaker.testing.consul_probe.read_json", lambda node, path: named[node.name]
         )
         assert agreed_leader(self.servers, 2) == "server2"
         named["server1"] = "10.0.0.1:8300"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import consul_matchmaker.backends.kv  # noqa: F401  here, as what it imports looks for IPv6
+import consul_matchmaker.backends.kv.store  # noqa: F401  here, as what it imports looks for IPv6
 from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, errors
 from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.worker import seconds_since_boot

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from consul_matchmaker.answers.selection import LARGE_POOL, MAX_TURNS, Quarantine, Selector
 from consul_matchmaker.model import Host, Instance, Snapshot
-from consul_matchmaker.selection import LARGE_POOL, MAX_TURNS, Quarantine, Selector
 from consul_matchmaker.settings import Settings
 
 from .doubles import DEADLINE_SECONDS, ManualClock, in_thread, kv
@@ -189,7 +189,7 @@ def test_keys_are_spread_by_weight() -> None:
 def test_a_key_means_the_same_host_in_every_process() -> None:
     """Python's hash() differs from process to process; this does not."""
     program = (
-        "from consul_matchmaker.model import *; from consul_matchmaker.selection import *;"
+        "from consul_matchmaker.model import *; from consul_matchmaker.answers.selection import *;"
         "from consul_matchmaker.settings import *;"
         "s = Snapshot('t', tuple(Instance(Host(f'10.0.0.{n}', 5000)) for n in range(1, 11)), 'kv');"
         "c = Selector(Quarantine(Settings(mode='kv')));"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from consul_matchmaker.cli.supervise import Holder
 from consul_matchmaker.errors import Denied, TimedOut
 from consul_matchmaker.model import Host, Registration
-from consul_matchmaker.supervise import Holder
 
 WAIT_SECONDS = 20.0
 LISTEN = (

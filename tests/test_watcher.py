@@ -23,7 +23,7 @@ from consul_matchmaker.answers.watcher import (
 )
 from consul_matchmaker.backends.http.api import Overloaded, TooLarge
 from consul_matchmaker.backends.http.exchange import MAX_ANSWER_BYTES
-from consul_matchmaker.backends.kv_poll import Route, as_answer, fingerprint
+from consul_matchmaker.backends.kv.poll import Route, as_answer, fingerprint
 from consul_matchmaker.errors import Denied, Unavailable
 from consul_matchmaker.model import Host, Instance, Snapshot
 from consul_matchmaker.settings import Settings

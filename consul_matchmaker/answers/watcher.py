@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..backends.http.api import Overloaded, TooLarge
-from ..backends.kv_poll import Confirmer, Poll, Polled, Route, as_answer, fingerprint
+from ..backends.kv.poll import Confirmer, Poll, Polled, Route, as_answer, fingerprint
 from ..backoff import Backoff
 from ..errors import Denied, Unavailable
 from ..model import Snapshot

@@ -18,10 +18,10 @@ import consul
 import dns.resolver
 
 from consul_matchmaker.backends.dns.resolver import DnsSrv
-from consul_matchmaker.demo.consul_probe import Node
-from consul_matchmaker.demo.local_consul import LocalCluster
 from consul_matchmaker.model import Host
 from consul_matchmaker.settings import Settings
+from consul_matchmaker.testing.consul_probe import Node
+from consul_matchmaker.testing.local_consul import LocalCluster
 from integration.catalog import METADATA, instances, register
 
 HOSTS = (3, 10, 50, 200, 1_000, 2_000)

@@ -23,10 +23,10 @@ from itertools import accumulate
 
 from consul_matchmaker import Matchmaker, Settings
 from consul_matchmaker.backends.http.api import ConsulApi
-from consul_matchmaker.backends.kv import Kv
-from consul_matchmaker.demo.consul_probe import Node, NotReady, read_json, request
-from consul_matchmaker.demo.local_consul import LocalCluster
+from consul_matchmaker.backends.kv.store import Kv
 from consul_matchmaker.model import Host, Registration
+from consul_matchmaker.testing.consul_probe import Node, NotReady, read_json, request
+from consul_matchmaker.testing.local_consul import LocalCluster
 from integration.bench.kv_herd import Herd
 from integration.crowd import Crowd
 

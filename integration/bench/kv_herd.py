@@ -17,8 +17,10 @@ import sys
 import time
 from typing import Any, NamedTuple
 
+from consul_matchmaker.backends.kv.keys import Key
 from consul_matchmaker.errors import LeaseLost, Unavailable
-from consul_matchmaker.lease_state import (
+from consul_matchmaker.model import Host, Lease, Registration
+from consul_matchmaker.registrations.reconciler import (
     Call,
     Open,
     Outcome,
@@ -28,8 +30,6 @@ from consul_matchmaker.lease_state import (
     Stop,
     Wait,
 )
-from consul_matchmaker.model import Host, Lease, Registration
-from consul_matchmaker.naming import Key
 
 PROCESSES = 2
 JITTERS = {"jitter": random.random, "none": lambda: 1.0}

@@ -8,7 +8,7 @@ from consul_matchmaker import Settings
 from consul_matchmaker.answers.cache import Cache
 from consul_matchmaker.answers.watcher import Watcher
 from consul_matchmaker.backends.http.api import ConsulApi
-from consul_matchmaker.backends.kv import Kv
+from consul_matchmaker.backends.kv.store import Kv
 
 
 def main(url: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from consul_matchmaker import Matchmaker, Settings
-from consul_matchmaker.demo.local_consul import LocalCluster
+from consul_matchmaker.testing.local_consul import LocalCluster
 from integration import catalog
 from integration.cluster import free_ports
 from integration.oslo.redis_server import NoRedis, Redis

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.testing.consul_probe import Node
 from integration.cluster import free_ports
 from integration.oslo.redis_server import Redis
 from integration.oslo.rpc_process import RpcProcess

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.testing.consul_probe import Node
 
 RUN_SECONDS = 60.0
 ORDER = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.testing.consul_probe import Node
 from integration.oslo.calls import answers
 from integration.oslo.rpc_process import RpcProcess
 from integration.waiting import until

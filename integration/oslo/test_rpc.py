@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from consul_matchmaker.demo.consul_probe import Node
+from consul_matchmaker.testing.consul_probe import Node
 from integration.cluster import Cluster, free_ports, keys
 from integration.oslo.calls import CRASH_SECONDS, LOOK_SECONDS, SOON_SECONDS, answered, answers
 from integration.oslo.rpc_process import RpcProcess

@@ -145,7 +145,7 @@ def run_one(folder: Path, name: str, matchmaker: str) -> None:
 
 
 def run_all(folder: Path, only: str | None) -> int:
-    from consul_matchmaker.demo.local_consul import LocalCluster
+    from consul_matchmaker.testing.local_consul import LocalCluster
 
     folder.mkdir(parents=True, exist_ok=True)
     fetch(folder)

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from consul_matchmaker.demo.consul_probe import NotReady, request
+from consul_matchmaker.testing.consul_probe import NotReady, request
 from integration.cluster import Cluster, keys, tell
 from integration.repeated import Repeated
 

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from consul_matchmaker.demo.local_consul import ClusterError
+from consul_matchmaker.testing.local_consul import ClusterError
 from integration.cluster import (
     Cluster,
     DockerCluster,

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-from consul_matchmaker.demo.consul_probe import Node, NotReady, request
-from consul_matchmaker.demo.local_consul import ClusterError
-from consul_matchmaker.naming import Key
+from consul_matchmaker.backends.kv.keys import Key
+from consul_matchmaker.testing.consul_probe import Node, NotReady, request
+from consul_matchmaker.testing.local_consul import ClusterError
 from integration.cluster import Cluster, DockerCluster, join_again, keys, tell
 
 from .bounds import LATE_INVALIDATIONS, MACHINE_SECONDS

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from consul_matchmaker.demo.consul_probe import Node
-from consul_matchmaker.naming import SENTINEL, Key
+from consul_matchmaker.backends.kv.keys import SENTINEL, Key
+from consul_matchmaker.testing.consul_probe import Node
 
 from .ledger import Ledger, Sample, Sighting
 

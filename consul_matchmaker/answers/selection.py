@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .backoff import Backoff
-from .model import Host, Instance, Snapshot
-from .settings import Settings
+from ..backoff import Backoff
+from ..model import Host, Instance, Snapshot
+from ..settings import Settings
 
 MAX_TURNS = 10_000
 """Round robins remembered; beyond that all begin anew, each at a random host."""

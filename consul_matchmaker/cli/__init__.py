@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from . import __version__, doctor
-from .errors import (
+from .. import __version__
+from ..errors import (
     ConfigurationError,
     Denied,
     LeaseLost,
@@ -22,11 +22,12 @@ from .errors import (
     NoLiveHosts,
     Unavailable,
 )
-from .matchmaker import Matchmaker
-from .model import Host, Snapshot, checked_topic
-from .settings import URL_VARIABLE, Settings
+from ..matchmaker import Matchmaker
+from ..model import Host, Snapshot, checked_topic
+from ..settings import URL_VARIABLE, Settings
+from ..texts import escaped_line, escaped_word
+from . import doctor
 from .supervise import Holder
-from .texts import escaped_line, escaped_word
 
 PROGRAM = "consul-matchmaker"
 OK, FAILED, WRONG_USAGE, NO_HOSTS, NO_ANSWER = 0, 1, 2, 3, 4
@@ -217,9 +218,9 @@ def _doctor(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> i
 
 
 def _demo(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
-    from .demo import story  # only this command needs a Consul of its own
+    from . import demo
 
-    return story.run()
+    return demo.run()
 
 
 # --- what they print -----------------------------------------------------------------------------
@@ -481,7 +482,7 @@ def _common_options(url: Any, output: Any, verbose: Any) -> _Parser:
 
 @contextlib.contextmanager
 def _logging_to_stderr(arguments: argparse.Namespace) -> Iterator[None]:
-    package = logging.getLogger(__package__)
+    package = logging.getLogger(__package__.partition(".")[0])
     handler = logging.StreamHandler()
     handler.setFormatter(_Formatter(f"{PROGRAM}: %(levelname)s %(name)s: %(message)s"))
     levels = [arguments.log_level, logging.INFO, logging.DEBUG]
@@ -493,7 +494,3 @@ def _logging_to_stderr(arguments: argparse.Namespace) -> Iterator[None]:
     finally:
         package.removeHandler(handler)
         package.setLevel(level_before)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

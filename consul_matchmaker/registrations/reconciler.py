@@ -21,9 +21,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from .backoff import Backoff
-from .errors import Closed, Denied, LeaseLost, MatchmakerError, TimedOut
-from .model import Held, Lease, Registration, Standing
+from ..backoff import Backoff
+from ..errors import Closed, Denied, LeaseLost, MatchmakerError, TimedOut
+from ..model import Held, Lease, Registration, Standing
 
 RENEWALS_PER_TTL = 3  # two renewals may fail before the lease runs out
 FAILED_CHANGES_PER_RENEWAL = 8

@@ -1,4 +1,4 @@
-"""Tests of lease_state: the table, the rules of the reconciler, and random histories."""
+"""Tests of the reconciler: the table, the rules of the reconciler, and random histories."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consul_matchmaker.errors import Closed, Denied, LeaseLost, TimedOut, Unavailable
-from consul_matchmaker.lease_state import (
+from consul_matchmaker.model import Held, Host, Lease, Registration
+from consul_matchmaker.registrations.reconciler import (
     ASKED_RENEWAL_SECONDS,
     TRANSITIONS,
     Action,
@@ -31,7 +32,6 @@ from consul_matchmaker.lease_state import (
     Wait,
     Withdraw,
 )
-from consul_matchmaker.model import Held, Host, Lease, Registration
 
 TTL = 9.0
 INTERVAL = TTL / 3

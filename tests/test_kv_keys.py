@@ -7,9 +7,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from consul_matchmaker.errors import ConfigurationError, InvalidTopic
-from consul_matchmaker.model import Host, Registration
-from consul_matchmaker.naming import (
+from consul_matchmaker.backends.kv.keys import (
     MAX_KEY_BYTES,
     SENTINEL,
     Key,
@@ -19,6 +17,8 @@ from consul_matchmaker.naming import (
     host_folder,
     topic_folder,
 )
+from consul_matchmaker.errors import ConfigurationError, InvalidTopic
+from consul_matchmaker.model import Host, Registration
 
 PREFIX = "matchmaker"
 LEASE_ID = "0f8e2ab4-1c9d-4e6f-8a7b-112233445566"

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO
 
-from .consul_binary import ConsulNotFound
-from .consul_probe import Node, NotReady, request
-from .local_consul import ClusterError, LocalCluster, free_ports
+from ..testing.consul_binary import ConsulNotFound
+from ..testing.consul_probe import Node, NotReady, request
+from ..testing.local_consul import ClusterError, LocalCluster, free_ports
 
 SESSION_TTL_SECONDS = 10.0  # Consul's floor (fact B1)
 # The promise of kv mode: Consul removes a crashed process's keys after 2 x TTL, and readers see it

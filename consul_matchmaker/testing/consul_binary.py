@@ -3,7 +3,7 @@
 `find_consul()` looks, in this order, at `$CONSUL_BIN`, at `consul` on PATH, into a Docker image
 (`$CONSUL_IMAGE`, else hashicorp/consul) and, on Debian-like machines, into the distribution's own
 package, which is verified and unpacked but never installed.  `python -m
-consul_matchmaker.demo.consul_binary` prints the path it found.
+consul_matchmaker.testing.consul_binary` prints the path it found.
 """
 
 import os

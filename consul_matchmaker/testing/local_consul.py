@@ -30,13 +30,7 @@ from typing import Any, TypeVar
 
 from ..errors import MatchmakerError
 from .consul_binary import consul_version, find_consul
-from .consul_probe import (
-    Node,
-    NotReady,
-    agreed_leader,
-    check_ready,
-    wait_until,
-)
+from .consul_probe import Node, NotReady, agreed_leader, check_ready, wait_until
 
 logger = logging.getLogger(__name__)
 

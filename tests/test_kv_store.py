@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 
 from consul_matchmaker.backends.http.api import Answer, TooLarge
 from consul_matchmaker.backends.http.exchange import MAX_ANSWER_BYTES
-from consul_matchmaker.backends.kv import (
+from consul_matchmaker.backends.kv.keys import Key
+from consul_matchmaker.backends.kv.poll import PIECE_BYTES, PROOF_SECONDS, Polled, Route
+from consul_matchmaker.backends.kv.store import (
     CHECKS_PER_REQUEST,
     NOT_OURS,
     REMEMBERED_KEYS,
     REMEMBERED_LENGTH,
     Kv,
 )
-from consul_matchmaker.backends.kv_poll import PIECE_BYTES, PROOF_SECONDS, Polled, Route
 from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Instance, Lease, Registration
-from consul_matchmaker.naming import Key
 from consul_matchmaker.settings import Settings
 
 from .contract import ONE, TWO, RegistrarContract

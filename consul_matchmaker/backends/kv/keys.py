@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .errors import ConfigurationError
-from .model import Host, Registration, checked_topic
+from ...errors import ConfigurationError
+from ...model import Host, Registration, checked_topic
 
 _LITERAL = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-")
 _SEGMENT = re.compile(r"(?:[A-Za-z0-9-]|_[0-9a-f]{2})+\Z")

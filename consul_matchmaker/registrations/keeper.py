@@ -16,9 +16,12 @@ import weakref
 from collections.abc import Callable
 from typing import Literal
 
-from .backends import Registrar
-from .errors import Closed, ConfigurationError, Denied, MatchmakerError, TimedOut, Unavailable
-from .lease_state import (
+from ..backends import Registrar
+from ..errors import Closed, ConfigurationError, Denied, MatchmakerError, TimedOut, Unavailable
+from ..model import Host, Registration, Standing
+from ..settings import Settings
+from ..worker import Worker, forget_in_child, seconds_since_boot
+from .reconciler import (
     Call,
     Kind,
     Note,
@@ -32,9 +35,6 @@ from .lease_state import (
     Wait,
     Withdraw,
 )
-from .model import Host, Registration, Standing
-from .settings import Settings
-from .worker import Worker, forget_in_child, seconds_since_boot
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..errors import Unavailable
-from ..model import Host, Snapshot
-from ..naming import SENTINEL, topic_folder
-from .http.api import Answer, ConsulApi, Line, TooLarge
-from .http.exchange import MAX_ANSWER_BYTES
+from ...errors import Unavailable
+from ...model import Host, Snapshot
+from ..http.api import Answer, ConsulApi, Line, TooLarge
+from ..http.exchange import MAX_ANSWER_BYTES
+from .keys import SENTINEL, topic_folder
 
 PROOF_SECONDS = 60.0
 """How long a token that could read the folder is taken to read all of it, where answers do not get

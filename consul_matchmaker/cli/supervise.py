@@ -13,8 +13,8 @@ import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-from .errors import Closed, Denied, MatchmakerError
-from .model import Host, Registration
+from ..errors import Closed, Denied, MatchmakerError
+from ..model import Host, Registration
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit codes of every shell for a command it cannot start
 PROBE_SECONDS = 0.1  # between two looks whether the command listens; a server starts in this order

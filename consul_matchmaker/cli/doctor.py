@@ -6,15 +6,15 @@ import contextlib
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from .backends.dns.wire import NXDOMAIN, REFUSED, SERVFAIL, BadReply, Reply
-from .errors import Denied, Unavailable
-from .model import Host
-from .settings import Settings
+from ..backends.dns.wire import NXDOMAIN, REFUSED, SERVFAIL, BadReply, Reply
+from ..errors import Denied, Unavailable
+from ..model import Host
+from ..settings import Settings
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
-    from .backends.dns.resolver import DnsSrv
-    from .backends.http.api import ConsulApi
-    from .backends.kv import Kv
+    from ..backends.dns.resolver import DnsSrv
+    from ..backends.http.api import ConsulApi
+    from ..backends.kv.store import Kv
 
 SERVERS = "_consul._tcp.service"
 """The service that every Consul cluster has: its servers."""
@@ -44,7 +44,7 @@ def findings(settings: Settings) -> Iterator[Finding]:
 
 
 def _of_catalog(settings: Settings) -> Iterator[Finding]:
-    from .backends.dns.resolver import DnsSrv
+    from ..backends.dns.resolver import DnsSrv
 
     with contextlib.closing(DnsSrv(settings)) as dns_srv:
         for address in settings.addresses:
@@ -129,8 +129,8 @@ def _heard(dns_srv: DnsSrv, address: Host, datacenter: str = "", *, by_tcp: bool
 
 
 def _of_kv(settings: Settings) -> Iterator[Finding]:
-    from .backends.http.api import ConsulApi
-    from .backends.kv import Kv
+    from ..backends.http.api import ConsulApi
+    from ..backends.kv.store import Kv
 
     api = ConsulApi(settings)
     with contextlib.closing(Kv(api, settings)) as kv:
@@ -171,7 +171,7 @@ def _version(api: ConsulApi, address: Host) -> str:
 
 
 def _of_keys(kv: Kv, settings: Settings) -> Iterator[Finding]:
-    from .backends.kv import NOT_OURS
+    from ..backends.kv.store import NOT_OURS
 
     what = f"reading {settings.prefix}/"
     try:

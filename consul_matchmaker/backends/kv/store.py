@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import TypeVar
 
-from ..errors import Denied, LeaseLost, TimedOut, Unavailable
-from ..model import Held, Host, Instance, Lease, Registration, Snapshot
-from ..naming import MAX_KEY_BYTES, SENTINEL, Key, host_folder, topic_folder
-from ..settings import Settings
-from ..worker import seconds_since_boot
-from . import OnDoubt
-from .http.api import Answer, ConsulApi, Line, go_duration
-from .kv_poll import Confirmer, Poll
-from .liveness import Liveness
+from ...errors import Denied, LeaseLost, TimedOut, Unavailable
+from ...model import Held, Host, Instance, Lease, Registration, Snapshot
+from ...settings import Settings
+from ...worker import seconds_since_boot
+from .. import OnDoubt
+from ..http.api import Answer, ConsulApi, Line, go_duration
+from ..liveness import Liveness
+from .keys import MAX_KEY_BYTES, SENTINEL, Key, host_folder, topic_folder
+from .poll import Confirmer, Poll
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Registrations as keys of Consul's KV store that one session holds."""

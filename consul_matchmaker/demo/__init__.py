@@ -1,1 +1,0 @@
-"""What `consul-matchmaker demo` needs: a Consul program, a cluster of it, and a story."""

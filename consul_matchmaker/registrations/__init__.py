@@ -1,0 +1,1 @@
+"""This process serves a topic: what should be registered, and the thread that keeps it so."""
