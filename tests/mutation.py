@@ -37,6 +37,7 @@ WANTED_SHARE = 0.95
 MODULES = {
     "backoff": ("test_backoff",),
     "blocking_query": ("test_blocking_query",),
+    "differences": ("test_reconciler",),
     "reconciler": ("test_reconciler",),
     "model": ("test_model",),
     "names": ("test_dns_names",),

@@ -28,6 +28,8 @@ LAYERS = {
         "texts",
         "backoff",
         "registrations",
+        "registrations.beats",
+        "registrations.differences",
         "registrations.reconciler",
         "answers",
         "answers.belief",

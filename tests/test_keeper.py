@@ -20,7 +20,7 @@ from consul_matchmaker.model import Host, Lease, Registration
 from consul_matchmaker.registrations.keeper import Keeper
 from consul_matchmaker.settings import Settings
 
-from .doubles import ManualClock, no_thread_to_be_had
+from .doubles import ManualClock, StillWorker, no_thread_to_be_had
 
 TTL = 9.0
 INTERVAL = TTL / 3
@@ -66,7 +66,7 @@ class ByHand:
         self.clock = ManualClock()
         self.memory = Memory(session_ttl_seconds=TTL, clock=self.clock)
         self.keeper = Keeper(
-            self.memory, SETTINGS, clock=self.clock, jitter=lambda: 0.5, threaded=False
+            self.memory, SETTINGS, clock=self.clock, jitter=lambda: 0.5, make_worker=StillWorker
         )
 
     def run(self) -> float | None:
@@ -374,10 +374,13 @@ def test_an_outage_is_told_once_and_its_end_once(
 def test_listeners_hear_of_held_and_lost(by_hand: ByHand) -> None:
     """A server can stop serving what it no longer owns, and begin again; nothing is said twice."""
     heard: list[tuple[str, str]] = []
-    by_hand.keeper.listen(lambda registration, change: heard.append((registration.topic, change)))
-    by_hand.keeper.register(A)
+
+    def hear(registration: Registration, change: str) -> None:
+        heard.append((registration.topic, change))
+
+    by_hand.keeper.register(A, on_change=hear)
     by_hand.run()
-    by_hand.keeper.register(B)
+    by_hand.keeper.register(B, on_change=hear)
     by_hand.run()
     by_hand.memory.delete("scheduler", A.host)
     by_hand.run_for(INTERVAL)
@@ -392,8 +395,7 @@ def test_listeners_hear_of_held_and_lost(by_hand: ByHand) -> None:
 def test_listeners_hear_of_a_lease_that_may_have_run_out(by_hand: ByHand) -> None:
     """The margin is used up: lost at that moment, held again when Consul says so."""
     heard: list[str] = []
-    by_hand.keeper.listen(lambda registration, change: heard.append(change))
-    registration = by_hand.keeper.register(A)
+    registration = by_hand.keeper.register(A, on_change=lambda _, change: heard.append(change))
     by_hand.run()
     assert by_hand.keeper.margin_seconds(registration) == TTL
     by_hand.memory.is_available = False
@@ -422,8 +424,7 @@ def test_a_listener_that_fails_harms_nobody(
     def fail(registration: Registration, change: str) -> None:
         raise error
 
-    by_hand.keeper.listen(fail)
-    by_hand.keeper.register(A)
+    by_hand.keeper.register(A, on_change=fail)
     by_hand.run_for(2 * INTERVAL)
     assert by_hand.visible() == ["10.0.0.5:9501"]
     assert "listener" in caplog.text
@@ -551,17 +552,6 @@ def test_closing_while_consul_is_away_ends_the_thread(
     assert keeper.close(LONG) is False  # at once: there is nobody left to do it
 
 
-def test_close_of_a_stepped_keeper_tries_once(by_hand: ByHand) -> None:
-    """Without a thread there is nobody to retry: it says whether Consul answered."""
-    by_hand.keeper.register(A)
-    by_hand.run()
-    by_hand.memory.is_available = False
-    assert by_hand.keeper.close(LONG) is False
-    by_hand.memory.is_available = True
-    by_hand.clock.now += INTERVAL
-    assert by_hand.keeper.close(LONG) is True
-
-
 def test_a_listener_may_close_the_keeper(threaded: Callable[[Memory], Keeper]) -> None:
     """On the keeper's own thread close does not wait for itself."""
     memory = Memory()
@@ -572,8 +562,7 @@ def test_a_listener_may_close_the_keeper(threaded: Callable[[Memory], Keeper]) -
         assert keeper.close(LONG) is False
         heard.set()
 
-    keeper.listen(close)
-    keeper.register(A)
+    keeper.register(A, on_change=close)
     assert heard.wait(LONG)
     assert keeper.close(LONG) is True
     assert repr(memory) == "<Memory 0 leases>"
@@ -597,7 +586,7 @@ def run_python(script: str) -> list[str]:
         import logging, os, sys, threading
         import consul_matchmaker.registrations.keeper as module
         # Leaving may take as long as the machine stops meanwhile.
-        at_exit, module.SECONDS_AT_EXIT = module.SECONDS_AT_EXIT, 10.0
+        at_exit, module.EXIT_SECONDS = module.EXIT_SECONDS, 10.0
         from consul_matchmaker.backends.memory import Memory
         from consul_matchmaker import Matchmaker
         from consul_matchmaker.registrations.keeper import Keeper
@@ -661,7 +650,7 @@ def test_leaving_at_exit_is_bounded() -> None:
     assert run_python("""
         keeper.register(A).wait_until_published(timeout_seconds=10)
         keeper._registrar.release = lambda lease: threading.Event().wait()
-        module.SECONDS_AT_EXIT = at_exit
+        module.EXIT_SECONDS = at_exit
         say("end")
     """) == ["open parent", "end"]
 
@@ -946,7 +935,7 @@ def test_a_doubt_asks_for_a_renewal_at_once(caplog: pytest.LogCaptureFixture) ->
     by_hand = ByHand()
     by_hand.memory = memory = DoubtedMemory(by_hand.clock)
     by_hand.keeper = Keeper(
-        memory, SETTINGS, clock=by_hand.clock, jitter=lambda: 0.5, threaded=False
+        memory, SETTINGS, clock=by_hand.clock, jitter=lambda: 0.5, make_worker=StillWorker
     )
     by_hand.keeper.register(A)
     by_hand.run_for(INTERVAL * 2 + 0.1)

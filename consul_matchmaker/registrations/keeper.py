@@ -17,10 +17,11 @@ from collections.abc import Callable
 from typing import Literal
 
 from ..backends import Registrar
-from ..errors import Closed, ConfigurationError, Denied, MatchmakerError, TimedOut, Unavailable
+from ..errors import Closed, Denied, MatchmakerError, TimedOut, Unavailable
 from ..model import Host, Registration, Standing
 from ..settings import Settings
-from ..worker import Worker, seconds_since_boot
+from ..worker import MakeWorker, Worker, seconds_since_boot
+from .beats import Beats
 from .reconciler import (
     Call,
     Kind,
@@ -39,7 +40,7 @@ from .reconciler import (
 logger = logging.getLogger(__name__)
 
 RECENT_EVENTS = 50
-SECONDS_AT_EXIT = 2.0  # what a process that ends without close() spends on leaving, at most
+EXIT_SECONDS = 2.0  # what a process that ends without close() spends on leaving, at most
 
 _LEVELS = {
     Kind.PUBLISHED: logging.INFO,
@@ -57,15 +58,6 @@ Change = Literal["held", "lost"]
 Listener = Callable[[Registration, Change], None]
 
 
-@dataclasses.dataclass(slots=True)
-class _Beats:
-    """What the application promised for one registration, and when it last kept it."""
-
-    every_seconds: float
-    at: float
-    is_silent: bool = False
-
-
 class Keeper:
     """Holds one lease for every registration of this process, and repairs whatever is lost.
 
@@ -73,8 +65,6 @@ class Keeper:
     Consul.  Thread-safe.  A forked child starts with no registration, lease or thread, and never
     touches its parent's.  A process that ends without `close` leaves at once too, unless it is
     killed or ends by a signal nobody handles (SIGTERM's default): then its lease runs out.
-
-    With ``threaded=False`` there is no thread: the owner calls `step`.
     """
 
     def __init__(
@@ -84,13 +74,12 @@ class Keeper:
         *,
         clock: Callable[[], float] = seconds_since_boot,
         jitter: Callable[[], float] = random.random,
-        threaded: bool = True,
+        make_worker: MakeWorker = Worker,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._jitter = jitter
-        self._threaded = threaded
-        self._listeners: list[Listener] = []
+        self._make_worker = make_worker
         self.begin(registrar)
         _keepers.add(self)
 
@@ -98,18 +87,17 @@ class Keeper:
         """Hold nothing, and register with *registrar*: also in a forked child, where registrations
         of the parent refer to this very object."""
         self._registrar = registrar
-        self._worker = Worker("consul-matchmaker-keeper", self.step)
+        self._worker = self._make_worker("consul-matchmaker-keeper", self.step)
         self._changed = threading.Condition()
         self._reconciler = Reconciler(self._settings.session_ttl_seconds, self._jitter)
         self._events: collections.deque[tuple[float, Note]] = collections.deque(
             maxlen=RECENT_EVENTS
         )
-        self._told: dict[Registration, Change] = {}
-        self._own_listeners: dict[Registration, Listener] = {}
-        self._beats: dict[Registration, _Beats] = {}
-        self._silence_at = math.inf  # when somebody may have fallen silent, at the earliest
-        self._stepping_thread: int | None = None
-        self._may_give_up = self._gave_up = False  # the first is close's word, the second step's
+        self._listeners: dict[Registration, Listener] = {}
+        self._told: dict[Registration, Change] = {}  # what each listener heard last
+        self._beats = Beats()
+        self._stepping_thread: threading.Thread | None = None
+        self._may_give_up = False  # after one more try, if Consul has not answered until then
         self._pid = os.getpid()
 
     # What it is asked
@@ -123,9 +111,12 @@ class Keeper:
     ) -> Registration:
         """Make *registration* visible as soon as Consul can be asked, and keep it so.
 
-        Returns at once the same registration, owned by this keeper.  *on_change* is what `listen`
-        takes, for this registration alone.  With *beat_seconds* it is taken back whenever the
-        application has not called `beat` for so long, and is back with the next one.
+        Returns at once the same registration, owned by this keeper.  *on_change* is called when it
+        becomes "held" or "lost": when Consul has dropped it, or may have, because the lease could
+        not be renewed for a whole TTL.  That happens on the keeper's thread: it must return soon,
+        as nothing is renewed meanwhile; what it raises is logged.  With *beat_seconds* the
+        registration is taken back whenever the application has not called `beat` for so long, and
+        is back with the next one.
         Raises Closed, and Unavailable when the process cannot have the thread: then nothing is
         registered.
         """
@@ -133,14 +124,14 @@ class Keeper:
         with self._changed:
             now = self._clock()
             self._reconciler.want(owned, now)
-            self._forget_promises(owned)
+            self._drop_promises(owned)
             if on_change is not None:
-                self._own_listeners[owned] = on_change
+                self._listeners[owned] = on_change
             if beat_seconds is not None:
-                self._beats[owned] = _Beats(beat_seconds, now)
-                self._silence_at = min(self._silence_at, now + beat_seconds)
+                self._beats.promise(owned, beat_seconds, now)
         try:
-            self._start()
+            self._worker.start()
+            self._worker.wake()
         except Unavailable:
             self._unregister([owned])
             raise
@@ -160,7 +151,7 @@ class Keeper:
         with self._changed:
             for registration in registrations:
                 self._reconciler.unwant(registration, self._clock())
-                self._forget_promises(registration)
+                self._drop_promises(registration)
             self._changed.notify_all()
         self._wake()
 
@@ -178,16 +169,12 @@ class Keeper:
         """Say that what serves *registration* still runs.  Raises ConfigurationError when it was
         registered without ``beat_seconds``; does nothing when it is not registered any more."""
         with self._changed:
-            beats = self._beats.get(registration)
-            if beats is None:
-                if self._reconciler.is_wanted(registration):
-                    raise ConfigurationError(f"{registration}: register it with beat_seconds")
+            if not self._is_registered(registration):
                 return
-            beats.at = self._clock()
-            was_silent, beats.is_silent = beats.is_silent, False
+            now = self._clock()
+            was_silent = self._beats.beat(registration, now)
             if was_silent:
-                self._reconciler.want(registration, beats.at)
-                self._silence_at = min(self._silence_at, beats.at + beats.every_seconds)
+                self._reconciler.want(registration, now)
         if was_silent:
             self._wake()
 
@@ -198,15 +185,6 @@ class Keeper:
         with self._changed:
             self._reconciler.ask_renewal(self._clock())
         self._wake()
-
-    def listen(self, listener: Listener) -> None:
-        """Have ``listener(registration, "held" | "lost")`` called when either becomes true.
-
-        "lost" is said when Consul has dropped a registration, or may have: its lease could not be
-        renewed for a whole TTL.  Called on the keeper's thread: it must return soon, as nothing is
-        renewed meanwhile.  What it raises is logged.
-        """
-        self._listeners.append(listener)
 
     # What it knows
 
@@ -221,20 +199,16 @@ class Keeper:
             return self._standing(registration)
 
     def _standing(self, registration: Registration) -> Standing:
-        beats = self._beats.get(registration)
-        if beats is not None and beats.is_silent:
+        if self._beats.is_silent(registration):
             return "silent"
         return self._reconciler.standing(registration)
 
     def _is_registered(self, registration: Registration) -> bool:
-        beats = self._beats.get(registration)
-        is_silent = beats is not None and beats.is_silent
-        return is_silent or self._reconciler.is_wanted(registration)
+        return self._beats.is_silent(registration) or self._reconciler.is_wanted(registration)
 
     def _registered(self) -> list[Registration]:
         """What the application wants, also what is taken back while it does not beat."""
-        silent = [each for each, beats in self._beats.items() if beats.is_silent]
-        return [*self._reconciler.wanted, *silent]
+        return [*self._reconciler.wanted, *self._beats.silent]
 
     def margin_seconds(self, registration: Registration) -> float:
         """How long Consul surely goes on showing it if nothing is heard from us any more.
@@ -252,39 +226,42 @@ class Keeper:
         Raises TimedOut, saying why it is not; Denied at once while Consul refuses; Closed when
         this keeper is closed, or the registration is not (or no longer) one of its own.
         """
-        deadline = self._clock() + timeout_seconds
         with self._changed:
-            while not self._reconciler.is_published(registration):
-                if self._is_closing:
-                    raise Closed(f"{registration} was not published: its Matchmaker was closed")
-                if not self._is_registered(registration):
-                    raise Closed(f"{registration} is not registered here: register it (again)")
+            if not self._changed.wait_for(
+                lambda: self._is_published(registration), timeout_seconds
+            ):
                 error = self._reconciler.error_of(registration)
-                if isinstance(error, Denied):
-                    raise Denied(f"{registration} was not published: {error}") from error
-                remaining = deadline - self._clock()
-                if remaining <= 0:
-                    reason = error or "Consul has not answered yet; still trying"
-                    raise TimedOut(
-                        f"{registration} was not published within {timeout_seconds:g} s: {reason}"
-                    )
-                self._changed.wait(remaining)
+                raise TimedOut(
+                    f"{registration} was not published within {timeout_seconds:g} s: "
+                    f"{error or 'Consul has not answered yet; still trying'}"
+                )
+
+    def _is_published(self, registration: Registration) -> bool:
+        """Raises what `wait_until_published` does when waiting is in vain."""
+        if self._reconciler.is_published(registration):
+            return True
+        if self._is_closing:
+            raise Closed(f"{registration} was not published: its Matchmaker was closed")
+        if not self._is_registered(registration):
+            raise Closed(f"{registration} is not registered here: register it (again)")
+        error = self._reconciler.error_of(registration)
+        if isinstance(error, Denied):
+            raise Denied(f"{registration} was not published: {error}") from error
+        return False
 
     def wait_until_withdrawn(self, registration: Registration, timeout_seconds: float) -> None:
         """Return once Consul cannot be showing an unregistered *registration* any more.
 
         Raises TimedOut; with ``timeout_seconds=0`` this only looks.
         """
-        deadline = self._clock() + timeout_seconds
         with self._changed:
-            while not self._reconciler.is_withdrawn(registration):
-                remaining = deadline - self._clock()
-                if remaining <= 0:
-                    reason = self._reconciler.error_of(registration) or "not asked yet"
-                    raise TimedOut(
-                        f"{registration} was not withdrawn within {timeout_seconds:g} s: {reason}"
-                    )
-                self._changed.wait(remaining)
+            if not self._changed.wait_for(
+                lambda: self._reconciler.is_withdrawn(registration), timeout_seconds
+            ):
+                reason = self._reconciler.error_of(registration) or "not asked yet"
+                raise TimedOut(
+                    f"{registration} was not withdrawn within {timeout_seconds:g} s: {reason}"
+                )
 
     def status(self) -> dict[str, object]:
         """Where everything stands, as plain values that JSON can say."""
@@ -336,20 +313,14 @@ class Keeper:
         """
         deadline = time.monotonic() + timeout_seconds
         self.begin_to_close()
-        if self._stepping_thread == threading.get_ident():
+        if self._stepping_thread is threading.current_thread():
             return False
-        if not self._threaded:
-            while not self._is_closed and self.step() == 0.0:
-                pass
-            return self._is_closed
         with self._changed:
             self._changed.wait_for(
-                lambda: self._is_closed or self._gave_up,
-                timeout=max(0.0, deadline - time.monotonic()),
+                lambda: self._is_closed or self._worker.is_stopping, timeout_seconds
             )
-            is_closed = self._is_closed
-            self._may_give_up = not is_closed
-        if is_closed:
+            self._may_give_up = not self._is_closed
+        if not self._may_give_up:
             return self._worker.stop(max(0.0, deadline - time.monotonic()))
         self._worker.wake()
         return False
@@ -377,27 +348,11 @@ class Keeper:
 
     # The thread
 
-    def _start(self) -> None:
-        if self._threaded:
-            self._worker.start()
-            self._worker.wake()
-
     def _wake(self) -> None:
         if self._worker.has_died:
             with contextlib.suppress(Unavailable):  # then whoever comes next starts it
                 self._worker.start()
         self._worker.wake()
-
-    def step(self) -> float | None:
-        """Do the next thing; return in how many seconds to come again, None: when woken.
-
-        The keeper's thread calls it; without one, its owner does, from one thread at a time.
-        """
-        self._stepping_thread = threading.get_ident()
-        try:
-            return self._step()
-        finally:
-            self._stepping_thread = None
 
     def _doubt_lease(self, reason: str | None) -> None:
         """Ask at once what became of the lease: only a renewal tells.  Returns at once."""
@@ -405,23 +360,26 @@ class Keeper:
             logger.info("a beat failed, asking what became of the lease: %s", reason)
         self.renew_now()
 
-    def _step(self) -> float | None:
+    def step(self) -> float | None:
+        """Do the next thing; return in how many seconds to come again, None: when woken."""
+        self._stepping_thread = threading.current_thread()
         with self._changed:
             now = self._clock()
-            silence, seconds_to_silence = self._take_back_the_silent(now)
+            notes = self._take_back_the_silent(now)
             action = self._reconciler.next_action(now)
-            notes = silence + self._take_notes()
+            notes += self._take_notes()
             if isinstance(action, Wait) and self._is_closing and self._may_give_up:
-                self._gave_up, action = True, Stop()
+                action = Stop()
             if isinstance(action, Stop):
+                self._worker.stop(0)
                 self._changed.notify_all()
+            until_silence = self._beats.next_silence_at - now
         if isinstance(action, Wait | Stop):
             self._tell(notes)
-            if isinstance(action, Wait):
-                waits = (action.seconds, seconds_to_silence)
-                return min((each for each in waits if each is not None), default=None)
-            self._worker.stop(0)
-            return None
+            pause = action.seconds if isinstance(action, Wait) else None
+            if until_silence < math.inf:
+                pause = until_silence if pause is None else min(pause, until_silence)
+            return pause
         outcome = self._carry_out(action)  # may take seconds; nobody is waiting for us
         with self._changed:
             self._reconciler.handle(outcome, self._clock(), action)
@@ -449,29 +407,19 @@ class Keeper:
             return Unavailable(f"unexpected {type(error).__name__}: see the log")
         return None
 
-    def _take_back_the_silent(self, now: float) -> tuple[list[Note], float | None]:
-        """Stop wanting what is not beaten for; return the notes of it, and when to look again."""
-        notes: list[Note] = []
-        if now < self._silence_at:
-            return notes, None if self._silence_at == math.inf else self._silence_at - now
-        self._silence_at = math.inf
-        for registration, beats in self._beats.items():
-            if beats.is_silent:
-                continue
-            silent_at = beats.at + beats.every_seconds
-            if silent_at > now:
-                self._silence_at = min(self._silence_at, silent_at)
-                continue
-            beats.is_silent = True
+    def _take_back_the_silent(self, now: float) -> list[Note]:
+        """Stop wanting what is not beaten for."""
+        notes = []
+        for registration, seconds in self._beats.newly_silent(now):
             self._reconciler.unwant(registration, now)
-            text = f"no beat for {registration} in {now - beats.at:.1f} s: taking it back until one"
+            text = f"no beat for {registration} in {seconds:.1f} s: taking it back until one"
             notes.append(Note(Kind.SILENT, text, (registration,)))
-            self._events.append((now, notes[-1]))
-        return notes, None if self._silence_at == math.inf else self._silence_at - now
+        self._events.extend((now, note) for note in notes)
+        return notes
 
-    def _forget_promises(self, registration: Registration) -> None:
-        self._beats.pop(registration, None)
-        self._own_listeners.pop(registration, None)
+    def _drop_promises(self, registration: Registration) -> None:
+        self._beats.drop(registration)
+        self._listeners.pop(registration, None)
 
     def _take_notes(self) -> list[Note]:
         notes = self._reconciler.take_notes()
@@ -485,24 +433,25 @@ class Keeper:
             if level is not None:
                 logger.log(level, "%s", note.text)
             if note.kind in (Kind.LOST, Kind.OVERDUE, Kind.SILENT):
-                self._tell_listeners(note.registrations, "lost")
+                self._tell_listeners(note, "lost")
             elif note.kind in (Kind.PUBLISHED, Kind.REPAIRED, Kind.RECOVERED):
-                self._tell_listeners(note.registrations, "held")
+                self._tell_listeners(note, "held")
             elif note.kind is Kind.WITHDRAWN:
                 for registration in note.registrations:
                     self._told.pop(registration, None)
 
-    def _tell_listeners(self, registrations: tuple[Registration, ...], change: Change) -> None:
-        for registration in registrations:
+    def _tell_listeners(self, note: Note, change: Change) -> None:
+        for registration in note.registrations:
             if self._told.get(registration) == change:
                 continue
             self._told[registration] = change
-            own = self._own_listeners.get(registration)
-            for listener in [*self._listeners, *([own] if own else [])]:
-                try:
-                    listener(registration, change)
-                except BaseException:  # sys.exit() or a cancelled task: no end of the keeping
-                    logger.exception("the listener %r failed on %s", listener, registration)
+            listener = self._listeners.get(registration)
+            if listener is None:
+                continue
+            try:
+                listener(registration, change)
+            except BaseException:  # sys.exit() or a cancelled task: no end of the keeping
+                logger.exception("the listener %r failed on %s", listener, registration)
 
 
 _keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
@@ -510,7 +459,7 @@ _keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
 
 def _leave_at_exit() -> None:
     """The process ends and nobody called close(): leave now instead of when the lease runs out."""
-    deadline = time.monotonic() + SECONDS_AT_EXIT
+    deadline = time.monotonic() + EXIT_SECONDS
     leaving = [keeper for keeper in list(_keepers) if keeper.leaves_at_exit]
     for keeper in leaving:  # first all are told: one whose Consul hangs keeps no other from leaving
         keeper.begin_to_close()

@@ -6,6 +6,12 @@ action, and knows the next one:
     action = reconciler.next_action(now)     # Open | Publish | Withdraw | Renew | Release | Wait...
     reconciler.handle(carry_out(action), now, action)
 
+What happens when the session dies is all here.  Renewals that are not answered make the lease
+SUSPECT; it stays the same lease however long that lasts, and after its TTL a note says that Consul
+may have ended it.  Only Consul's word that it is gone (LeaseLost, to a renewal) makes it LOST: a
+repair begins, another lease is opened, and all that is wanted is published under it.  A key that
+somebody deleted is missing from a renewal's answer, and is repaired under the same lease.
+
 It has no clock, lock, thread or I/O, so it is not thread-safe.  What it found out that a person
 should know it leaves as notes: `take_notes`.
 """
@@ -13,10 +19,7 @@ should know it leaves as notes: `take_notes`.
 from __future__ import annotations
 
 import enum
-import heapq
-import itertools
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -24,6 +27,7 @@ from types import MappingProxyType
 from ..backoff import Backoff
 from ..errors import Closed, Denied, LeaseLost, MatchmakerError, TimedOut
 from ..model import Held, Lease, Registration, Standing
+from .differences import Differences, Trouble
 
 RENEWALS_PER_TTL = 3  # two renewals may fail before the lease runs out
 FAILED_CHANGES_PER_RENEWAL = 8
@@ -188,23 +192,11 @@ class Note:
 
 
 @dataclass(slots=True)
-class _Trouble:
-    """Failures in a row of one thing, and when to try it again."""
-
-    error: MatchmakerError
-    since: float
-    failures: int = 0
-    retry_at: float = 0.0
-    is_told: bool = False  # whether a note speaks of it already
-    is_refusal: bool = False
-
-
-@dataclass(slots=True)
 class _Repair:
     cause: str
     began_at: float
     pending: dict[Registration, None] = field(default_factory=dict)  # all that it is about
-    missing: OrderedDict[Registration, None] = field(default_factory=OrderedDict)  # wanted, not yet
+    missing: dict[Registration, None] = field(default_factory=dict)  # all of it that may be missing
 
 
 class Reconciler:
@@ -222,26 +214,14 @@ class Reconciler:
         self.counts = dict.fromkeys(
             ("opened", "renewed", "published", "withdrawn", "failed", "lost", "repaired"), 0
         )
-        self._wanted: dict[Registration, None] = {}  # a set that keeps its order
-        self._published: set[Registration] = set()  # Consul confirmed it
-        self._perhaps: set[Registration] = set()  # Consul may show it; more than _published when
-        #                                           a publish, withdraw or release is unanswered
-        # The differences between wanted and published, kept up by `_compare`; what failed rests on
-        # the heap, with when it is tried again, so that the next step is found without a search.
-        # Ordered ones, because the first of a plain dict is searched for behind what has left it.
-        self._to_withdraw: OrderedDict[Registration, None] = OrderedDict()
-        self._to_publish: OrderedDict[Registration, None] = OrderedDict()
-        self._resting: list[tuple[float, int, Registration]] = []
+        self._differences = Differences()
         self._changes_left = 0  # so many may fail until a suspected lease was tried again
-        self._rests = itertools.count()
         self._in_flight: Call | None = None
         self._sent_at = 0.0
         self._renew_at = math.inf
         self._confirmed_at = -math.inf  # when the last answered opening or renewal was *sent*
-        self._lease_trouble: _Trouble | None = None
-        self._troubles: dict[Registration, _Trouble] = {}
+        self._lease_trouble: Trouble | None = None
         self._repair: _Repair | None = None
-        self._is_overdue = False
         self._notes: list[Note] = []
 
     # What is asked of it
@@ -250,15 +230,17 @@ class Reconciler:
         """From now on *registration* should be visible.  Raises Closed."""
         if self.state in (State.CLOSING, State.CLOSED):
             raise Closed("this keeper is closed: make a new Matchmaker")
-        self._wanted[registration] = None
-        self._compare(registration, now)
+        self._differences.want(registration, now)
+        if self._repair is not None and registration in self._repair.pending:
+            self._repair.missing[registration] = None
 
     def unwant(self, registration: Registration, now: float) -> None:
         """From now on *registration* should not be visible; idempotent."""
-        self._wanted.pop(registration, None)
-        self._compare(registration, now)
+        self._differences.unwant(registration, now)
         self._settle_repair(now)
-        if not self._wanted and self.lease is not None:  # what releases it waits for no renewal
+        if (
+            not self._differences.wanted and self.lease is not None
+        ):  # what releases it waits for no renewal
             self._hurry(now)
 
     def ask_renewal(self, now: float) -> None:
@@ -276,31 +258,33 @@ class Reconciler:
     def close(self) -> None:
         """Want nothing any more, release the lease without delay, then stop; idempotent."""
         self._on(Event.CLOSE)
-        self._wanted.clear()
+        self._differences.wanted.clear()
         self._lease_trouble = self._repair = None
 
     # What it knows
 
     @property
     def wanted(self) -> tuple[Registration, ...]:
-        return tuple(self._wanted)
+        return tuple(self._differences.wanted)
 
     def is_wanted(self, registration: Registration) -> bool:
-        return registration in self._wanted
+        return registration in self._differences.wanted
 
     def is_published(self, registration: Registration) -> bool:
         """Whether it is wanted and Consul confirmed it; a SUSPECT lease does not undo that."""
-        return registration in self._wanted and registration in self._published
+        found = self._differences
+        return registration in found.wanted and registration in found.published
 
     def is_withdrawn(self, registration: Registration) -> bool:
         """Whether it is not wanted, and Consul cannot be showing it for us."""
-        return registration not in self._wanted and registration not in self._perhaps
+        found = self._differences
+        return registration not in found.wanted and registration not in found.maybe_published
 
     def standing(self, registration: Registration) -> Standing:
         """What has become of the wish."""
-        if registration not in self._wanted:
+        if not self.is_wanted(registration):
             return "withdrawn" if self.is_withdrawn(registration) else "withdrawing"
-        if registration in self._published:
+        if self.is_published(registration):
             return "suspect" if self.state is State.SUSPECT else "published"
         if isinstance(self.error_of(registration), Denied):
             return "refused"
@@ -310,13 +294,13 @@ class Reconciler:
 
     @property
     def published_count(self) -> int:
-        return sum(registration in self._published for registration in self._wanted)
+        return len(self._published_and_wanted())
 
     def error_of(self, registration: Registration | None = None) -> MatchmakerError | None:
         """Why it, or the lease, does not get on at the moment; None when nothing is wrong."""
         trouble = self._lease_trouble
         if trouble is None and registration is not None:
-            trouble = self._troubles.get(registration)
+            trouble = self._differences.troubles.get(registration)
         return trouble.error if trouble else None
 
     def margin_seconds(self, now: float) -> float:
@@ -352,11 +336,11 @@ class Reconciler:
         self._in_flight, self._sent_at = action, now
         # From the moment it is sent nobody may rely on what it is about to change.
         if isinstance(action, Publish):
-            self._perhaps.add(action.registration)
+            self._differences.maybe_published.add(action.registration)
         elif isinstance(action, Withdraw):
-            self._published.discard(action.registration)
+            self._differences.published.discard(action.registration)
         elif isinstance(action, Release):
-            self._published.clear()
+            self._differences.published.clear()
         return action
 
     def _choose(self, now: float) -> Action:
@@ -365,7 +349,7 @@ class Reconciler:
             self._on(Event.RELEASED)
         if self.state is State.CLOSED:
             return Stop()
-        if not self._wanted:
+        if not self._differences.wanted:
             if lease is not None:
                 return self._unless_it_is_too_early(now, Release(lease))
             if self.state is not State.IDLE:
@@ -379,11 +363,10 @@ class Reconciler:
         wake_at = self._renew_at
         if self._lease_trouble is not None:  # SUSPECT: changes go on, the renewal comes first
             wake_at = self._lease_trouble.retry_at
-        if self.state is State.SUSPECT:
-            self._note_when_overdue(now)
+            self._note_when_overdue(lease, self._lease_trouble, now)
         if now >= wake_at:
             return Renew(lease)
-        if self.state is State.SUSPECT and not self._is_overdue:
+        if self._lease_trouble is not None and not self._lease_trouble.is_overdue:
             wake_at = min(wake_at, now + self.margin_seconds(now))
         return self._next_difference(lease, wake_at, now)
 
@@ -392,33 +375,12 @@ class Reconciler:
         that is shown without serving is worse than one that serves without being shown."""
         if self.state is State.SUSPECT and self._changes_left <= 0:
             return Wait(wake_at - now)
-        while self._resting and self._resting[0][0] <= now:
-            self._compare(heapq.heappop(self._resting)[2], now)
-        for registration in self._to_withdraw:
+        self._differences.end_rests(now)
+        if (registration := self._differences.to_withdraw) is not None:
             return Withdraw(lease, registration)
-        for registration in self._to_publish:
+        if (registration := self._differences.to_publish) is not None:
             return Publish(lease, registration)
-        if self._resting:
-            wake_at = min(wake_at, self._resting[0][0])
-        return Wait(max(0.0, wake_at - now))
-
-    def _compare(self, registration: Registration, now: float) -> None:
-        """Note what is to be done about *registration*: call it after anything of it changed."""
-        is_wanted, is_published = registration in self._wanted, registration in self._published
-        is_to_withdraw = not is_wanted and registration in self._perhaps
-        is_to_publish = is_wanted and not is_published
-        repair, trouble = self._repair, self._troubles.get(registration)
-        if repair is not None and registration in repair.pending:
-            _place(repair.missing, registration, is_to_publish)
-        rests = trouble is not None and trouble.retry_at > now
-        _place(self._to_withdraw, registration, is_to_withdraw and not rests)
-        _place(self._to_publish, registration, is_to_publish and not rests)
-
-    def _compare_all(self, now: float) -> None:
-        self._to_withdraw.clear()
-        self._to_publish.clear()
-        for registration in [*self._perhaps, *self._wanted]:
-            self._compare(registration, now)
+        return Wait(max(0.0, min(wake_at, self._differences.rests_until) - now))
 
     def _unless_it_is_too_early(self, now: float, action: Open | Release) -> Action:
         trouble = self._lease_trouble
@@ -473,18 +435,8 @@ class Reconciler:
         self.counts["renewed"] += 1
         self._confirmed_at = self._sent_at
         self._renew_at = now + _interval(self.lease) * (1 - RENEWAL_JITTER * self._jitter())
-        # A check that was not made proves nothing: what was known before stays known.
-        unchecked = held.unchecked if isinstance(held, Held) else frozenset[Registration]()
-        held = set(held)
-        gone = self._published - unchecked - held
-        missing = [each for each in self._wanted if each in gone]
-        strays = held - self._perhaps - self._wanted.keys()
-        self._published = held | (self._published & unchecked)
-        self._perhaps = held | (self._perhaps & unchecked)
-        for each in [each for each in self._troubles if each not in unchecked]:
-            if (each in held) == (each in self._wanted):
-                del self._troubles[each]
-        self._compare_all(now)
+        unchecked = held.unchecked if isinstance(held, Held) else ()
+        missing, strays = self._differences.found(held, unchecked, now)
         self._note_recovery(now)
         if strays:
             self._note(Kind.STRAY, f"Consul shows {_names(strays)}, not wanted: withdrawing it")
@@ -495,7 +447,7 @@ class Reconciler:
 
     def _released(self, now: float) -> None:
         self._on(Event.RELEASED)
-        lease, gone = self.lease, tuple(self._perhaps)
+        lease, gone = self.lease, tuple(self._differences.maybe_published)
         self._drop_lease(now)
         assert lease is not None
         self._note(Kind.WITHDRAWN, f"released lease {_short(lease)}: nothing is wanted", gone)
@@ -504,7 +456,7 @@ class Reconciler:
         assert self.lease is not None
         self._on(Event.GONE)
         self.counts["lost"] += 1
-        missing = [each for each in self._wanted if each in self._published]
+        missing = self._published_and_wanted()
         cause = f"lease {_short(self.lease)} lost (Consul does not know it any more)"
         since = self._lease_trouble.since if self._lease_trouble else now
         self._drop_lease(now)
@@ -512,16 +464,12 @@ class Reconciler:
             self._begin_repair(cause, since, missing)
 
     def _changed(self, now: float, action: Publish | Withdraw) -> None:
-        registration = action.registration
-        trouble = self._troubles.pop(registration, None)
-        if isinstance(action, Withdraw):
-            self._perhaps.discard(registration)
-            self._compare(registration, now)
+        registration, is_published = action.registration, isinstance(action, Publish)
+        trouble = self._differences.changed(registration, now, is_published=is_published)
+        if not is_published:
             self.counts["withdrawn"] += 1
             self._note(Kind.WITHDRAWN, f"withdrew {registration}", (registration,))
             return
-        self._published.add(registration)
-        self._compare(registration, now)
         self.counts["published"] += 1
         if self._repair is None or registration not in self._repair.pending:
             text = f"published {registration} under lease {_short(action.lease)}"
@@ -533,11 +481,9 @@ class Reconciler:
     def _not_changed(self, error: MatchmakerError, now: float, action: Publish | Withdraw) -> None:
         if self.state is State.CLOSING:
             return  # the release takes everything with it
-        trouble = self._failed_again(self._troubles.get(action.registration), error, now)
-        self._troubles[action.registration] = trouble
-        self._compare(action.registration, now)
-        rest = trouble.retry_at, next(self._rests), action.registration
-        heapq.heappush(self._resting, rest)
+        registration = action.registration
+        trouble = self._failed_again(self._differences.troubles.get(registration), error, now)
+        self._differences.not_changed(registration, trouble, now)
         if not trouble.is_refusal:
             self._changes_left = _without_time_out(self._changes_left - 1, error)
             # Perhaps the lease is gone: only a renewal tells.  It also tells what really happened.
@@ -546,7 +492,7 @@ class Reconciler:
         is_own = trouble.failures > 1 and self.state is State.HELD
         if not trouble.is_told and (trouble.is_refusal or is_own):
             verb = "published" if isinstance(action, Publish) else "withdrawn"
-            self._note_trouble(trouble, f"{action.registration} cannot be {verb}")
+            self._note_trouble(trouble, f"{registration} cannot be {verb}")
 
     def _not_answered(
         self, error: MatchmakerError, now: float, action: Open | Renew | Release
@@ -561,11 +507,12 @@ class Reconciler:
             return
         if isinstance(action, Open):
             after = f" after {self._repair.cause}" if self._repair else ""
-            what = f"no lease can be opened for {_count(self._wanted)}{after}"
+            what = f"no lease can be opened for {_count(self._differences.wanted)}{after}"
         elif isinstance(action, Renew):
+            shown = f"{_count(self._differences.published)} for at least"
             what = (
-                f"lease {_short(action.lease)} cannot be renewed; Consul shows its "
-                f"{_count(self._published)} for at least {self.margin_seconds(now):.1f} s more"
+                f"lease {_short(action.lease)} cannot be renewed; Consul shows its {shown} "
+                f"{self.margin_seconds(now):.1f} s more"
             )
         else:
             what = f"lease {_short(action.lease)} cannot be released"
@@ -579,24 +526,18 @@ class Reconciler:
         except KeyError:
             raise ImpossibleEvent(f"{self.state}: {event.value}") from None
 
+    def _published_and_wanted(self) -> list[Registration]:
+        return [each for each in self._differences.wanted if each in self._differences.published]
+
     def _drop_lease(self, now: float) -> None:
         self.lease = self._lease_trouble = None
-        self._renew_at, self._confirmed_at, self._is_overdue = math.inf, -math.inf, False
-        self._published.clear()
-        self._perhaps.clear()
-        self._troubles.clear()
-        self._resting.clear()
-        self._compare_all(now)
+        self._differences.clear(now)
 
-    def _failed_again(
-        self, trouble: _Trouble | None, error: MatchmakerError, now: float
-    ) -> _Trouble:
-        if trouble is None:
-            trouble = _Trouble(error, since=self._sent_at)
-        refusal = isinstance(error, Denied)
-        if trouble.failures and refusal != trouble.is_refusal:
+    def _failed_again(self, trouble: Trouble | None, error: MatchmakerError, now: float) -> Trouble:
+        trouble = trouble or Trouble(error, since=self._sent_at)
+        if isinstance(error, Denied) != trouble.is_refusal:
             trouble.is_told = False  # another kind of trouble is news
-        trouble.error, trouble.is_refusal = error, refusal
+        trouble.error = error
         trouble.failures += 1
         trouble.retry_at = now + self._backoff.seconds(trouble.failures)
         return trouble
@@ -604,25 +545,22 @@ class Reconciler:
     def _note(self, kind: Kind, text: str, registrations: Iterable[Registration] = ()) -> None:
         self._notes.append(Note(kind, text, tuple(registrations)))
 
-    def _note_trouble(self, trouble: _Trouble, what: str) -> None:
+    def _note_trouble(self, trouble: Trouble, what: str) -> None:
         trouble.is_told = True
         kind = Kind.REFUSED if trouble.is_refusal else Kind.UNREACHABLE
         self._note(kind, f"{what}; trying on ({trouble.error})")
 
-    def _note_when_overdue(self, now: float) -> None:
-        if self._is_overdue or self.margin_seconds(now) > 0:
-            return
-        self._is_overdue = True
-        assert self.lease is not None
-        text = f"lease {_short(self.lease)} not renewed for its whole TTL: Consul may have ended it"
-        self._note(Kind.OVERDUE, text, (r for r in self._wanted if r in self._published))
+    def _note_when_overdue(self, lease: Lease, trouble: Trouble, now: float) -> None:
+        if not trouble.is_overdue and self.margin_seconds(now) <= 0:
+            trouble.is_overdue = True
+            text = f"lease {_short(lease)} not renewed for its whole TTL: Consul may have ended it"
+            self._note(Kind.OVERDUE, text, self._published_and_wanted())
 
     def _note_recovery(self, now: float) -> None:
         trouble, self._lease_trouble = self._lease_trouble, None
         if trouble is not None and self.lease is not None:
             text = f"lease {_short(self.lease)} renewed after {now - trouble.since:.1f} s of trying"
-            self._note(Kind.RECOVERED, text, (r for r in self._wanted if r in self._published))
-        self._is_overdue = False
+            self._note(Kind.RECOVERED, text, self._published_and_wanted())
 
     def _begin_repair(self, cause: str, began_at: float, missing: list[Registration]) -> None:
         if self._repair is None:
@@ -634,11 +572,15 @@ class Reconciler:
         self._note(Kind.LOST, cause, missing)
 
     def _settle_repair(self, now: float) -> None:
-        """Note a repair, once, when the last registration it is about is published again."""
+        """Note a repair, once, when all it is about is published again or not wanted any more."""
         repair = self._repair
-        if repair is None or repair.missing:
+        if repair is None:
             return
-        pending = tuple(each for each in repair.pending if each in self._wanted)
+        while repair.missing:
+            if self._differences.is_missing(next(reversed(repair.missing))):
+                return
+            repair.missing.popitem()
+        pending = [each for each in repair.pending if self.is_wanted(each)]
         self._repair = None
         self.counts["repaired"] += 1
         what = "nothing of it is wanted any more"
@@ -646,15 +588,6 @@ class Reconciler:
             seconds = now - repair.began_at
             what = f"published {_count(pending)} again after {seconds:.1f} s"
         self._note(Kind.REPAIRED, f"{repair.cause}; {what}", pending)
-
-
-def _place(
-    where: OrderedDict[Registration, None], registration: Registration, belongs: bool
-) -> None:
-    if belongs:
-        where[registration] = None
-    else:
-        where.pop(registration, None)
 
 
 def _without_time_out(changes: int, error: MatchmakerError) -> int:
