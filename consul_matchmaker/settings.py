@@ -1,14 +1,13 @@
-"""Every knob, defined once: name, meaning, unit, default, bounds, and where a value may come from.
+"""Every setting, defined once: name, meaning, unit, default, bounds, and its sources.
 
 A value given explicitly (argument, mapping, URL) wins over ``CONSUL_MATCHMAKER_<NAME>``, that over
-Consul's own variables (``CONSUL_HTTP_ADDR`` and its kin), and those over the default.
+Consul's own variables (``CONSUL_HTTP_ADDR`` and the others), and those over the default.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +34,8 @@ REQUEST_TIMEOUT_SECONDS = {
 _YES = frozenset({"1", "t", "true", "yes", "on"})
 _NO = frozenset({"0", "f", "false", "no", "off"})
 
+_Parse = Callable[[Any], Any]
+"""What a value given as its type or as text means; raises `_Refused`."""
 
 _TOKEN_OF_CONSUL = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
 
@@ -64,29 +65,26 @@ def _yes_or_no(value: Any) -> bool:
     raise _Refused("must be true or false")
 
 
-def _number(low: float, high: float, unit: str = "") -> Callable[[Any], float]:
+def _number(low: float, high: float, unit: str = "") -> _Parse:
     allowed = f"must be a number from {low:.10g} to {high:.10g}{unit}"
 
     def parse(value: Any) -> float:
         # bool is an int in Python: True must not become 1 second (tooz had that bug).
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise _Refused(allowed)
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            raise _Refused(allowed) from None
-        if not (math.isfinite(number) and low <= number <= high):
-            raise _Refused(allowed)
-        return number
+        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError, OverflowError):
+                number = float(value)
+                if low <= number <= high:  # nan is in no range
+                    return number
+        raise _Refused(allowed)
 
     return parse
 
 
-def _seconds(low: float, high: float) -> Callable[[Any], float]:
+def _seconds(low: float, high: float) -> _Parse:
     return _number(low, high, ", in seconds")
 
 
-def _whole(low: int, high: int) -> Callable[[Any], int]:
+def _whole(low: int, high: int) -> _Parse:
     parse_number = _number(low, high)
 
     def parse(value: Any) -> int:
@@ -98,7 +96,7 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
     return parse
 
 
-def _one_of(*choices: str) -> Callable[[Any], str]:
+def _one_of(*choices: str) -> _Parse:
     def parse(value: Any) -> str:
         if value not in choices:
             raise _Refused(f"must be one of {', '.join(choices)}")
@@ -161,14 +159,31 @@ def _pairs(value: Any) -> Mapping[str, str]:
     return dict(pairs)
 
 
+def _matching(pattern: str, why: str) -> _Parse:
+    compiled = re.compile(pattern)
+
+    def parse(value: Any) -> str:
+        if not compiled.fullmatch(_text(value)):
+            raise _Refused(why)
+        return str(value)
+
+    return parse
+
+
 # What Consul DNS can find (fact A8): anything else answers NXDOMAIN, as if nobody were there.
-_LABEL = re.compile(r"[A-Za-z0-9_-]{1,63}\Z")
-
-
-def _label(value: Any) -> str:
-    if not _LABEL.match(_text(value)):
-        raise _Refused("must be one DNS label: 1 to 63 letters, digits, '-' and '_'")
-    return str(value)
+_label = _matching(
+    r"[A-Za-z0-9_-]{1,63}", "must be one DNS label: 1 to 63 letters, digits, '-' and '_'"
+)
+# The alphabet that every Consul version accepts in keys (fact B13).
+_segments = _matching(
+    r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*",
+    "must hold only letters, digits, '_', '-' and single '/' between them",
+)
+_template = _matching(
+    r"[^{}]*(\{topic\}[^{}]*)+", "must hold {topic} where the topic goes, and no other braces"
+)
+# Anything else cannot stand in an HTTP header, and the client's error would repeat it.
+_header = _matching(r"[\x21-\x7e]+", "must be a text of printable ASCII characters without spaces")
 
 
 def _labels(value: Any) -> tuple[str, ...]:
@@ -176,7 +191,7 @@ def _labels(value: Any) -> tuple[str, ...]:
 
 
 def _tag(value: Any) -> str:
-    tag = _label(value)
+    tag: str = _label(value)
     if len(tag) > 62:
         raise _Refused("must have at most 62 characters: a '_' is put before it in the DNS name")
     if tag.lower() == "tcp":
@@ -197,32 +212,15 @@ def _path(value: Any) -> str:
     return str(value)
 
 
-def _secret(value: Any) -> str:
-    token = value.strip() if isinstance(value, str) else ""
-    # Anything else cannot stand in an HTTP header, and the client's error would repeat it.
-    if not re.fullmatch(r"[\x21-\x7e]+", token):
-        raise _Refused("must be a text of printable ASCII characters without spaces")
-    return token
+def _secret(value: Any) -> Any:
+    return _header(_text(value).strip() or " ")
 
 
-_SEGMENTS = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\Z")
+def _key_prefix(value: Any) -> Any:
+    return _segments(_text(value).strip("/") or "/")
 
 
-def _key_prefix(value: Any) -> str:
-    prefix = _text(value).strip("/")
-    if not _SEGMENTS.match(prefix):
-        # The alphabet that every Consul version accepts in keys (fact B13).
-        raise _Refused("must hold only letters, digits, '_', '-' and single '/' between them")
-    return prefix
-
-
-def _template(value: Any) -> str:
-    if "{topic}" not in _text(value) or re.search("[{}]", value.replace("{topic}", "")):
-        raise _Refused("must hold {topic} where the topic goes, and no other braces")
-    return str(value)
-
-
-def _knob(parse: Callable[[Any], Any], doc: str, default: Any, **extra: Any) -> Any:
+def _setting(parse: _Parse, doc: str, default: Any, **extra: Any) -> Any:
     """A dataclass field that knows how to read itself; *extra* may be secret, variables."""
     return field(default=default, metadata={"parse": parse, "doc": doc, **extra})
 
@@ -235,141 +233,141 @@ class Settings:
     `from_url`, `from_env` and `from_mapping` also look at the environment.
     """
 
-    mode: str = _knob(_one_of(*MODES), "catalog (Consul DNS) or kv (sessions and keys)", "")
-    addresses: tuple[Host, ...] = _knob(
+    mode: str = _setting(_one_of(*MODES), "catalog (Consul DNS) or kv (sessions and keys)", "")
+    addresses: tuple[Host, ...] = _setting(
         _agents,
         "agents as host:port, tried in order; default 127.0.0.1:8600 (catalog), :8500 (kv)",
         (),
         variables=("CONSUL_HTTP_ADDR",),
     )
-    ttl_seconds: float = _knob(_seconds(0, 86400), "how long an answer is fresh", 5.0)
-    ttl_min_seconds: float = _knob(_seconds(0, 86400), "a DNS TTL below it is raised to it", 1.0)
-    ttl_max_seconds: float = _knob(_seconds(0, 86400), "a DNS TTL above it is cut to it", 60.0)
-    empty_ttl_seconds: float = _knob(
+    ttl_seconds: float = _setting(_seconds(0, 86400), "how long an answer is fresh", 5.0)
+    ttl_min_seconds: float = _setting(_seconds(0, 86400), "a DNS TTL below it is raised to it", 1.0)
+    ttl_max_seconds: float = _setting(_seconds(0, 86400), "a DNS TTL above it is cut to it", 60.0)
+    empty_ttl_seconds: float = _setting(
         _seconds(0, 86400), "how long an answer without hosts is fresh", 1.0
     )
-    max_stale_seconds: float = _knob(
+    max_stale_seconds: float = _setting(
         _seconds(0, 31536000),
         "how long the last good answer is served while Consul cannot be asked",
         3600.0,
     )
-    stale_while_revalidate_seconds: float = _knob(
+    stale_while_revalidate_seconds: float = _setting(
         # RFC 5861's name.  3 TTLs: a topic asked for at least so often never waits, and what a
         # caller gets without a wait is no older than a peer's answer may be while it changes.
         _seconds(0, 31536000),
         "how old an answer may be given at once while Consul can be asked; then it is asked first",
         15.0,
     )
-    confirm_empty_seconds: float = _knob(
+    confirm_empty_seconds: float = _setting(
         # A restarted Consul server denies live services for 4.0-4.9 s (fact A9); 6 leaves a margin.
         _seconds(0, 3600),
         "how long an empty or much smaller DNS answer must repeat before it replaces a good one",
         6.0,
     )
-    request_timeout_seconds: float = _knob(
+    request_timeout_seconds: float = _setting(
         _seconds(0.05, 600), "one exchange; default 2 (catalog), 10 (kv)", 0.0
     )
-    domain: str = _knob(_domain, "Consul's DNS domain", "consul")
-    datacenters: tuple[str, ...] = _knob(
+    domain: str = _setting(_domain, "Consul's DNS domain", "consul")
+    datacenters: tuple[str, ...] = _setting(
         _labels, "datacenters in order of preference; empty is the agent's own", ()
     )
-    tag: str | None = _knob(_tag, "only instances that have this Consul tag", None)
-    service_template: str = _knob(
+    tag: str | None = _setting(_tag, "only instances that have this Consul tag", None)
+    service_template: str = _setting(
         _template, "the Consul service of a topic; {topic} stands for it", "{topic}"
     )
-    service_map: Mapping[str, str] = _knob(
+    service_map: Mapping[str, str] = _setting(
         _pairs, "services that the template does not give: topic=service,...", None
     )
-    strict_names: bool = _knob(
+    strict_names: bool = _setting(
         _yes_or_no,
         "refuse a topic that cannot be the name of its Consul service (such as one with a dot) "
         "instead of asking for the service with '-' in place of what cannot be there",
         False,
     )
-    shards: int = _knob(
+    shards: int = _setting(
         _whole(0, 100),
         "for topics of thousands: how many tags s00, s01... to ask for one by one; 0 asks for none",
         0,
     )
-    prefix: str = _knob(_key_prefix, "root of the KV keys", "matchmaker")
-    session_ttl_seconds: float = _knob(
+    prefix: str = _setting(_key_prefix, "root of the KV keys", "matchmaker")
+    session_ttl_seconds: float = _setting(
         # Consul's floor is 10 unless the servers' session_ttl_min lowers it; its roof is 24 h (B1).
         _seconds(1, 86400),
         "lease TTL; a crashed process's keys leave after 2 x this at the latest; "
         "below 10 the servers' session_ttl_min must allow it",
         10.0,
     )
-    liveness: str = _knob(
+    liveness: str = _setting(
         _one_of("session", "node", "check"),
         "what ends a lease beside its TTL: session (nothing), node (the agent's node dies), "
         "check (also the process itself, within about check_ttl_seconds)",
         "session",
     )
-    check_ttl_seconds: float = _knob(
+    check_ttl_seconds: float = _setting(
         _seconds(0.5, 60),
         "with liveness=check: how long a process may go without a beat before it counts as dead; "
         "5 keeps its registrations through an ordinary election",
         1.0,
     )
-    watch: bool = _knob(
+    watch: bool = _setting(
         _yes_or_no, "keep topics fresh by blocking queries; default on for kv", None
     )
-    max_watches: int = _knob(
+    max_watches: int = _setting(
         _whole(0, 100),
         "with so many topics in use, or fewer, each is watched over a connection of its own, and "
         "what others register costs nothing; with more, one watches all topics there are",
         4,
     )
-    consistency: str = _knob(
+    consistency: str = _setting(
         _one_of("default", "stale", "consistent"), "Consul's read consistency", "default"
     )
-    quarantine_seconds: float = _knob(
+    quarantine_seconds: float = _setting(
         _seconds(0, 3600), "how long a rejected host is avoided the first time", 1.0
     )
-    quarantine_max_seconds: float = _knob(
+    quarantine_max_seconds: float = _setting(
         _seconds(0, 86400), "the most that doubling may reach", 30.0
     )
-    panic_fraction: float = _knob(
+    panic_fraction: float = _setting(
         _number(0, 1),
         "in a topic of 10 hosts or more, rejections are ignored when this fraction of them or more "
         "is rejected, as the few that are left would be overloaded; in a smaller one only when all "
         "are",
         0.5,
     )
-    max_topics: int = _knob(
+    max_topics: int = _setting(
         _whole(1, 1_000_000),
         "topics kept in memory; beyond it, those nobody asked for lately make room",
         10_000,
     )
-    state_path: str | None = _knob(
+    state_path: str | None = _setting(
         _path,
         "folder for last-known-good answers, read at a cold start while Consul is away; "
         "only this program's user may be able to write there",
         None,
     )
-    token: str | None = _knob(
+    token: str | None = _setting(
         _secret, "Consul ACL token", None, secret=True, variables=("CONSUL_HTTP_TOKEN",)
     )
-    token_file: str | None = _knob(
+    token_file: str | None = _setting(
         _path,
         "file that holds the token; read again when it changes",
         None,
         variables=("CONSUL_HTTP_TOKEN_FILE",),
     )
-    tls: bool = _knob(
+    tls: bool = _setting(
         _yes_or_no, "speak HTTPS to the agents", False, variables=("CONSUL_HTTP_SSL",)
     )
-    ca_cert: str | None = _knob(
+    ca_cert: str | None = _setting(
         _path,
         "file of the CA that signs Consul; without it those of the system count",
         None,
         variables=("CONSUL_CACERT",),
     )
-    client_cert: str | None = _knob(
+    client_cert: str | None = _setting(
         _path, "our certificate for Consul", None, variables=("CONSUL_CLIENT_CERT",)
     )
-    client_key: str | None = _knob(_path, "its key", None, variables=("CONSUL_CLIENT_KEY",))
-    verify: bool = _knob(
+    client_key: str | None = _setting(_path, "its key", None, variables=("CONSUL_CLIENT_KEY",))
+    verify: bool = _setting(
         _yes_or_no,
         "check Consul's certificate",
         True,
@@ -379,11 +377,11 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.mode:
             raise ConfigurationError(f"mode is needed: one of {', '.join(MODES)}")
-        for knob in fields(self):
-            value = getattr(self, knob.name)
-            if value is knob.default or (value is None and knob.default is None):
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value is setting.default or (value is None and setting.default is None):
                 continue
-            object.__setattr__(self, knob.name, _checked(knob, value, knob.name))
+            object.__setattr__(self, setting.name, _checked(setting, value, setting.name))
         self._fill_in_what_depends_on_the_mode()
         self._check_together()
 
@@ -424,7 +422,7 @@ class Settings:
         cls, values: Mapping[str, Any], environ: Mapping[str, str] | None = None
     ) -> Settings:
         """Settings of *values*, completed from the environment (*environ*, else the process's)."""
-        _refuse_unknown(values, _setting)
+        _refuse_unknown(values)
         explicit = {name: value for name, value in values.items() if value is not None}
         found = _from_environment(os.environ if environ is None else environ, explicit)
         return cls(**{**found, **explicit})
@@ -467,16 +465,19 @@ class Settings:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
         if not reason:
             with contextlib.suppress(_Refused):
-                return _secret(token)
+                found: str = _secret(token)
+                return found
             reason = "holds no token" if not token.strip() else "must hold a token and nothing else"
         raise ConfigurationError(f"token_file {_shown_path(self.token_file)}: {reason}")
 
     def __repr__(self) -> str:
         shown = []
-        for knob in fields(self):
-            value = getattr(self, knob.name)
-            if value != (knob.default or type(value)()) or knob.name == "mode":
-                shown.append(f"{knob.name}={'***' if knob.metadata.get('secret') else repr(value)}")
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value != (setting.default or type(value)()) or setting.name == "mode":
+                shown.append(
+                    f"{setting.name}={'***' if setting.metadata.get('secret') else repr(value)}"
+                )
         return f"Settings({', '.join(shown)})"
 
 
@@ -485,12 +486,12 @@ def _shown_path(path: str) -> str:
     return path if "/" in path else quoted(path)
 
 
-def _checked(knob: Any, value: Any, called: str) -> Any:
-    """*value* as *knob* wants it; the ConfigurationError otherwise speaks of what is *called*."""
+def _checked(setting: Any, value: Any, called: str) -> Any:
+    """What *value* means; the ConfigurationError otherwise names what is *called*."""
     try:
-        return knob.metadata["parse"](value)
+        return setting.metadata["parse"](value)
     except _Refused as refused:
-        shown = refused.repeats_value and not knob.metadata.get("secret")
+        shown = refused.repeats_value and not setting.metadata.get("secret")
         problem = f"{called} {refused}" + (f" (it is {quoted(value)})" if shown else "")
     raise ConfigurationError(problem)
 
@@ -502,24 +503,20 @@ def _with_port(agent: str, port: int) -> Host:
 _NAME = re.compile(r"[A-Za-z_]{1,40}\Z")
 
 
-def _refuse_unknown(names: Iterable[str], spelled: Callable[[str], str]) -> None:
-    known = [knob.name for knob in fields(Settings)]
+def _refuse_unknown(
+    names: Iterable[str], spelled: Callable[[str], str] = "setting {}".format
+) -> None:
+    known = [setting.name for setting in fields(Settings)]
     for name in names:
-        if name not in known:
-            begun = [full for full in known if full.startswith(f"{name}_".lower())]  # `ttl`
-            near = begun or difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
-            hint = (
-                f"did you mean {spelled(near[0])}?"
-                if near
-                else f"known are {', '.join(map(spelled, known))}"
-            )
-            # Letters only: a token that came to the place of a name has more.
-            shown = spelled(name) if _NAME.match(str(name)) else "name"
-            raise ConfigurationError(f"unknown {shown}: {hint}")
-
-
-def _setting(name: str) -> str:
-    return f"setting {name}"
+        if name in known:
+            continue
+        begun = [full for full in known if full.startswith(f"{name}_".lower())]  # `ttl`
+        near = begun or difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
+        hint = f"did you mean {spelled(near[0])}?" if near else ""
+        hint = hint or f"known are {', '.join(map(spelled, known))}"
+        # Letters only: a token that came to the place of a name has more.
+        shown = spelled(name) if _NAME.match(str(name)) else "name"
+        raise ConfigurationError(f"unknown {shown}: {hint}")
 
 
 def _variable(name: str) -> str:
@@ -535,9 +532,9 @@ def _from_environment(environ: Mapping[str, str], explicit: Mapping[str, Any]) -
     }
     _refuse_unknown(ours, _variable)
     ours = {
-        knob.name: _checked(knob, ours[knob.name], _variable(knob.name))
-        for knob in fields(Settings)
-        if knob.name in ours and knob.name not in explicit
+        setting.name: _checked(setting, ours[setting.name], _variable(setting.name))
+        for setting in fields(Settings)
+        if setting.name in ours and setting.name not in explicit
     }
     found: dict[str, Any] = {}
     # DNS knows no token, no TLS and no HTTP address: catalog mode leaves Consul's variables alone.
@@ -556,16 +553,16 @@ def _without_weaker_token(found: dict[str, Any], stronger: Mapping[str, Any]) ->
 def _consul_variables(environ: Mapping[str, str], *, wants_address: bool) -> dict[str, Any]:
     """What the variables of the `consul` command say, read as it reads them."""
     found: dict[str, Any] = {}
-    for knob in fields(Settings):
-        for variable in knob.metadata.get("variables", ()):
+    for setting in fields(Settings):
+        for variable in setting.metadata.get("variables", ()):
             value = environ.get(variable)
-            if not value or (knob.name == "addresses" and not wants_address):
+            if not value or (setting.name == "addresses" and not wants_address):
                 continue
-            if knob.name == "addresses":
+            if setting.name == "addresses":
                 value, is_https = _address_of_consul(value, environ)
                 if is_https:
                     found["tls"] = True
-            found.setdefault(knob.name, _checked(knob, value, variable))
+            found.setdefault(setting.name, _checked(setting, value, variable))
     if "token_file" in found:
         found.pop("token", None)  # the consul command prefers the file
     return found
@@ -580,7 +577,7 @@ def _address_of_consul(value: str, environ: Mapping[str, str]) -> tuple[str, boo
     scheme, separator, rest = value.rpartition("://")
     if separator and scheme not in ("http", "https"):
         raise ConfigurationError(
-            "CONSUL_HTTP_ADDR: only http:// and https:// are spoken here, not unix sockets: "
+            "CONSUL_HTTP_ADDR: only http:// and https:// are supported, not unix sockets: "
             "set it, or the setting addresses, to host:port"
         )
     rest = rest.rstrip("/")
@@ -614,7 +611,7 @@ def _values_of_url(url: str) -> dict[str, Any]:
     if at:
         name, _, token = user.partition(":")
         if name or not token:
-            raise ConfigurationError("before the @ of the URL stands :TOKEN and nothing else")
+            raise ConfigurationError("only :TOKEN may precede the @ of the URL")
         values["token"] = unquote(token)
     if hosts.startswith(":"):
         raise ConfigurationError("the URL names no host: write :TOKEN@HOST:PORT, or HOST:PORT")
@@ -634,7 +631,7 @@ def _with_query(values: dict[str, Any], query: str) -> dict[str, Any]:
         pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     if pairs is None:
         raise ConfigurationError("after the ? of the URL stand name=value pairs with & between")
-    _refuse_unknown((name for name, _ in pairs), _setting)
+    _refuse_unknown(name for name, _ in pairs)
     for name, value in pairs:
         if name in values and not (name == "mode" and value == values["mode"]):
             raise ConfigurationError(f"{name} stands twice in the URL: give it once")
