@@ -13,6 +13,7 @@ import collections
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -384,30 +385,18 @@ class _Threads:
 
 
 async def off_loop(threads: _Threads, call: Callable[[], T]) -> T:
-    """What *call* returns or raises, run on one of *threads*."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(value: T | None, error: BaseException | None) -> None:
-        if future.done():  # cancelled meanwhile
-            return
-        if error is None:
-            future.set_result(cast(T, value))
-        else:
-            future.set_exception(error)
+    """What *call* returns or raises, run on one of *threads*; cancelled, it goes on by itself."""
+    answer: Future[T] = Future()
+    answer.set_running_or_notify_cancel()
 
     def run() -> None:
-        value: T | None = None
-        error: BaseException | None = None
         try:
-            value = call()
-        except BaseException as failure:
-            error = failure
-        with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
-            loop.call_soon_threadsafe(settle, value, error)
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
 
     threads.run(run)
-    return await future
+    return await asyncio.wrap_future(answer)
 
 
 async def _until(wait: Callable[..., None], timeout_seconds: float) -> None:

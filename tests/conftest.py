@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import consul  # noqa: F401  (it brings urllib3, which binds a socket when it is imported)
 import pytest
 from hypothesis import HealthCheck, settings
 

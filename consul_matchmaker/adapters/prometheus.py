@@ -45,11 +45,11 @@ class MatchmakerCollector(Collector):
         """Every figure, as it is now."""
         status: dict[str, Any] = self._matchmaker.status()
         cache = status["cache"]
-        yield self._counters(
-            "lookups", "Lookups, by what they found.", "found", cache["lookups_that_found"]
+        yield self._counter(
+            "lookups", "Lookups, by what they found.", cache["lookups_that_found"], "found"
         )
-        yield self._counters(
-            "questions", "Answers of Consul and failures to get one.", "outcome", cache["questions"]
+        yield self._counter(
+            "questions", "Answers of Consul and failures to get one.", cache["questions"], "outcome"
         )
         yield self._counter(
             "question_seconds", "Time spent waiting for answers.", cache["seconds_asking"]
@@ -60,31 +60,29 @@ class MatchmakerCollector(Collector):
             cache["longest_question_seconds"],
         )
         yield self._counter("evictions", "Topics that made room for others.", cache["evictions"])
-        yield self._gauges("topics", "Topics in memory.", "state", cache["states"])
+        yield self._gauge("topics", "Topics in memory.", cache["states"], "state")
         yield self._gauge(
             "doubted_topics", "Topics whose newest answer is not believed yet.", cache["doubted"]
         )
         yield from self._backend(status["backend"] or {})
-        yield from self._wire(status["wire"])
+        for name, text in WIRE.items():
+            values = {transport: counts[name] for transport, counts in status["wire"].items()}
+            yield self._counter(name, text, values, "transport")
         yield self._counter("quarantines", "Rejections that counted.", status["quarantines"])
-        yield self._gauges(
-            "quarantined_hosts",
-            "Hosts that pick avoids now.",
-            "topic",
-            {topic: len(hosts) for topic, hosts in status["quarantine"].items()},
-        )
+        quarantined = {topic: len(hosts) for topic, hosts in status["quarantine"].items()}
+        yield self._gauge("quarantined_hosts", "Hosts that pick avoids now.", quarantined, "topic")
         watcher = status["watcher"]
         if watcher is not None:
             yield self._gauge("watching", "1 while a watch is held.", watcher["is_watching"])
             yield self._counter("watch_answers", "Answers to the watch.", watcher["answers"])
         keeper = status["keeper"]
         if keeper is not None:
-            yield self._counters(
-                "lease_events", "What became of the lease.", "event", keeper["counts"]
+            yield self._counter(
+                "lease_events", "What became of the lease.", keeper["counts"], "event"
             )
             standings = Counter(each["standing"] for each in keeper["registrations"])
-            yield self._gauges(
-                "registrations", "What this process registers.", "standing", standings
+            yield self._gauge(
+                "registrations", "What this process registers.", standings, "standing"
             )
 
     def _backend(self, backend: Mapping[str, Any]) -> Iterator[Metric]:
@@ -95,29 +93,22 @@ class MatchmakerCollector(Collector):
             keys = backend["unknown_keys"]
             yield self._gauge("unknown_keys", "Keys under the prefix that are not ours.", keys)
 
-    def _wire(self, wire: Mapping[str, Mapping[str, int]]) -> Iterator[Metric]:
-        for name, text in WIRE.items():
-            values = {transport: counts[name] for transport, counts in wire.items()}
-            yield self._counters(name, text, "transport", values)
+    def _counter(
+        self, name: str, text: str, value: float | Mapping[str, float], by: str = ""
+    ) -> Metric:
+        return self._filled(CounterMetricFamily, name, text, value, by)
 
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(PREFIX + name, text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
+    def _gauge(
+        self, name: str, text: str, value: float | Mapping[str, float], by: str = ""
+    ) -> Metric:
+        return self._filled(GaugeMetricFamily, name, text, value, by)
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
-        return family
-
-    def _counters(self, name: str, text: str, by: str, values: Mapping[str, float]) -> Metric:
-        family = CounterMetricFamily(PREFIX + name, text, labels=[*self._labels, by])
-        for key, value in values.items():
-            family.add_metric([*self._labels.values(), key], value)
-        return family
-
-    def _gauges(self, name: str, text: str, by: str, values: Mapping[str, float]) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, text, labels=[*self._labels, by])
-        for key, value in values.items():
-            family.add_metric([*self._labels.values(), key], value)
-        return family
+    def _filled(
+        self, kind: Any, name: str, text: str, value: float | Mapping[str, float], by: str
+    ) -> Metric:
+        """One figure, or with *by* one for each value of that label."""
+        family = kind(PREFIX + name, text, labels=[*self._labels, *([by] if by else [])])
+        for key, figure in value.items() if isinstance(value, Mapping) else [(None, value)]:
+            family.add_metric([*self._labels.values(), *([key] if by else [])], figure)
+        filled: Metric = family
+        return filled
