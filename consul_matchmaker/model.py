@@ -90,7 +90,7 @@ def warning_of(host: Host) -> str | None:
     if host.port is None:
         return None
     if host.address.rstrip(".").lower() == "localhost":
-        return "localhost leads everybody to his own machine"
+        return "localhost leads everybody to their own machine"
     try:
         address = ipaddress.ip_address(host.address)
     except ValueError:
@@ -100,7 +100,7 @@ def warning_of(host: Host) -> str | None:
     if address.is_unspecified:
         return f"{host.address} is what a server listens on, and nobody can connect to it"
     if address.is_loopback:
-        return f"{host.address} leads everybody to his own machine"
+        return f"{host.address} leads everybody to their own machine"
     return None
 
 

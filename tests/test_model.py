@@ -146,7 +146,7 @@ def test_an_ipv4_mapped_address_has_one_spelling(address: str, zone: str) -> Non
     ("address", "words"),
     [
         *((each, "nobody") for each in ("0.0.0.0:1", "[::]:1", "[::ffff:0.0.0.0]:1")),
-        *((each, "his own") for each in ("127.0.0.1:1", "[::1]:1", "LocalHost.:1")),
+        *((each, "their own") for each in ("127.0.0.1:1", "[::1]:1", "LocalHost.:1")),
         *((each, None) for each in ("10.0.0.5:1", "[fe80::1%eth0]:1", "node7:1", "localhostX:1")),
     ],
 )

@@ -32,7 +32,7 @@ def options() -> list[Any]:
     None has a default: what is left out comes from the environment, else from `Settings`.
     """
     return [
-        *(_option(knob) for knob in fields(Settings)),
+        *(_option(setting) for setting in fields(Settings)),
         cfg.FloatOpt(
             WAIT_TIMEOUT,
             default=5.0,
@@ -73,14 +73,14 @@ def is_ours(name: str) -> bool:
     return any(opt.name == name for opt in options())
 
 
-def _option(knob: Any) -> Any:
-    kind = knob.type.partition("[")[0]  # annotations are texts, such as tuple[Host, ...]
-    has_default = isinstance(knob.default, bool) or knob.default not in (None, "", (), 0)
+def _option(setting: Any) -> Any:
+    kind = setting.type.partition("[")[0]  # annotations are texts, such as tuple[Host, ...]
+    has_default = isinstance(setting.default, bool) or setting.default not in (None, "", (), 0)
     return _TYPES.get(kind, cfg.StrOpt)(
-        knob.name,
-        secret=bool(knob.metadata.get("secret")),
-        sample_default=knob.default if has_default else None,
-        help=knob.metadata["doc"],
+        setting.name,
+        secret=bool(setting.metadata.get("secret")),
+        sample_default=setting.default if has_default else None,
+        help=setting.metadata["doc"],
     )
 
 
@@ -96,7 +96,7 @@ def _values_of_url(url: Any) -> Mapping[str, Any]:
     tokens = {host.password for host in hosts if host.password}
     if len(tokens) > 1 or any(host.username for host in hosts):
         raise ConfigurationError(
-            "before an @ of the transport URL stands :TOKEN and nothing else, the same for all"
+            "only :TOKEN may precede an @ of the transport URL, the same for all hosts"
         )
     if tokens:
         values["token"] = tokens.pop()

@@ -109,7 +109,8 @@ class MatchmakerConsul:
 
         Waits for Consul's word up to ``wait_timeout``, then raises MatchmakerUnavailable, upon
         which upstream goes on and so do we: the listener becomes visible once Consul answers.
-        *expire* sets nothing, since a crashed process leaves with its lease; see the docs.
+        *expire* is ignored: leases expire on their own.  A value below 2 x ``session_ttl_seconds``
+        is logged.
         """
         with _translated():
             topic = topic_of(target.topic, listener_type)
@@ -152,7 +153,7 @@ class MatchmakerConsul:
         One empty list and upstream's client never again finds that target (oslo-facts 1).
         """
         where = self._where(target, listener_type)
-        found = self._at_hand(where) or _NOBODY
+        found = self._cached(where) or _NO_HOSTS
         if not found.hosts and where not in self._asked_before:
             found = self._wait(where, self._wait_timeout)
         if not found.hosts:
@@ -162,7 +163,7 @@ class MatchmakerConsul:
     def get_hosts_fanout(self, target: Any, listener_type: str) -> list[str | bytes]:
         """The same as `get_hosts`, where a fanout target's server plays no part."""
         where = self._where(target, listener_type)
-        found = self._at_hand(where) if where in self._asked_before else self._lookup(where)
+        found = self._cached(where) if where in self._asked_before else self._lookup(where)
         if found is None:
             _raise_unavailable(f"{_shown(where)}: Consul could not be asked before this was sent")
         return found.names.copy()
@@ -183,8 +184,8 @@ class MatchmakerConsul:
         except _unavailable():
             if where not in self._known:
                 raise
-            found = _NOBODY
-        return (found if found.hosts else self._known.get(where, _NOBODY)).names.copy()
+            found = _NO_HOSTS
+        return (found if found.hosts else self._known.get(where, _NO_HOSTS)).names.copy()
 
     def ask_before_send(
         self, target: Any, listener_type: str, *, timeout_seconds: float | None, wait: bool
@@ -240,7 +241,7 @@ class MatchmakerConsul:
         _remember(self._keys, key_of(target, listener_type), where, self._max_targets)
         return where
 
-    def _at_hand(self, where: Where) -> _Answer | None:
+    def _cached(self, where: Where) -> _Answer | None:
         """What takes no question to Consul."""
         try:  # not _translated(), which would be a quarter of what this costs
             snapshot = self._matchmaker.cached_hosts(*where)
@@ -250,7 +251,7 @@ class MatchmakerConsul:
 
     def _lookup(self, where: Where) -> _Answer:
         """What is in memory, else what Consul says within ``wait_timeout``."""
-        found = self._at_hand(where)
+        found = self._cached(where)
         if found is None:
             with _translated():
                 hosts = self._matchmaker.hosts(
@@ -263,7 +264,7 @@ class MatchmakerConsul:
         try:
             return self._lookup(where)
         except _unavailable():
-            return self._known.get(where, _NOBODY)
+            return self._known.get(where, _NO_HOSTS)
 
     def _wait(self, where: Where, timeout_seconds: float) -> _Answer:
         topic, server = where
@@ -273,7 +274,7 @@ class MatchmakerConsul:
                     topic, server=server, timeout_seconds=timeout_seconds
                 ).hosts
             except NoLiveHosts:
-                return _NOBODY
+                return _NO_HOSTS
         return self._translate(where, hosts)
 
     def _translate(self, where: Where, hosts: tuple[Host, ...]) -> _Answer:
@@ -343,7 +344,7 @@ _matchmakers: dict[str, Matchmaker] = {}
 def _shared(settings: Settings) -> Matchmaker:
     """One a process for the same settings: upstream makes a driver a transport, and a service has
     one for RPC and one for notifications.  Nobody tells us when to close it; it leaves at exit."""
-    values = [getattr(settings, knob.name) for knob in fields(settings)]
+    values = [getattr(settings, setting.name) for setting in fields(settings)]
     # setdefault is atomic in CPython; what a second caller made for nothing has opened nothing.
     return _matchmakers.setdefault(repr(values), Matchmaker(settings))
 
@@ -367,7 +368,7 @@ class _Answer:
     names: list[str | bytes]  # the same for upstream, which gets copies
 
 
-_NOBODY = _Answer((), [])
+_NO_HOSTS = _Answer((), [])
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ MAX_TURNS = 10_000
 QUARANTINE_SPREAD = 0.2
 """A quarantine is up to this part shorter, at random: processes that met the same failure together
 must not come back together."""
-_NOBODY: frozenset[Host] = frozenset()
+_NONE_AVOIDED: frozenset[Host] = frozenset()
 LARGE_POOL = 10
 """From so many hosts on, ``panic_fraction`` counts: there the load of the many rejected ones would
 fall on few; in a smaller pool the hosts that are left can bear it, and a try at a rejected host is
@@ -179,7 +179,7 @@ class Selector:
         topic = snapshot.topic
         avoided = self._quarantine.avoided(topic, hosts)
         if avoided is None:
-            return self._pick(snapshot, server, key, _NOBODY)
+            return self._pick(snapshot, server, key, _NONE_AVOIDED)
         while True:
             host = self._pick(snapshot, server, key, avoided)
             if host in avoided or self._quarantine.begin_trial(topic, host):
