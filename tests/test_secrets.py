@@ -61,6 +61,19 @@ URLS = [
     f"consul+catalog://{AWAY}?domain={TOKEN}%20",
     f"consul+dns://:{TOKEN}@{AWAY}",
     f"http://:{TOKEN}@{AWAY}/?token={TOKEN}",
+    f"consul+kv://:{TOKEN}@[::1",
+    f"consul+kv://:{TOKEN}@\N{DOUBLE-STRUCK CAPITAL C}\N{ACCOUNT OF}:1",
+    f"consul+kv://:{TOKEN}/x",
+    f"consul+kv://:{TOKEN}@a:0",
+    f"consul+kv://:{TOKEN}@{AWAY}?ttl_second=1",
+    f"consul+kv://:{TOKEN}@{AWAY}?token={TOKEN}",
+    f"consul+kv://:{TOKEN}@{AWAY}?token_file=x",
+    f"consul+kv://:x/{TOKEN}@{AWAY}",
+    f"consul+kv://:x?{TOKEN}@{AWAY}",
+    f"consul+kv://:x?tag={TOKEN}@{AWAY}",
+    f"consul+kv://:x#{TOKEN}@{AWAY}",
+    f"consul+kv://{AWAY}?token={TOKEN}&x",
+    f"consul+kv://{AWAY}?addresses=:{TOKEN}%40{AWAY}",
     f":{TOKEN}@{AWAY}",
     TOKEN,
 ]
@@ -74,6 +87,7 @@ ENVIRONMENTS = [
     {"CONSUL_HTTP_ADDR": AWAY, "CONSUL_HTTP_TOKEN": TOKEN},
     {"CONSUL_HTTP_ADDR": AWAY, "CONSUL_HTTP_TOKEN": f"{TOKEN} x"},
     {"CONSUL_HTTP_ADDR": AWAY, "CONSUL_HTTP_TOKEN": f"{TOKEN}é"},
+    {"CONSUL_HTTP_ADDR": AWAY, "CONSUL_HTTP_TOKEN": f"{TOKEN}\nx"},
     {"CONSUL_HTTP_ADDR": AWAY, "CONSUL_HTTP_TOKEN_FILE": TOKEN},
     {"CONSUL_HTTP_ADDR": AWAY, "CONSUL_HTTP_SSL": TOKEN},
     {"CONSUL_HTTP_ADDR": AWAY, "CONSUL_HTTP_SSL_VERIFY": f"{TOKEN}"},
@@ -186,6 +200,8 @@ def test_no_value_shows_its_token(text: str, caplog: pytest.LogCaptureFixture) -
         lambda: Settings(mode="kv", addresses=(AWAY, text)),  # type: ignore[arg-type]
         lambda: Settings.from_mapping({"mode": "kv", text: 1}, {}),
         lambda: Settings(mode=text),
+        lambda: Settings(mode="kv", token=f"{text} x"),
+        lambda: Settings(mode="kv", token=[text]),  # type: ignore[arg-type]
         lambda: Host.parse(text),
         lambda: Host.parse(f"{text}:1"),
         lambda: Matchmaker(text),  # type: ignore[arg-type]
@@ -202,13 +218,15 @@ def test_no_value_shows_its_token(text: str, caplog: pytest.LogCaptureFixture) -
 
 
 @pytest.mark.finding("E14")
-@pytest.mark.parametrize("content", [f"{TOKEN} x", f"{TOKEN}\n{TOKEN}", f"{TOKEN}é", TOKEN])
+@pytest.mark.parametrize(
+    "content", [f"{TOKEN} x", f"{TOKEN}\n\n# mine", f"{TOKEN}é", f"{TOKEN}\udcff", TOKEN]
+)
 def test_no_token_file_shows_what_it_holds(
     content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither when it holds something else as well, nor when the agent is away."""
     path = tmp_path / "token"
-    path.write_text(content)
+    path.write_bytes(content.encode(errors="surrogateescape"))
     said = told(lambda: Settings(mode="kv", addresses=AWAY, token_file=str(path)))  # type: ignore[arg-type]
     assert str(path) in said
     assert leaks(said + caplog.text) == []
