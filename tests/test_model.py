@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
@@ -73,12 +73,6 @@ def test_a_typing_error_is_never_taken_for_a_host(text: str) -> None:
     assert (repr(text) in str(caught.value)) is not may_be_a_token
 
 
-def test_a_scheme_is_told_to_be_left_out() -> None:
-    """It is no IPv6 address without brackets."""
-    with pytest.raises(ConfigurationError, match="without a scheme"):
-        Host.parse("tcp://10.0.0.5:9501")
-
-
 def test_no_port_is_above_65535() -> None:
     """Wherever an address and a port are read, also where no Host is made of them."""
     assert address_and_port("10.0.0.5:65535") == ("10.0.0.5", 65535)
@@ -86,16 +80,11 @@ def test_no_port_is_above_65535() -> None:
         address_and_port("10.0.0.5:65536")
 
 
-@pytest.mark.parametrize("port", ["0", "65536", "99999999999999999999"])
-def test_a_port_out_of_range_is_told_the_range(port: str) -> None:
-    """The message says which ports there are."""
-    with pytest.raises(ConfigurationError, match="from 1 to 65535"):
-        Host.parse(f"10.0.0.5:{port}")
-
-
 @pytest.mark.parametrize(
     ("text", "advice"),
     [
+        ("tcp://10.0.0.5:9501", "without a scheme"),
+        *((f"10.0.0.5:{port}", "from 1 to 65535") for port in ("0", "65536", "9" * 20)),
         ("::1:9501", "in brackets"),
         ("scheduler", "write ADDRESS:PORT"),
         (":9501", "write ADDRESS:PORT"),
@@ -110,9 +99,9 @@ def test_a_typing_error_is_told_what_to_do(text: str, advice: str) -> None:
         Host.parse(text)
 
 
-@pytest.mark.parametrize("value", [None, 9501, b"10.0.0.5:9501", ("10.0.0.5", 9501)])
+@pytest.mark.parametrize("value", ["", None, 9501, b"10.0.0.5:9501", ("10.0.0.5", 9501)])
 def test_only_text_is_parsed(value: object) -> None:
-    """Another type is refused as a bad value, not as a programming accident."""
+    """Another type, or none at all, is refused as a bad value, not as a programming accident."""
     with pytest.raises(ConfigurationError):
         Host.parse(value)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError):
@@ -179,16 +168,10 @@ def test_every_address_and_port_round_trips(
 
 @given(st.text(min_size=1))
 def test_an_opaque_host_is_kept_to_the_byte(text: str) -> None:
-    """What is not host:port prints as exactly what it was."""
+    """It prints as exactly what it was, and is never the host that it looks like."""
     host = Host.opaque(text)
     assert (str(host), host.port) == (text, None)
-
-
-def test_an_opaque_host_is_never_the_host_it_looks_like() -> None:
-    """The identity '10.0.0.5:9501' is not the address 10.0.0.5:9501."""
     assert Host.opaque("10.0.0.5:9501") != Host.parse("10.0.0.5:9501")
-    with pytest.raises(ConfigurationError):
-        Host.opaque("")
 
 
 def test_hosts_are_sorted_by_address_then_port() -> None:
@@ -219,43 +202,26 @@ class Owner:
     def __init__(self) -> None:
         self.asked: list[tuple[object, ...]] = []
 
-    def wait_until_published(self, registration: Registration, timeout_seconds: float) -> None:
-        self.asked.append(("published", registration, timeout_seconds))
-
-    def wait_until_withdrawn(self, registration: Registration, timeout_seconds: float) -> None:
-        self.asked.append(("withdrawn", registration, timeout_seconds))
-
-    def unregister(self, registration: Registration) -> None:
-        self.asked.append(("unregister", registration))
-
-    def drain(self, registration: Registration, seconds: float) -> None:
-        self.asked.append(("drain", registration, seconds))
-
-    def beat(self, registration: Registration) -> None:
-        self.asked.append(("beat", registration))
+    def __getattr__(self, verb: str) -> Callable[..., None]:
+        return lambda *arguments: self.asked.append((verb, *arguments))
 
 
-def test_leaving_the_block_unregisters_only_that_registration() -> None:
-    """A registration is a context manager, also when the block fails."""
+def test_a_registration_hands_all_that_is_asked_to_its_owner() -> None:
+    """With itself and the seconds given; leaving its block unregisters it, also by an error."""
     owner = Owner()
     registration = Registration("scheduler", Host.parse("a:1"), "node7", owner)
     with pytest.raises(ZeroDivisionError), registration as entered:
         entered.wait_until_published(timeout_seconds=2)
         raise ZeroDivisionError
-    assert owner.asked == [("published", registration, 2), ("unregister", registration)]
-
-
-def test_a_registration_hands_all_that_is_asked_to_its_owner() -> None:
-    """With itself and the seconds given."""
-    owner = Owner()
-    registration = Registration("scheduler", Host.parse("a:1"), None, owner)
     registration.beat()
     registration.drain(1.5)
     registration.wait_until_withdrawn(timeout_seconds=3)
     assert owner.asked == [
+        ("wait_until_published", registration, 2),
+        ("unregister", registration),
         ("beat", registration),
         ("drain", registration, 1.5),
-        ("withdrawn", registration, 3),
+        ("wait_until_withdrawn", registration, 3),
     ]
 
 
@@ -329,17 +295,6 @@ def test_no_snapshot_waits_for_another() -> None:
     assert first.result(DEADLINE_SECONDS) == (Host("a", 1),)
 
 
-def test_a_snapshot_narrows_to_a_server() -> None:
-    """Only that server's host remains; the rest of the answer stays as it was."""
-    snapshot = Snapshot(
-        "scheduler", instances("a:1=node1", "b:1=node2", "c:1"), "kv", is_complete=False, taken_at=3
-    )
-    narrowed = snapshot.for_server("node2")
-    assert [str(host) for host in narrowed] == ["b:1"]
-    assert (narrowed.source, narrowed.is_complete, narrowed.taken_at) == ("kv", False, 3)
-    assert list(snapshot.for_server("nobody")) == []
-
-
 def test_a_narrowed_snapshot_differs_in_its_instances_only() -> None:
     """Age, staleness, certainty and details are those of the answer that it is a part of."""
     whole = Snapshot(
@@ -360,6 +315,7 @@ def test_a_narrowed_snapshot_differs_in_its_instances_only() -> None:
             if each.name != "instances":
                 assert getattr(part, each.name) == getattr(whole, each.name), each.name
     assert whole.for_server("node1").instances == whole.instances[:1]
+    assert list(whole.for_server("nobody")) == []
     assert whole.with_instances(iter(whole.instances)) == whole
 
 

@@ -285,15 +285,6 @@ def test_rejections_after_a_trial_double_up_to_a_roof() -> None:
         assert bench.round()[bench.bad] == 1
 
 
-def test_many_rejections_of_one_failure_count_once() -> None:
-    """Eight threads that lost the same host do not make it eight times as bad."""
-    bench = Bench()
-    for _ in range(8):
-        bench.reject()
-    bench.clock.advance(1)
-    assert bench.round()[bench.bad] == 1
-
-
 def test_silence_is_consent() -> None:
     """Callers who never acknowledge: a trial that nobody rejects lets the others come back."""
     bench = Bench()
@@ -302,20 +293,6 @@ def test_silence_is_consent() -> None:
     assert bench.round()[bench.bad] == 1
     bench.clock.advance(1)
     assert bench.round()[bench.bad] == 10
-
-
-def test_an_old_rejection_is_forgotten() -> None:
-    """Long after, a failure is a first one again, and no memory is used for the old one."""
-    bench = Bench()
-    for _ in range(4):
-        bench.reject()
-        bench.clock.advance(8)
-    bench.clock.advance(60)
-    bench.reject(bench.hosts[1])
-    bench.clock.advance(1)
-    bench.reject()
-    bench.clock.advance(1)
-    assert bench.round()[bench.bad] == 1
 
 
 @pytest.mark.parametrize(
