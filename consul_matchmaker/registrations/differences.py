@@ -112,22 +112,18 @@ class Differences:
         self._resting.clear()
         self._compare_all(now)
 
-    # What to do next
+    def next_due(self, now: float) -> tuple[Registration, bool] | None:
+        """The first one that differs and does not rest, and whether it is to be published.
 
-    def end_rests(self, now: float) -> None:
-        """Take up again what has rested long enough."""
+        Withdrawals come first, since a host that is shown without serving is worse than one that
+        serves without being shown."""
         while self._resting and self._resting[0][0] <= now:
             self._compare(heapq.heappop(self._resting)[2], now)
-
-    @property
-    def to_withdraw(self) -> Registration | None:
-        """The first one that Consul may show and that is not wanted, of those that do not rest."""
-        return next(iter(self._to_withdraw), None)
-
-    @property
-    def to_publish(self) -> Registration | None:
-        """The first one that is missing, of those that do not rest."""
-        return next(iter(self._to_publish), None)
+        for registration in self._to_withdraw:
+            return registration, False
+        for registration in self._to_publish:
+            return registration, True
+        return None
 
     @property
     def rests_until(self) -> float:

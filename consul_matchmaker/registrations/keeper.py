@@ -42,20 +42,22 @@ logger = logging.getLogger(__name__)
 RECENT_EVENTS = 50
 EXIT_SECONDS = 2.0  # what a process that ends without close() spends on leaving, at most
 
-_LEVELS = {
-    Kind.PUBLISHED: logging.INFO,
-    Kind.WITHDRAWN: logging.INFO,
-    Kind.RECOVERED: logging.INFO,  # nothing to do for anybody
-    Kind.STRAY: logging.WARNING,
-    Kind.UNREACHABLE: logging.WARNING,
-    Kind.OVERDUE: logging.WARNING,
-    Kind.SILENT: logging.WARNING,
-    Kind.REPAIRED: logging.WARNING,
-    Kind.REFUSED: logging.ERROR,  # goes on until a person gives us another token
-}
-
 Change = Literal["held", "lost"]
 Listener = Callable[[Registration, Change], None]
+
+# How each kind of note is logged, and what the listeners of its registrations hear.
+_TELLING: dict[Kind, tuple[int, Change | None]] = {
+    Kind.PUBLISHED: (logging.INFO, "held"),
+    Kind.WITHDRAWN: (logging.INFO, None),
+    Kind.RECOVERED: (logging.INFO, "held"),  # nothing to do for anybody
+    Kind.LOST: (logging.DEBUG, "lost"),  # REPAIRED will say it all
+    Kind.STRAY: (logging.WARNING, None),
+    Kind.UNREACHABLE: (logging.WARNING, None),
+    Kind.OVERDUE: (logging.WARNING, "lost"),
+    Kind.SILENT: (logging.WARNING, "lost"),
+    Kind.REPAIRED: (logging.WARNING, "held"),
+    Kind.REFUSED: (logging.ERROR, None),  # goes on until a person gives us another token
+}
 
 
 class Keeper:
@@ -429,29 +431,23 @@ class Keeper:
     def _tell(self, notes: list[Note]) -> None:
         """Log the notes and tell the listeners; outside the lock, as both may take their time."""
         for note in notes:
-            level = _LEVELS.get(note.kind)
-            if level is not None:
-                logger.log(level, "%s", note.text)
-            if note.kind in (Kind.LOST, Kind.OVERDUE, Kind.SILENT):
-                self._tell_listeners(note, "lost")
-            elif note.kind in (Kind.PUBLISHED, Kind.REPAIRED, Kind.RECOVERED):
-                self._tell_listeners(note, "held")
-            elif note.kind is Kind.WITHDRAWN:
-                for registration in note.registrations:
+            level, change = _TELLING[note.kind]
+            logger.log(level, "%s", note.text)
+            for registration in note.registrations:
+                if note.kind is Kind.WITHDRAWN:
                     self._told.pop(registration, None)
+                elif change is not None and self._told.get(registration) != change:
+                    self._told[registration] = change
+                    self._tell_listener(registration, change)
 
-    def _tell_listeners(self, note: Note, change: Change) -> None:
-        for registration in note.registrations:
-            if self._told.get(registration) == change:
-                continue
-            self._told[registration] = change
-            listener = self._listeners.get(registration)
-            if listener is None:
-                continue
-            try:
-                listener(registration, change)
-            except BaseException:  # sys.exit() or a cancelled task: no end of the keeping
-                logger.exception("the listener %r failed on %s", listener, registration)
+    def _tell_listener(self, registration: Registration, change: Change) -> None:
+        listener = self._listeners.get(registration)
+        if listener is None:
+            return
+        try:
+            listener(registration, change)
+        except BaseException:  # sys.exit() or a cancelled task: no end of the keeping
+            logger.exception("the listener %r failed on %s", listener, registration)
 
 
 _keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()

@@ -368,18 +368,11 @@ class Reconciler:
             return Renew(lease)
         if self._lease_trouble is not None and not self._lease_trouble.is_overdue:
             wake_at = min(wake_at, now + self.margin_seconds(now))
-        return self._next_difference(lease, wake_at, now)
-
-    def _next_difference(self, lease: Lease, wake_at: float, now: float) -> Action:
-        """The next step from what is published to what is wanted; withdrawals first, since a host
-        that is shown without serving is worse than one that serves without being shown."""
         if self.state is State.SUSPECT and self._changes_left <= 0:
             return Wait(wake_at - now)
-        self._differences.end_rests(now)
-        if (registration := self._differences.to_withdraw) is not None:
-            return Withdraw(lease, registration)
-        if (registration := self._differences.to_publish) is not None:
-            return Publish(lease, registration)
+        if (due := self._differences.next_due(now)) is not None:
+            registration, is_missing = due
+            return (Publish if is_missing else Withdraw)(lease, registration)
         return Wait(max(0.0, min(wake_at, self._differences.rests_until) - now))
 
     def _unless_it_is_too_early(self, now: float, action: Open | Release) -> Action:
