@@ -372,31 +372,15 @@ class Snapshot(Sequence[Host]):
 
     def with_instances(self, instances: Iterable[Instance]) -> Snapshot:
         """The same answer with other instances; keeps age, source and completeness."""
-        return Snapshot(
-            self.topic,
-            tuple(instances),
-            self.source,
-            self.is_complete,
-            self.ttl_seconds,
-            self.taken_at,
-            self.fresh_until,
-            self.clock,
-            self.confirmed,
-            self.details,
-            self.version,
-        )
+        rest = {name: self.__dict__[name] for name in self.__dict__.keys() - _COMPUTED}
+        return _made_of(rest, {"instances": tuple(instances)})
 
     def stamped(
         self, *, taken_at: float, fresh_until: float, clock: Callable[[], float], confirmed: bool
     ) -> Snapshot:
         """The same answer as of another moment; what was computed of its instances is kept."""
-        stamp = {
-            "taken_at": taken_at,
-            "fresh_until": fresh_until,
-            "clock": clock,
-            "confirmed": confirmed,
-        }
-        return _made_of(self.__dict__, stamp)
+        stamp = {"taken_at": taken_at, "fresh_until": fresh_until}
+        return _made_of(self.__dict__, stamp, {"clock": clock, "confirmed": confirmed})
 
     def sharing(self, other: Snapshot) -> Snapshot:
         """The same answer, with the equal instances of *other* and what was computed of them."""
@@ -427,6 +411,9 @@ class Snapshot(Sequence[Host]):
         if not self.confirmed:
             marks.append("unconfirmed")
         return f"<{self.topic}: {', '.join(marks)}>"
+
+
+_COMPUTED = {name for name, value in vars(Snapshot).items() if isinstance(value, _computed_once)}
 
 
 def _made_of(*fields: Mapping[str, object]) -> Snapshot:
