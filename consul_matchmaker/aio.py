@@ -1,4 +1,4 @@
-"""The Matchmaker for asyncio: the same names, awaited; what could wait leaves the event loop.
+"""The Matchmaker for asyncio: the same names, awaited; what may block leaves the event loop.
 
     async with aio.Matchmaker.from_url("consul+kv://127.0.0.1:8500") as mm:
         await mm.hosts("scheduler")
@@ -35,9 +35,9 @@ _Call = tuple[str, str, "str | None"]
 THREAD_NAME = "consul-matchmaker-awaited"
 HANGS = "it has not answered yet"
 MAX_THREADS = 16
-"""That ask Consul at the same moment, for calls that are awaited."""
-LOOK_SECONDS = 0.02
-"""While a registration is waited for, its state is looked at so often; that asks nobody."""
+"""At most so many awaited calls ask Consul at the same time."""
+POLL_SECONDS = 0.02
+"""While a registration is waited for, its state is read this often; that asks nobody."""
 
 
 class Registration:
@@ -91,7 +91,7 @@ class Registration:
         await self.wait_until_withdrawn(timeout_seconds=seconds)
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0 and not self._owner.is_closed:
-            await asyncio.sleep(min(left, LOOK_SECONDS))
+            await asyncio.sleep(min(left, POLL_SECONDS))
 
     async def __aenter__(self) -> Registration:
         return self
@@ -174,7 +174,7 @@ class Matchmaker:
     ) -> Snapshot:
         """The hosts of *topic*, as soon as there is one."""
         deadline = time.monotonic() + timeout_seconds
-        with _Bell(self.sync, topic, server) as bell:
+        with _ChangeEvent(self.sync, topic, server) as change:
             while True:
                 left = max(0.0, deadline - time.monotonic())
                 error: Unavailable | None = None
@@ -189,7 +189,7 @@ class Matchmaker:
                     error = failure if isinstance(failure, Unavailable) else Unavailable(HANGS)
                 if left <= 0:
                     raise nobody_came(topic, server, timeout_seconds, error)
-                await bell.wait(min(left, ASK_AGAIN_SECONDS))
+                await change.wait(min(left, ASK_AGAIN_SECONDS))
 
     async def is_alive(self, topic: str, host: str | Host) -> bool:
         """Whether *host* serves *topic*, by what `hosts` says."""
@@ -202,14 +202,14 @@ class Matchmaker:
         yield last
         with suppress(Closed):
             while True:
-                with _Bell(self.sync, topic, server) as bell:
+                with _ChangeEvent(self.sync, topic, server) as change:
                     try:
                         found = await self.hosts(topic, server)
                     except Unavailable:  # the cache has said so in the log
-                        await bell.wait(ASK_AGAIN_SECONDS)
+                        await change.wait(ASK_AGAIN_SECONDS)
                         continue
                     if is_same(found, last):
-                        await bell.wait()
+                        await change.wait()
                         continue
                 last = found
                 yield last
@@ -321,25 +321,25 @@ class Matchmaker:
             done.exception()  # looked at, also where everybody has given up
 
 
-class _Bell:
-    """Rings on this event loop when the hosts of a topic may be others: `Matchmaker.telling`."""
+class _ChangeEvent:
+    """An event of this event loop, set when the hosts of a topic may be others."""
 
     def __init__(self, sync: matchmaker.Matchmaker, topic: str, server: str | None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._rung = asyncio.Event()
-        self._telling = sync.telling(topic, self._ring, server)
+        self._happened = asyncio.Event()
+        self._telling = sync.telling(topic, self._tell_loop, server)
 
-    def _ring(self) -> None:
+    def _tell_loop(self) -> None:
         with suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
-            self._loop.call_soon_threadsafe(self._rung.set)
+            self._loop.call_soon_threadsafe(self._happened.set)
 
     async def wait(self, seconds: float | None = None) -> None:
-        """Until it rings, or for *seconds*."""
+        """Until it happens, or for *seconds*."""
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._rung.wait(), seconds)
-        self._rung.clear()
+            await asyncio.wait_for(self._happened.wait(), seconds)
+        self._happened.clear()
 
-    def __enter__(self) -> _Bell:
+    def __enter__(self) -> _ChangeEvent:
         self._telling.__enter__()
         return self
 
@@ -410,4 +410,4 @@ async def _until(wait: Callable[..., None], timeout_seconds: float) -> None:
             if left <= 0:
                 text = str(error).replace("within 0 s", f"within {timeout_seconds:g} s")
                 raise TimedOut(text) from error
-        await asyncio.sleep(min(left, LOOK_SECONDS))
+        await asyncio.sleep(min(left, POLL_SECONDS))

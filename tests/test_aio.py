@@ -61,7 +61,7 @@ def test_every_method_of_the_matchmaker_is_there() -> None:
     assert names(aio.Matchmaker) - names(Matchmaker) == set()
 
 
-def test_an_answer_at_hand_does_not_leave_the_loop() -> None:
+def test_a_cached_answer_does_not_leave_the_loop() -> None:
     """A known topic is answered without a thread, also when it is picked from."""
     memory = Memory()
     memory.declare("scheduler", [ONE])

@@ -23,22 +23,22 @@ BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 BY_MODE = ("addresses", "request_timeout_seconds", "watch")
 
 
-def default_of(knob: Field[Any]) -> str:
-    if knob.name == "mode":
+def default_of(setting: Field[Any]) -> str:
+    if setting.name == "mode":
         return "needed"
-    if knob.name in BY_MODE:
+    if setting.name in BY_MODE:
         return "by mode"
-    if isinstance(knob.default, bool):
-        return "on" if knob.default else "off"
-    if isinstance(knob.default, (int, float)):
-        return f"{knob.default:g}"
-    return f"`{knob.default}`" if knob.default else "none"
+    if isinstance(setting.default, bool):
+        return "on" if setting.default else "off"
+    if isinstance(setting.default, (int, float)):
+        return f"{setting.default:g}"
+    return f"`{setting.default}`" if setting.default else "none"
 
 
-def values_of(knob: Field[Any]) -> str:
+def values_of(setting: Field[Any]) -> str:
     """Which numbers or words the setting takes, out of its own error; nothing for other texts."""
     with pytest.raises(ConfigurationError) as caught:
-        Settings(**{"mode": "kv", knob.name: object()})
+        Settings(**{"mode": "kv", setting.name: object()})
     allowed = re.search(
         r"must be (?:a number from |one of )?(.*?)(?:, in| \(it)", str(caught.value)
     )
@@ -48,10 +48,10 @@ def values_of(knob: Field[Any]) -> str:
 
 def settings_table() -> str:
     rows = ["| setting | default | values | meaning | Consul's variable |", "|---|---|---|---|---|"]
-    for knob in fields(Settings):
-        variables = ", ".join(f"`{name}`" for name in knob.metadata.get("variables", ()))
-        doc = knob.metadata["doc"].replace("|", "\\|")
-        cells = (f"`{knob.name}`", default_of(knob), values_of(knob), doc, variables)
+    for setting in fields(Settings):
+        variables = ", ".join(f"`{name}`" for name in setting.metadata.get("variables", ()))
+        doc = setting.metadata["doc"].replace("|", "\\|")
+        cells = (f"`{setting.name}`", default_of(setting), values_of(setting), doc, variables)
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
@@ -64,11 +64,11 @@ def test_the_settings_table_is_the_definition() -> None:
 
 def test_the_settings_named_in_the_readme_have_the_defaults_it_says() -> None:
     """The short table of the README has the same defaults."""
-    knobs = {knob.name: knob for knob in fields(Settings)}
+    settings = {setting.name: setting for setting in fields(Settings)}
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", PAGES[0].read_text(), re.MULTILINE)
-    named = [(name, default) for name, default in rows if name in knobs]
+    named = [(name, default) for name, default in rows if name in settings]
     assert len(named) >= 8
-    assert named == [(name, default_of(knobs[name])) for name, _ in named]
+    assert named == [(name, default_of(settings[name])) for name, _ in named]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -321,8 +321,9 @@ class Keeper:
             self._changed.wait_for(
                 lambda: self._is_closed or self._worker.is_stopping, timeout_seconds
             )
-            self._may_give_up = not self._is_closed
-        if not self._may_give_up:
+            is_closed = self._is_closed
+            self._may_give_up = not is_closed
+        if is_closed:
             return self._worker.stop(max(0.0, deadline - time.monotonic()))
         self._worker.wake()
         return False
