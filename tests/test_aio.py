@@ -157,12 +157,29 @@ def test_registering_waiting_and_watching() -> None:
             async with await owner.register("scheduler", ONE, server="node1") as registration:
                 await registration.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
                 assert registration.state == "published"
+                assert 0 < registration.margin_seconds <= owner.settings.session_ttl_seconds
+                assert (registration.topic, registration.host) == ("scheduler", ONE)
+                assert str(registration) == "scheduler at 10.0.0.1:5001 as node1"
+                assert registration.server == "node1"
+                with pytest.raises(errors.TimedOut, match="within 0 s"):
+                    await registration.wait_until_withdrawn(timeout_seconds=0)
+                with pytest.raises(errors.ConfigurationError, match="beat_seconds"):
+                    registration.beat()
                 assert (await anext(changes)).hosts == (ONE,)
                 found = await reader.wait_for_hosts("scheduler", timeout_seconds=5, server="node1")
                 assert found.hosts == (ONE,)
                 assert await reader.topics() == ["scheduler"]
             assert (await anext(changes)).hosts == ()
+            again = await owner.register("scheduler", TWO)
+            await again.wait_until_published(timeout_seconds=DEADLINE_SECONDS)
+            await reader.reject("scheduler", TWO)
+            assert reader.status()["quarantine"] == {"scheduler": [str(TWO)]}
+            await reader.acknowledge("scheduler", TWO)
+            assert reader.status()["quarantine"] == {}
+            assert await reader.expire("scheduler", TWO) == 1
+            await owner.unregister("scheduler", TWO)
             await reader.close()
+            assert reader.is_closed and "closed" in repr(reader)
             with pytest.raises(StopAsyncIteration):
                 await anext(changes)
             with pytest.raises(errors.Closed):
