@@ -113,14 +113,10 @@ class Keeper:
     ) -> Registration:
         """Make *registration* visible as soon as Consul can be asked, and keep it so.
 
-        Returns at once the same registration, owned by this keeper.  *on_change* is called when it
-        becomes "held" or "lost": when Consul has dropped it, or may have, because the lease could
-        not be renewed for a whole TTL.  That happens on the keeper's thread: it must return soon,
-        as nothing is renewed meanwhile; what it raises is logged.  With *beat_seconds* the
-        registration is taken back whenever the application has not called `beat` for so long, and
-        is back with the next one.
-        Raises Closed, and Unavailable when the process cannot have the thread: then nothing is
-        registered.
+        Returns at once the same registration, owned by this keeper.  *on_change* is called on the
+        keeper's thread; it is told "lost" also when the lease could not be renewed for a whole TTL.
+        *beat_seconds*: see `Matchmaker.register`.  Raises Closed, and Unavailable when the process
+        cannot have the thread: then nothing is registered.
         """
         owned = dataclasses.replace(registration, owner=self)
         with self._changed:
@@ -158,18 +154,14 @@ class Keeper:
         self._wake()
 
     def drain(self, registration: Registration, seconds: float) -> None:
-        """Unregister, wait until Consul has confirmed it, and *seconds* more, or until `close`.
-
-        Raises TimedOut when Consul does not confirm it within *seconds*.
-        """
+        """Unregister, wait until Consul has confirmed it, and *seconds* more, or until `close`."""
         self.unregister(registration)
         self.wait_until_withdrawn(registration, seconds)
         with self._changed:
             self._changed.wait_for(lambda: self._is_closing, seconds)
 
     def beat(self, registration: Registration) -> None:
-        """Say that what serves *registration* still runs.  Raises ConfigurationError when it was
-        registered without ``beat_seconds``; does nothing when it is not registered any more."""
+        """See `Registration.beat`; does nothing when it is not registered any more."""
         with self._changed:
             if not self._is_registered(registration):
                 return
@@ -213,10 +205,7 @@ class Keeper:
         return [*self._reconciler.wanted, *self._beats.silent]
 
     def margin_seconds(self, registration: Registration) -> float:
-        """How long Consul surely goes on showing it if nothing is heard from us any more.
-
-        0 while it is not published.  Not counted: somebody deleting it, or the end of its agent.
-        """
+        """See `Registration.margin_seconds`."""
         with self._changed:
             if not self._reconciler.is_published(registration):
                 return 0.0
@@ -226,7 +215,7 @@ class Keeper:
         """Return once Consul has confirmed *registration*.
 
         Raises TimedOut, saying why it is not; Denied at once while Consul refuses; Closed when
-        this keeper is closed, or the registration is not (or no longer) one of its own.
+        this keeper is closed, or the registration is not (or no longer) its own.
         """
         with self._changed:
             if not self._changed.wait_for(
