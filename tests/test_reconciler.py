@@ -516,6 +516,17 @@ def test_what_arrived_late_at_consul_is_withdrawn(held: Play) -> None:
     assert held.take_notes() == [Kind.STRAY, Kind.WITHDRAWN]
 
 
+def test_what_arrived_late_and_is_wanted_again_is_no_stray(held: Play) -> None:
+    """It is as published as if it had come in time."""
+    held.now += INTERVAL
+    held.consul.leases["lease-1"].add(C)
+    held.want(C)
+    held.run()
+    assert held.take_calls() == ["Renew"]
+    assert held.reconciler.is_published(C)
+    assert held.take_notes() == []
+
+
 def test_a_failed_publication_asks_at_once_whether_the_lease_lives(held: Play) -> None:
     """Consul's 500 may mean anything; the renewal knows.  So a new topic is not late."""
     held.consul.leases.clear()
@@ -665,6 +676,7 @@ def test_a_withdrawal_without_an_answer_is_retried(held: Play) -> None:
     held.run_for(INTERVAL)
     assert held.consul.visible == {B}
     assert held.reconciler.is_withdrawn(A)
+    assert Kind.STRAY not in held.take_notes()
 
 
 @pytest.mark.parametrize("closes", [False, True])
@@ -1186,14 +1198,17 @@ def test_what_could_not_be_looked_for_is_not_withdrawn_for_that(held: Play) -> N
     assert held.take_calls() == ["Renew"]
 
 
-def test_a_repair_waits_for_what_was_wanted_again_meanwhile(held: Play) -> None:
+@pytest.mark.parametrize("again", [A, B])
+def test_a_repair_waits_for_what_was_wanted_again_meanwhile(
+    held: Play, again: Registration
+) -> None:
     """It is over when all that is wanted of it is published, however the wish came and went."""
     held.consul.leases.clear()
     held.consul.answer = "denies publishing"
     held.run_for(INTERVAL + 0.1)
     assert Kind.LOST in held.take_notes()
-    held.unwant(A)
-    held.want(A)
+    held.unwant(again)
+    held.want(again)
     held.consul.answer = "yes"
     while Kind.REPAIRED not in held.take_notes():
         held.now += 0.1

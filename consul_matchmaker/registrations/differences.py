@@ -87,7 +87,7 @@ class Differences:
 
     def found(
         self, held: Collection[Registration], unchecked: Collection[Registration], now: float
-    ) -> tuple[list[Registration], list[Registration]]:
+    ) -> tuple[list[Registration], set[Registration]]:
         """Consul holds exactly *held*, and perhaps *unchecked*.
 
         Return what was published and wanted and is gone, and what is there though nobody wants it.
@@ -102,7 +102,7 @@ class Differences:
             if (each in held) == (each in self.wanted):
                 del self.troubles[each]
         self._compare_all(now)
-        return [each for each in self.wanted if each in gone], sorted(strays, key=str)
+        return [each for each in self.wanted if each in gone], strays
 
     def clear(self, now: float) -> None:
         """The lease is gone, and all that was published under it."""
