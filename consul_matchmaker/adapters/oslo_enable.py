@@ -117,15 +117,9 @@ def _add_name(zmq_options: Any) -> None:
     (option,) = (each for each in zmq_options.zmq_opts if each.name == "rpc_zmq_matchmaker")
     choices = option.type.choices  # what was read off the tuple when the option was made
     if choices and NAME not in choices:
-        _replace(option.type, "choices", type(choices)([*_pairs(choices), _pair(choices)]))
-
-
-def _pairs(choices: Any) -> list[Any]:
-    return list(choices.items()) if hasattr(choices, "items") else list(choices)
-
-
-def _pair(choices: Any) -> Any:
-    return (NAME, None) if hasattr(choices, "items") else NAME
+        is_mapping = hasattr(choices, "items")
+        more = [*choices.items(), (NAME, None)] if is_mapping else [*choices, NAME]
+        _replace(option.type, "choices", type(choices)(more))
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
