@@ -295,28 +295,56 @@ def test_no_snapshot_waits_for_another() -> None:
     assert first.result(DEADLINE_SECONDS) == (Host("a", 1),)
 
 
+WHOLE = Snapshot(
+    "scheduler",
+    instances("a:1=node1", "b:1"),
+    "dns",
+    is_complete=False,
+    ttl_seconds=7.0,
+    taken_at=100.0,
+    fresh_until=105.0,
+    clock=ManualClock(103.0),
+    confirmed=False,
+    details={"agent": "10.0.0.1:8600"},
+    version=17,
+)
+
+
+def differences(one: Snapshot, other: Snapshot) -> set[str]:
+    """The fields that are not the very same in both."""
+    names = {each.name for each in fields(Snapshot)}
+    return {name for name in names if getattr(one, name) is not getattr(other, name)}
+
+
 def test_a_narrowed_snapshot_differs_in_its_instances_only() -> None:
     """Age, staleness, certainty and details are those of the answer that it is a part of."""
-    whole = Snapshot(
-        "scheduler",
-        instances("a:1=node1", "b:1"),
-        "dns",
-        is_complete=False,
-        ttl_seconds=7.0,
-        taken_at=100.0,
-        fresh_until=105.0,
-        clock=ManualClock(103.0),
-        confirmed=False,
-        details={"agent": "10.0.0.1:8600"},
-        version=17,
-    )
-    for part in (whole.for_server("node1"), whole.with_instances(iter(whole.instances))):
-        for each in fields(Snapshot):
-            if each.name != "instances":
-                assert getattr(part, each.name) == getattr(whole, each.name), each.name
-    assert whole.for_server("node1").instances == whole.instances[:1]
-    assert list(whole.for_server("nobody")) == []
-    assert whole.with_instances(iter(whole.instances)) == whole
+    assert WHOLE.hosts  # computed of the instances, as those by server are
+    part = WHOLE.for_server("node1")
+    assert differences(part, WHOLE) == {"instances"}
+    assert part.instances == WHOLE.instances[:1]
+    assert part.hosts == (Host("a", 1),)
+    assert list(part.for_server("nobody")) == list(WHOLE.for_server("nobody")) == []
+    assert WHOLE.with_instances(iter(WHOLE.instances)) == WHOLE
+
+
+def test_a_stamped_snapshot_is_the_same_answer_of_another_moment() -> None:
+    """What was computed of its instances is kept."""
+    clock, hosts = ManualClock(203.0), WHOLE.hosts
+    stamped = WHOLE.stamped(taken_at=200.0, fresh_until=205.0, clock=clock, confirmed=True)
+    assert differences(stamped, WHOLE) == {"taken_at", "fresh_until", "clock", "confirmed"}
+    assert (stamped.taken_at, stamped.fresh_until, stamped.confirmed) == (200.0, 205.0, True)
+    assert stamped.clock is clock
+    assert stamped.hosts is hosts
+
+
+def test_a_snapshot_may_share_the_instances_of_an_equal_one() -> None:
+    """With what was computed of them; all else stays its own."""
+    newer = Snapshot("scheduler", instances("a:1=node1", "b:1"), "kv", taken_at=200.0)
+    hosts = WHOLE.hosts
+    shared = newer.sharing(WHOLE)
+    assert differences(shared, newer) == {"instances"}
+    assert shared.instances is WHOLE.instances
+    assert shared.hosts is hosts
 
 
 def test_a_snapshot_prints_its_doubts() -> None:
