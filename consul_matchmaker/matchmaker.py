@@ -81,7 +81,7 @@ class Matchmaker:
             self._keeper = Keeper(self._registrar, settings, clock=lasting, jitter=jitter)
         if settings.watch and backend is None:
             self._watcher = _watcher(self._resolver, self._cache, settings, clock, jitter)
-            self._cache.on_topic_used = self._watch_topics
+            self._cache.watched_by(self._watch_topics)
         forget_in_child(self)
 
     @classmethod

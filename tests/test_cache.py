@@ -18,16 +18,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consul_matchmaker.answers import cache as cache_module
+from consul_matchmaker.answers import questions as questions_module
 from consul_matchmaker.answers.belief import (
     BETWEEN_DOUBTS_SECONDS,
     RETURN_SECONDS,
     UNSEEN_TTLS,
     State,
 )
-from consul_matchmaker.answers.cache import SECOND_CHANCES, Cache
+from consul_matchmaker.answers.cache import Cache
 from consul_matchmaker.answers.freshness import Freshness
 from consul_matchmaker.answers.refresher import QUICK_SECONDS
 from consul_matchmaker.answers.state_file import StateFiles
+from consul_matchmaker.answers.topics import SECOND_CHANCES
 from consul_matchmaker.errors import (
     Closed,
     ConfigurationError,
@@ -285,7 +287,7 @@ def test_nothing_is_logged_while_topics_are_locked(
             asked.result(DEADLINE_SECONDS)
 
     handler = LooksUp()
-    logger = logging.getLogger("consul_matchmaker.answers.cache")
+    logger = logging.getLogger("consul_matchmaker.answers.topics")
     logger.addHandler(handler)
     try:
         dns.say("scheduler", A, B)
@@ -861,24 +863,24 @@ def test_an_interrupt_between_two_lines_does_not_block_the_others(consul: FakeRe
     and nobody waits for a question that has ended."""
     clock = ManualClock()
     outcomes: set[str] = set()
-    for line in range(1, 60):
+    for line in range(1, 80):
         cache = made(consul, clock, kv(request_timeout_seconds=0.05))
         consul.say("scheduler", A)
         left = line
 
         def interrupt(frame: Any, event: str, _: object) -> Any:
             nonlocal left
-            # `_ask` and all it calls up to the resolver; the landing is not traced.
+            # All that is called up to the resolver; what settles the question is not traced.
             if frame.f_code.co_name not in (
                 "lookup",
                 "_lookup_slow",
                 "_ask",
-                "_join",
-                "_begin",
+                "ask",
+                "join",
                 "_ask_resolver",
             ):
                 return None
-            if frame.f_code.co_filename != cache_module.__file__:
+            if frame.f_code.co_filename not in (cache_module.__file__, questions_module.__file__):
                 return None
             if event == "line":
                 left -= 1
@@ -1344,7 +1346,7 @@ def test_a_watcher_is_told_which_topics_are_in_use(
         nonlocal told
         told += 1
 
-    cache.on_topic_used = on_topic_used
+    cache.watched_by(on_topic_used)
     cache.lookup("one")
     cache.lookup("two")
     cache.lookup("two")
@@ -1409,6 +1411,28 @@ def test_when_the_watch_is_lost_topics_are_asked_for_again(
     assert not cache.lookup("scheduler").is_stale
     clock.advance(5)
     assert cache.lookup("scheduler").is_stale
+
+
+def test_what_a_watch_confirmed_lately_is_young(consul: FakeResolver, clock: ManualClock) -> None:
+    """However long ago it was first told: Consul is not asked for it, and when Consul goes away it
+    is given for all of max_stale_seconds."""
+    cache = made(consul, clock, kv(max_stale_seconds=60))
+    consul.say("scheduler", A)
+    cache.lookup("scheduler")
+    freshness = offer(cache, {"scheduler": snapshot("scheduler", [A], "kv")}, 8)
+    for _ in range(20):
+        clock.advance(4)
+        freshness.confirm(clock(), clock() + 8)
+        cache.lookup("scheduler")
+        step(cache)
+    assert consul.count("scheduler") == 1
+    consul.fail("scheduler")
+    freshness.lose()
+    clock.advance(59)
+    assert cache.lookup("scheduler").age_seconds == 59
+    clock.advance(1)
+    with pytest.raises(Unavailable):
+        cache.lookup("scheduler")
 
 
 # -- waiting for a change
@@ -1586,7 +1610,7 @@ def test_a_round_of_the_refresher_looks_at_what_is_due(
                 return super().values()
 
         cache._by_key = Counting(cache._by_key)
-        cache._entries.by_key = cache._by_key
+        cache._topics._entries.by_key = cache._topics.by_key = cache._by_key
         clock.advance(1)
         step(cache)
         return looked_at
@@ -1640,7 +1664,7 @@ def test_who_waits_for_a_server_is_told_though_it_is_asked_for_only_later(
     consul.say("scheduler", E, server="node1")
     cache.refresh("scheduler", "node1")
     assert len(woken) == 1
-    assert cache._waiters == {}
+    assert cache._topics.waiting == {}
 
 
 def test_one_topic_is_enough_room(consul: FakeResolver, clock: ManualClock) -> None:
@@ -1776,13 +1800,15 @@ def test_a_forked_child_keeps_the_answers_only(
     consul.hold("scheduler")
     asking = in_thread(lambda: cache.refresh("scheduler"))
     consul.wait_until_asked("scheduler")
-    cache._lock.acquire()  # as when another thread held it at the moment of the fork
+    lock = cache._lock
+    lock.acquire()  # as when another thread held it at the moment of the fork
     cache.forget()
     assert shown(cache.lookup("scheduler")) == [A]
     consul.say("scheduler", B)
     parents = consul.stop_holding("scheduler")
     assert shown(cache.refresh("scheduler")) == [B]
     assert consul.count("scheduler") == 3
+    lock.release()
     parents.set()
     asking.result(DEADLINE_SECONDS)
 

@@ -27,7 +27,6 @@ from consul_matchmaker.answers.state_file import (
     BETWEEN_SAVES_SECONDS,
     SAVES_PER_MAX_STALE,
     SWEEP_FILES,
-    Kept,
     StateFiles,
 )
 from consul_matchmaker.model import Host, Instance, Snapshot, Source
@@ -110,8 +109,13 @@ def test_what_was_kept_is_loaded_with_its_age(tmp_path: Path, clock: ManualClock
     all_of_it, narrowed = (
         str(files._folder.path("scheduler", server)) for server in (None, "node1")
     )
-    assert files.load("scheduler", None) == Kept(12.0, True, (ONE, SIX, OPAQUE), all_of_it)
-    assert files.load("scheduler", "node1") == Kept(10.0, False, (ONE,), narrowed)
+    kept, of_node1 = files.load("scheduler", None), files.load("scheduler", "node1")
+    assert kept is not None and of_node1 is not None
+    assert (kept.age_seconds, kept.is_complete) == (12.0, True)
+    assert (kept.instances, kept.details) == ((ONE, SIX, OPAQUE), {"file": all_of_it})
+    assert (kept.source, kept.is_stale, kept.confirmed) == ("disk", True, False)
+    assert (of_node1.age_seconds, of_node1.is_complete) == (10.0, False)
+    assert (of_node1.instances, of_node1.details) == ((ONE,), {"file": narrowed})
     assert files.load("scheduler", "node2") is None
     assert files.load("mails", None) is None
 

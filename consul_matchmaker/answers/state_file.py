@@ -64,15 +64,6 @@ _OUR_NAMES = re.compile(
 _DO_NOT_WAIT = getattr(os, "O_NONBLOCK", 0)
 
 
-class Kept(NamedTuple):
-    """An answer as a file has it."""
-
-    age_seconds: float
-    is_complete: bool
-    instances: tuple[Instance, ...]
-    path: str
-
-
 class _Answer(NamedTuple):
     taken_at: float  # by the wall clock
     is_complete: bool
@@ -127,14 +118,29 @@ class StateFiles:
         self._sweep_at = -math.inf
         self._sweeping: Iterator[None] | None = None
 
-    def load(self, topic: str, server: str | None) -> Kept | None:
-        """What a process kept of *topic*, or None: it is absent, older than ``max_stale_seconds``,
-        damaged, or of other settings.
+    def load(self, topic: str, server: str | None) -> Snapshot | None:
+        """What a process kept of *topic*, stale and unconfirmed; None: it is absent, older than
+        ``max_stale_seconds``, damaged, or of other settings.
 
         Reads one file of at most `MAX_BYTES` and waits for no writer.  Never raises: the first
         damaged file is a warning in the log.
         """
-        return self._folder.load(topic, server)
+        kept = self._folder.load(topic, server)
+        if kept is None:
+            return None
+        age_seconds, answer = kept
+        taken_at = self._clock() - age_seconds
+        return Snapshot(
+            topic,
+            answer.instances,
+            "disk",
+            answer.is_complete,
+            taken_at=taken_at,
+            fresh_until=taken_at,
+            clock=self._clock,
+            confirmed=False,
+            details={"file": str(self._folder.path(topic, server))},
+        )
 
     def keep(self, topic: str, server: str | None, snapshot: Snapshot) -> None:
         """Have *snapshot* written if its hosts changed, or its file runs out; without hosts, have
@@ -273,13 +279,13 @@ class _Folder:
         name = _digest([topic, server])[:32]
         return self._folder / f"{self._mode}-{self._identity[:16]}-{name}.answer"
 
-    def load(self, topic: str, server: str | None) -> Kept | None:
-        now, path = self._wall_clock(), self.path(topic, server)
-        answer = self._read(path, topic, server, now)
+    def load(self, topic: str, server: str | None) -> tuple[float, _Answer] | None:
+        """The age of the answer that the file has, in seconds, and the answer."""
+        now = self._wall_clock()
+        answer = self._read(self.path(topic, server), topic, server, now)
         if answer is None or now - answer.taken_at >= self._max_age_seconds:
             return None
-        age_seconds = max(0.0, now - answer.taken_at)
-        return Kept(age_seconds, answer.is_complete, answer.instances, str(path))
+        return max(0.0, now - answer.taken_at), answer
 
     def save(self, topic: str, server: str | None, answer: _Answer) -> bool:
         """Have the file say *answer*, unless it says a newer one; return whether that could be
