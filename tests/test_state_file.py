@@ -759,24 +759,6 @@ def test_without_a_thread_to_be_had_nothing_is_raised(
     assert disk.topics == ["a", "b"]
 
 
-@pytest.mark.system
-def test_a_forked_child_writes_for_itself(tmp_path: Path) -> None:
-    """Without its parent's thread; also while that was writing.  What its parent kept is written
-    again only when the child keeps it."""
-    files = StateFiles(kv(state_path=str(tmp_path)))
-    files.keep("a", None, Snapshot("a", (ONE,), "kv", taken_at=files._clock()))
-    pid = os.fork()
-    if pid == 0:
-        files.forget()
-        assert not files._worker.is_running
-        files.keep("b", None, Snapshot("b", (SIX,), "kv", taken_at=files._clock()))
-        os._exit(0 if files.close(DEADLINE_SECONDS) and loaded(files, "b") == (SIX,) else 1)
-    assert os.waitpid(pid, 0)[1] == 0
-    assert files.close(DEADLINE_SECONDS)
-    assert loaded(files, "a") == (ONE,)
-    assert loaded(files, "b") == (SIX,)
-
-
 # -- files that nobody keeps any more
 
 

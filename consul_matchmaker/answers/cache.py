@@ -9,14 +9,11 @@ the same topic wait for that one answer.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 
 from ..backends import Resolver
 from ..errors import Closed, Denied, MatchmakerError, Unavailable
@@ -55,7 +52,9 @@ class Cache:
         jitter: Callable[[], float] = random.random,
         wall_clock: Callable[[], float] = time.time,
         make_worker: MakeWorker = Worker,
+        before: Cache | None = None,
     ) -> None:
+        """*before*: in a forked child, its parent's, whose answers stay."""
         self.finds_servers = resolver.finds_servers
         self.longest_lookup_seconds = resolver.longest_lookup_seconds
         self._settings = settings
@@ -68,19 +67,14 @@ class Cache:
             self._state_files = StateFiles(
                 settings, clock=clock, wall_clock=wall_clock, make_worker=make_worker
             )
-        self._make_topics: Callable[[], Topics] = partial(
-            Topics, settings, clock, jitter, self._refresher, self._state_files, self._counts
+        self._topics = Topics(
+            settings, clock, jitter, self._refresher, self._state_files, self._counts
         )
-        self._make_questions: Callable[[Topics], Questions] = partial(
-            Questions, resolver, self._refresher, clock, self._counts
-        )
-        self._begin()
-
-    def _begin(self) -> None:
-        self._topics = self._make_topics()
-        self._questions = self._make_questions(self._topics)
+        self._questions = Questions(resolver, self._topics, self._refresher, clock, self._counts)
         self._by_key = self._topics.by_key
         self._lock, self._outbox = self._topics.lock, self._topics.outbox
+        if before is not None:
+            self._topics.take_over(before._by_key.values())
 
     # -- what callers ask
 
@@ -149,7 +143,8 @@ class Cache:
         *timeout_seconds*.  Raises Unavailable or Denied like `lookup`, and Closed."""
         deadline = self._clock() + timeout_seconds
         changed = threading.Event()
-        with self.telling(topic, server, changed.set):
+        self.tell(topic, server, changed.set)
+        try:
             while True:
                 changed.clear()
                 snapshot = self.lookup(topic, server)
@@ -161,33 +156,32 @@ class Cache:
                 changed.wait(min(remaining, threading.TIMEOUT_MAX))
                 if self._topics.is_closed:
                     raise Closed("the matchmaker was closed while waiting")
+        finally:
+            self.stop_telling(topic, server, changed.set)
 
-    @contextmanager
-    def telling(self, topic: str, server: str | None, wake: Callable[[], object]) -> Iterator[None]:
-        """Meanwhile *wake* is called, on whatever thread, when the hosts of *topic* may be others,
-        or asking for them failed and there are none; the topic is kept fresh.  *wake* must not
-        wait, nor raise.  Raises InvalidTopic and Closed."""
+    def tell(self, topic: str, server: str | None, wake: Callable[[], object]) -> None:
+        """From now on *wake* is called, on whatever thread, when the hosts of *topic* may be
+        others, or asking for them failed and there are none; the topic is kept fresh.  *wake* must
+        not wait, nor raise.  Raises InvalidTopic and Closed."""
         self._topics.entry(topic)
-        waiting = self._topics.waiting
-        keys: list[Key] = [topic] if server is None else [topic, (topic, server)]
         with self._lock:
             now = self._clock()
-            for key in keys:
-                waiting.setdefault(key, []).append(wake)
+            for key in _keys(topic, server):
+                self._topics.waiting.setdefault(key, []).append(wake)
                 entry = self._by_key.get(key)
                 if entry is not None and entry.held is not None:
                     entry.refresh_at = min(entry.refresh_at, max(now, entry.held.fresh_until))
                     self._refresher.schedule(entry)
         self._refresher.start()
-        try:
-            yield
-        finally:
-            with self._lock:
-                for key in keys:
-                    with contextlib.suppress(KeyError, ValueError):  # this is a forked child
-                        waiting[key].remove(wake)
-                        if not waiting[key]:
-                            del waiting[key]
+
+    def stop_telling(self, topic: str, server: str | None, wake: Callable[[], object]) -> None:
+        """Undo one `tell`."""
+        waiting = self._topics.waiting
+        with self._lock:
+            for key in _keys(topic, server):
+                waiting[key].remove(wake)
+                if not waiting[key]:
+                    del waiting[key]
 
     def explain(self, topic: str, server: str | None = None) -> dict[str, object]:
         """What is held of *topic*, how it came, what is under way.  Asks nobody; fit for json."""
@@ -267,15 +261,6 @@ class Cache:
         if self._state_files is not None:
             has_ended &= self._state_files.close(max(0.0, deadline - self._clock()))
         return has_ended
-
-    def forget(self) -> None:
-        """In a forked child: new locks, no thread, nothing under way; the answers stay."""
-        self._refresher.forget()
-        if self._state_files is not None:
-            self._state_files.forget()
-        before = self._topics
-        self._begin()
-        self._topics.take_over(before)
 
     def __repr__(self) -> str:
         return f"<Cache {len(self._topics.by_key)} topics, {self._refresher!r}>"
@@ -383,3 +368,8 @@ class Cache:
             logger.debug("topic %s: refresh failed: %s", entry.name, error)
         except Exception:
             logger.exception("topic %s: unexpected error while asking", entry.name)
+
+
+def _keys(topic: str, server: str | None) -> list[Key]:
+    """The entries that may say where *topic*, or *server* of it, is."""
+    return [topic] if server is None else [topic, (topic, server)]

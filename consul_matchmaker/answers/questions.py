@@ -34,10 +34,10 @@ class Questions:
     def __init__(
         self,
         resolver: Resolver,
+        topics: Topics,
         refresher: Refresher,
         clock: Callable[[], float],
         counts: Counts,
-        topics: Topics,
     ) -> None:
         self._resolver = resolver
         self._longest_seconds = resolver.longest_lookup_seconds

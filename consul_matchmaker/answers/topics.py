@@ -6,7 +6,7 @@ import collections
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,6 +60,12 @@ class Entry(Belief):
         self.offers = 0  # answers that came from the watcher
         self.question: object = None  # that is on its way
 
+    def start_anew(self, rules: Rules) -> None:
+        """In a forked child: only the answer stays."""
+        super().start_anew(rules)
+        self.queued_at = NEVER
+        self.question = None
+
     @property
     def key(self) -> Key:
         return key_of(self.topic, self.server)
@@ -76,9 +82,6 @@ class Outbox:
 
     def put(self, call: Callable[..., object], *arguments: object) -> None:
         self._calls.append(partial(call, *arguments))
-
-    def clear(self) -> None:
-        self._calls.clear()
 
     def __enter__(self) -> None: ...
 
@@ -99,7 +102,7 @@ class _Bounded(cachetools.LRUCache[Key, Entry]):
     def __init__(
         self,
         maxsize: int,
-        waiting: collections.abc.Container[Key],
+        waiting: Container[Key],
         evicted: Callable[[Entry], None],
     ) -> None:
         super().__init__(maxsize)
@@ -177,13 +180,11 @@ class Topics:
                 self.note_use(entry, now)
         return entry
 
-    def take_over(self, before: Topics) -> None:
-        """Hold the answers that *before* did, in the process that this one was forked from."""
-        self.on_topic_used = before.on_topic_used
-        for key, entry in before.by_key.items():
-            entry.start_clean()
-            entry.rules, entry.question, entry.queued_at = self._rules, None, NEVER
-            self._entries[key] = entry
+    def take_over(self, entries: Iterable[Entry]) -> None:
+        """Hold the answers of the process that this one was forked from."""
+        for entry in list(entries):
+            entry.start_anew(self._rules)
+            self._entries[entry.key] = entry
 
     def take(
         self, entry: Entry, answer: Snapshot, now: float, freshness: Freshness | None = None
