@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from consul_matchmaker.answers import state_file
@@ -26,7 +26,6 @@ from consul_matchmaker.answers.state_file import (
     A_DAY_SECONDS,
     BETWEEN_SAVES_SECONDS,
     SAVES_PER_MAX_STALE,
-    SWEEP_FILES,
     StateFiles,
 )
 from consul_matchmaker.model import Host, Instance, Snapshot, Source
@@ -143,63 +142,41 @@ def test_any_text_has_a_file_of_its_own(
 # -- what is believed
 
 
-def test_a_file_cut_anywhere_holds_nothing(
+def test_a_file_cut_or_changed_anywhere_holds_nothing(
     tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At every byte position: no host of it is believed, and one warning says so."""
-    file = write(made(tmp_path, clock), "scheduler", answer(clock, ONE, SIX))
-    whole = file.read_bytes()
-    for length in range(len(whole)):
-        file.write_bytes(whole[:length])
-        caplog.clear()
-        cut = made(tmp_path, clock)
-        assert loaded(cut) is None
-        assert loaded(cut) is None
-        assert len([one for one in caplog.records if one.levelno == logging.WARNING]) == 1
-    file.write_bytes(whole)
-    assert loaded(made(tmp_path, clock))
-
-
-def test_a_flipped_bit_is_noticed(tmp_path: Path, clock: ManualClock) -> None:
-    """Any single changed byte makes the whole file worthless; the other topics' files are not."""
+    """At every byte position: no host of it is believed, one warning says so, the other topics'
+    files are not touched by it, and the next answer of its topic replaces it."""
     files = made(tmp_path, clock)
-    file = write(files, "scheduler", answer(clock, ONE))
+    file = write(files, "scheduler", answer(clock, ONE, SIX))
     write(files, "mails", answer(clock, SIX))
     whole = file.read_bytes()
     for place in range(len(whole)):
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        assert loaded(files) is None
+        flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+        caplog.clear()
+        files = made(tmp_path, clock)
+        for damaged in (whole[:place], flipped):
+            file.write_bytes(damaged)
+            assert loaded(files) is None
+        assert [one.levelno for one in caplog.records].count(logging.WARNING) == 1
     assert loaded(files, "mails") == (SIX,)
-
-
-def test_a_damaged_file_is_replaced(tmp_path: Path, clock: ManualClock) -> None:
-    """By the next answer of its topic."""
-    file = write(made(tmp_path, clock), "scheduler", answer(clock, ONE))
-    file.write_bytes(file.read_bytes()[:-1])
-    files = made(tmp_path, clock)
     write(files, "scheduler", answer(clock, SIX))
     assert loaded(files) == (SIX,)
 
 
+@example(body=b"[" * 100_000 + b"]" * 100_000)
 @given(body=st.binary(max_size=60) | st.text('[]{}",:0123456789.nultre', max_size=60))
 def test_nonsense_with_a_right_checksum_is_no_answer(
     tmp_path_factory: pytest.TempPathFactory, body: bytes | str
 ) -> None:
-    """What cannot be read as an answer raises nothing, whatever it is."""
+    """What cannot be read as an answer raises nothing, whatever it is, and however deep."""
     files = made(tmp_path_factory.mktemp("state"), ManualClock())
     content = body.encode() if isinstance(body, str) else body
     files._folder.path("scheduler", None).write_bytes(state_file._header(content) + content)
     assert loaded(files) is None
 
 
-def test_deep_nesting_is_no_answer(tmp_path: Path, clock: ManualClock) -> None:
-    """It does not get as far as the end of the stack."""
-    files = made(tmp_path, clock)
-    content = b"[" * 100_000 + b"]" * 100_000
-    files._folder.path("scheduler", None).write_bytes(state_file._header(content) + content)
-    assert loaded(files) is None
-
-
+NOW = 1_700_000_000.0
 ROW = ["10.0.0.1", 1, None, 1, 1]
 
 
@@ -207,54 +184,50 @@ ROW = ["10.0.0.1", 1, None, 1, 1]
 @pytest.mark.parametrize(
     "said",
     [
-        [True, [["10.0.0.1", 0, None, 1, 1]]],
-        [True, [["10.0.0.1", 1, None, 1]]],
-        [True, [["", 1, None, 1, 1]]],
-        [True, [["10.0.0.1", 1, None, "1", 1]]],
-        [True, [["10.0.0.1", 1, None, 1, None]]],
-        [True, [["10.0.0.1", 1, None, 1, 1.5]]],
-        [True, [["10.0.0.1", 1, None, -1, 1]]],
-        [True, [["10.0.0.1", 1, None, 1, 65536]]],
-        [True, [["10.0.0.1", True, None, 1, 1]]],
-        [True, [["10.0.0.1", 1.0, None, 1, 1]]],
-        [True, [["10.0.0.1", None, None, None, 1]]],
-        [True, [["10.0.0.1", 1, 7, 1, 1]]],
-        [True, [[["a"], 1, None, 1, 1]]],
-        [True, {}],
-        [True, []],
-        [True, [ROW, 7]],
-        [1, [ROW]],
-        [True],
-        [True, [ROW], 1],
+        *(
+            [NOW, True, [row]]
+            for row in (
+                ["10.0.0.1", 0, None, 1, 1],
+                ["10.0.0.1", 1, None, 1],
+                ["", 1, None, 1, 1],
+                ["10.0.0.1", 1, None, "1", 1],
+                ["10.0.0.1", 1, None, 1, None],
+                ["10.0.0.1", 1, None, 1, 1.5],
+                ["10.0.0.1", 1, None, -1, 1],
+                ["10.0.0.1", 1, None, 1, 65536],
+                ["10.0.0.1", True, None, 1, 1],
+                ["10.0.0.1", 1.0, None, 1, 1],
+                ["10.0.0.1", None, None, None, 1],
+                ["10.0.0.1", 1, 7, 1, 1],
+                [["a"], 1, None, 1, 1],
+                7,
+            )
+        ),
+        [NOW, True, {}],
+        [NOW, True, []],
+        [NOW, 1, [ROW]],
+        [NOW, True],
+        [NOW, True, [ROW], 1],
+        *(
+            [taken_at, True, [ROW]]
+            for taken_at in (float("nan"), float("inf"), "0", None, 10**400, [], -(10**99))
+        ),
     ],
-    ids=str,
+    ids=lambda said: str(said)[:40],
 )
 def test_values_of_another_type_are_no_answer(
     tmp_path: Path, clock: ManualClock, said: list[object]
 ) -> None:
-    """What pick or a lookup would fail on later spoils the file, and so does one field too many."""
+    """What pick or a lookup would fail on later spoils the file, and so does one field too many;
+    nor does it keep the next answer from being written."""
     files = made(tmp_path, clock)
-    name = [files._folder._identity, "scheduler", None]
-    say(files._folder.path("scheduler", None), [name, clock.now, *said])
-    assert loaded(files) is None
-    say(files._folder.path("scheduler", None), [name, clock.now, True, [ROW]])
-    assert loaded(files) == (Instance(Host("10.0.0.1", 1)),)
-
-
-@pytest.mark.finding("E15")
-@pytest.mark.parametrize(
-    "taken_at", [float("nan"), float("inf"), "0", None, 10**400, [], -(10**99)]
-)
-def test_a_moment_that_is_none_is_no_answer(
-    tmp_path: Path, clock: ManualClock, taken_at: object
-) -> None:
-    """Nor does it keep the next answer from being written."""
-    files = made(tmp_path, clock)
-    name = [files._folder._identity, "scheduler", None]
-    say(files._folder.path("scheduler", None), [name, taken_at, True, [ROW]])
+    file, name = files._folder.path("scheduler", None), [files._folder._identity, "scheduler", None]
+    say(file, [name, *said])
     assert loaded(files) is None
     write(files, "scheduler", answer(clock, SIX))
     assert loaded(files) == (SIX,)
+    say(file, [name, NOW, True, [ROW]])
+    assert loaded(files) == (Instance(Host("10.0.0.1", 1)),)
 
 
 @pytest.mark.parametrize(
@@ -341,14 +314,13 @@ def stamps(folder: Path) -> dict[str, int]:
 
 
 class Disk:
-    """In place of the folder: remembers what is saved; can fail, hang, and have files for ever."""
+    """In place of the folder: remembers what is saved; can fail and hang."""
 
     def __init__(self) -> None:
         self.saved: list[tuple[str, Any]] = []
         self.fails: set[str] = set()
         self.began, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
-        self.is_endless = self.is_sweeping = False
 
     def save(self, topic: str, server: str | None, answer: Any) -> bool:
         self.began.set()
@@ -357,13 +329,7 @@ class Disk:
             self.saved.append((topic, answer.instances))
         return topic not in self.fails
 
-    def sweep(self) -> Iterator[None]:
-        self.is_sweeping = True
-        try:
-            while self.is_endless:
-                yield
-        finally:
-            self.is_sweeping = False
+    def sweep(self, is_enough: Callable[[], bool]) -> None: ...
 
     @property
     def topics(self) -> list[str]:
@@ -394,19 +360,17 @@ def threaded(tmp_path: Path, clock: ManualClock, disk: Disk) -> Iterator[StateFi
 def test_a_change_is_written_with_the_next_step_and_the_last_one_counts(
     files: StateFiles, disk: Disk, clock: ManualClock
 ) -> None:
-    """However many changes there were in between; who came back to what is written costs none."""
+    """However many changes there were in between; what is the same costs none."""
     assert files._step() == BETWEEN_SAVES_SECONDS
     for instance in (ONE, SIX):
         files.keep("scheduler", None, answer(clock, instance))
     assert disk.saved == []
     files._step()
     assert disk.saved == [("scheduler", (SIX,))]
-    for instance in (ONE, SIX):
-        files.keep("scheduler", None, answer(clock, instance))
-    files._step()
-    assert len(disk.saved) == 1
     held = answer(clock, SIX)
     files.keep("scheduler", None, held)
+    files._step()
+    assert len(disk.saved) == 1
     files.keep("scheduler", None, replace(held, is_complete=False))
     files._step()
     assert len(disk.saved) == 2
@@ -649,7 +613,7 @@ def test_a_file_that_cannot_be_written_holds_up_no_other(
     files.drop("d", None)
     files._step()
     assert disk.topics == ["a"]
-    assert [entry.name[0] for entry in files._noted] == ["c", "b"]
+    assert [topic for topic, _ in files._noted] == ["c", "d", "b"]
     files._step()
     assert disk.topics == ["a", "c"]
     disk.fails.clear()
@@ -692,19 +656,13 @@ def test_closing_writes_what_is_not_written_and_ends_the_thread(
     assert disk.topics == ["a", "b", "c", "d"]
 
 
-def test_closing_without_a_thread_writes_and_ends_the_sweep(
-    files: StateFiles, disk: Disk, clock: ManualClock
-) -> None:
+def test_closing_without_a_thread_writes(files: StateFiles, disk: Disk, clock: ManualClock) -> None:
     """By whoever closes; what is kept afterwards is not written, however often it is closed."""
-    disk.is_endless = True
-    files._step()
-    assert disk.is_sweeping
     for topic in "ab":
         files.keep(topic, None, answer(clock, ONE))
         assert files.close(0)
     assert disk.topics == ["a"]
     assert "1 topics" in repr(files)
-    assert not disk.is_sweeping
 
 
 def test_what_never_wrote_is_closed_at_once(threaded: StateFiles, clock: ManualClock) -> None:
@@ -801,14 +759,15 @@ def test_nothing_of_others_is_removed(tmp_path: Path, clock: ManualClock) -> Non
     assert set(tmp_path.iterdir()) == foreign | {target, file, folder}
 
 
-def test_a_sweep_is_rare_and_takes_small_steps(tmp_path: Path, clock: ManualClock) -> None:
-    """A step checks no more than it may; a sweep that is over is not begun again for a day."""
+def test_a_sweep_is_rare_and_ends_with_its_owner(tmp_path: Path, clock: ManualClock) -> None:
+    """One that is over is not begun again for a day; one that is under way holds up no close."""
     files = made(tmp_path, clock)
     name = files._folder.path("scheduler", None).name
-    for number in range(SWEEP_FILES + 5):
+    for number in range(5):
         aged(tmp_path / f"{name}.{number}", clock, 2)
-    files._step()
-    assert len(list(tmp_path.iterdir())) == 5
+    left = iter([False, False, True])
+    files._folder.sweep(lambda: next(left))
+    assert len(list(tmp_path.iterdir())) == 3
     files._step()
     assert list(tmp_path.iterdir()) == []
     late = aged(tmp_path / name, clock, 2)
