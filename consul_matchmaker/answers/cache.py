@@ -22,12 +22,13 @@ from ..settings import Settings
 from ..worker import MakeWorker, Worker
 from .belief import NEVER, State, is_same
 from .counts import Counts
+from .entry import Entry, Key, key_of
 from .explain import explained
 from .freshness import Freshness
 from .questions import Questions, again
-from .refresher import Refreshable, Refresher
+from .refresher import Refresher
 from .state_file import StateFiles
-from .topics import Entry, Key, Topics, key_of
+from .topics import Topics
 
 logger = logging.getLogger(__name__)
 
@@ -340,9 +341,8 @@ class Cache:
         is_from_disk = answer.source == "disk"
         return "disk" if is_from_disk else entry.state(now).name.lower(), answer
 
-    def _refresh(self, entry: Refreshable, timeout_seconds: float | None) -> None:
+    def _refresh(self, entry: Entry, timeout_seconds: float | None) -> None:
         """Ask for a topic whose time has come, if somebody wants it and no watch confirms it."""
-        assert isinstance(entry, Entry)
         with self._outbox, self._lock:
             now = self._clock()
             if entry.refresh_at > now:  # planned anew meanwhile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..model import Snapshot
 from .belief import NEVER
-from .topics import Entry
+from .entry import Entry
 
 
 def explained(entry: Entry, now: float) -> dict[str, object]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent import futures
+from dataclasses import replace
 
 from ..backends import Resolver
 from ..errors import MatchmakerError, TimedOut, Unavailable
 from ..model import Snapshot
 from .belief import NEVER
 from .counts import Counts
+from .entry import Entry
 from .refresher import QUICK_SECONDS, Refresher
-from .topics import Entry, Topics
+from .topics import Topics
 
 ENOUGH_TIME = 0.9
 """Of ``longest_lookup_seconds``: a question that had less and was not answered says nothing of
@@ -85,64 +87,59 @@ class Questions:
         except BaseException as error:
             # Also an interrupt before `_ask_resolver` could have noted it: nobody could ask again.
             if entry.question is question:
-                self._settle_failure(entry, question, error, 0.0)
+                self._settle(entry, question, error, 0.0)
             raise
         assert isinstance(first, _Question)
         return first
 
     def _ask_resolver(self, entry: Entry, question: _Question) -> None:
-        began, seconds = self._clock(), question.timeout_seconds
-        is_short = seconds < ENOUGH_TIME * self._longest_seconds
+        began = self._clock()
+        answer: Snapshot | BaseException
         try:
-            answer = self._resolver.lookup(entry.topic, entry.server, timeout_seconds=seconds)
-            took = self._clock() - began
-            if is_short and not answer.is_complete and entry.held is not None and took >= seconds:
-                raise TimedOut(f"{entry.name}: no complete answer within {seconds:g} s")
-        except BaseException as error:
-            if is_short and isinstance(error, TimedOut):
-                self._defer(entry, question)
-            else:
-                self._settle_failure(entry, question, error, self._clock() - began)
-            raise
-        if answer.clock is not self._clock:  # stamped by another clock, or not at all
-            answer = answer.stamped(
-                taken_at=began,
-                fresh_until=answer.fresh_until,
-                clock=self._clock,
-                confirmed=answer.confirmed,
+            answer = self._resolver.lookup(
+                entry.topic, entry.server, timeout_seconds=question.timeout_seconds
             )
+        except BaseException as error:
+            answer = error
+        took = self._clock() - began
+        if isinstance(answer, Snapshot):
+            if answer.clock is not self._clock:  # stamped by another clock, or not at all
+                answer = replace(answer, taken_at=began, clock=self._clock)
+            is_cut = not answer.is_complete and took >= question.timeout_seconds
+            if is_cut and self._is_short(question) and entry.held is not None:
+                answer = TimedOut(f"{entry.name}: no complete answer within {took:g} s")
         self._settle(entry, question, answer, took)
+        if isinstance(answer, BaseException):
+            raise answer
 
-    def _defer(self, entry: Entry, question: _Question) -> None:
-        """Leave an entry that had too little time to the lane that has it."""
-        with self._topics.lock:
-            self._counts.questions["deferred"] += 1
-            entry.question = None
-            entry.is_slow = True
-            entry.left_unanswered(self._clock())
-            self._refresher.schedule(entry)
-            question.set_result(None)
-        self._refresher.start()
+    def _is_short(self, question: _Question) -> bool:
+        return question.timeout_seconds < ENOUGH_TIME * self._longest_seconds
 
-    def _settle(self, entry: Entry, question: _Question, answer: Snapshot, seconds: float) -> None:
-        with self._topics.outbox, self._topics.lock:
-            self._counts.answered(seconds)
-            entry.is_slow = seconds >= QUICK_SECONDS
-            entry.question = None
-            # What the watcher brought while this question was on its way is newer than it.
-            if entry.offers == question.offers or entry.held is None:
-                self._topics.take(entry, answer, self._clock())
-            question.set_result(entry.held)
-
-    def _settle_failure(
-        self, entry: Entry, question: _Question, error: BaseException, seconds: float
+    def _settle(
+        self, entry: Entry, question: _Question, answer: Snapshot | BaseException, seconds: float
     ) -> None:
         with self._topics.outbox, self._topics.lock:
-            self._counts.questions["failed"] += 1
-            entry.is_slow = seconds >= QUICK_SECONDS
+            now = self._clock()
             entry.question = None
-            question.set_exception(error)
-            self._topics.fail(entry, error, self._clock())
+            entry.is_slow = seconds >= QUICK_SECONDS
+            if isinstance(answer, Snapshot):
+                self._counts.answered(seconds)
+                # What the watcher brought while this question was on its way is newer than it.
+                if entry.offers == question.offers or entry.held is None:
+                    self._topics.take(entry, answer, now)
+                question.set_result(entry.held)
+            elif isinstance(answer, TimedOut) and self._is_short(question):
+                # It had too little time, and is left to the lane that has it.
+                self._counts.questions["deferred"] += 1
+                entry.is_slow = True
+                entry.left_unanswered(now)
+                self._refresher.schedule(entry)
+                self._topics.outbox.put(self._refresher.start)
+                question.set_result(None)
+            else:
+                self._counts.questions["failed"] += 1
+                question.set_exception(answer)
+                self._topics.fail(entry, answer, now)
 
 
 def again(error: BaseException) -> MatchmakerError:

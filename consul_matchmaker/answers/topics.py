@@ -15,8 +15,9 @@ import cachetools
 from ..errors import Closed, Denied, Unavailable
 from ..model import Snapshot, checked_topic
 from ..settings import Settings
-from .belief import NEVER, Belief, Rules
+from .belief import NEVER, Rules
 from .counts import Counts
+from .entry import Entry, Key, key_of
 from .freshness import Freshness
 from .refresher import Refresher
 from .state_file import StateFiles
@@ -28,47 +29,6 @@ IN_USE_SECONDS = 60.0
 SECOND_CHANCES = 16
 """Of topics in use, when room is made for another one: so that costs the same however many are
 kept."""
-
-Key = str | tuple[str, str]
-"""A topic, or a topic and one server of it."""
-
-
-def key_of(topic: str, server: str | None) -> Key:
-    return topic if server is None else (topic, server)
-
-
-class Entry(Belief):
-    """What is believed of a topic, and who asks for it."""
-
-    __slots__ = (
-        "asked_at",
-        "is_slow",
-        "offers",
-        "placed_at",
-        "question",
-        "queued_at",
-        "settled_at",
-    )
-
-    def __init__(self, topic: str, server: str | None, rules: Rules, now: float) -> None:
-        super().__init__(topic, server, rules)
-        self.asked_at = now  # by a caller
-        self.placed_at = now  # in the order of eviction
-        self.settled_at = -NEVER  # when the last answer or failure came
-        self.queued_at = NEVER  # the refresher's
-        self.is_slow = False
-        self.offers = 0  # answers that came from the watcher
-        self.question: object = None  # that is on its way
-
-    def start_anew(self, rules: Rules) -> None:
-        """In a forked child: only the answer stays."""
-        super().start_anew(rules)
-        self.queued_at = NEVER
-        self.question = None
-
-    @property
-    def key(self) -> Key:
-        return key_of(self.topic, self.server)
 
 
 class Outbox:
