@@ -98,7 +98,7 @@ class _Proof:
 
     sent_at: float
     settles_at: float
-    waiting: tuple[tuple[_Watch, _Sent], ...]
+    waiting: list[tuple[_Watch, _Sent]]
 
 
 class _Watch:
@@ -122,11 +122,6 @@ class _Watch:
     def is_live(self) -> bool:
         """Whether what it told last is what Consul says."""
         return self.has_answered and self.query.is_believed
-
-    @property
-    def can_be_confirmed(self) -> bool:
-        """Whether it waits for a change of what it told."""
-        return self.sent is not None and self.is_live and self.query.index > 0
 
     def step(self) -> float | None:
         """Ask once, tell what came; return how long to rest, None: until a route is known."""
@@ -518,19 +513,15 @@ class Watcher:
         self._failures = 0
         with self.lock:
             self.route = route
-            waiting = [
-                (watch, watch.sent)
-                for watch in self._watches.values()
-                if watch.sent is not None and watch.sent.at <= sent_at
-            ]
-            for watch, sent in waiting:
+            proven = []  # which wait for a change of what they told, and would tell it
+            for watch in self._watches.values():
+                sent = watch.sent
+                if sent is None or sent.at > sent_at:
+                    continue
                 if sent.route != route:
                     watch.interrupt()
-            proven = tuple(
-                (watch, sent)
-                for watch, sent in waiting
-                if sent.route == route and watch.can_be_confirmed
-            )
+                elif watch.is_live and watch.query.index > 0:
+                    proven.append((watch, sent))
         if proven:
             self._proof = _Proof(sent_at, self.clock() + SETTLE_SECONDS, proven)
         for watch in self._all():
