@@ -125,7 +125,7 @@ class Matchmaker:
         an unknown one (or since ``max_stale_seconds``), TimedOut when it has not answered after
         *timeout_seconds* (None: what its requests may take by the settings), Denied, InvalidTopic.
         """
-        return self._cache.lookup(topic, server, timeout_seconds=timeout_seconds)
+        return self._cache.lookup(topic, server, timeout_seconds)
 
     def pick(
         self, topic: str, server: str | None = None, *, key: str | bytes | None = None

@@ -11,10 +11,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -28,8 +25,7 @@ from consul_matchmaker.answers.state_file import (
     SAVES_PER_MAX_STALE,
     StateFiles,
 )
-from consul_matchmaker.model import Host, Instance, Snapshot, Source
-from consul_matchmaker.settings import Settings
+from consul_matchmaker.model import Host, Instance, Snapshot
 from consul_matchmaker.worker import Worker
 
 from .doubles import (
@@ -50,54 +46,41 @@ SAVER = "consul-matchmaker-saver"
 
 
 @pytest.fixture
-def clock() -> ManualClock:
+def clock():
     """Of both kinds: monotonic and of the wall."""
     return ManualClock(1_700_000_000.0)
 
 
-def made(
-    folder: Path,
-    clock: ManualClock,
-    settings: Settings | None = None,
-    *,
-    worker: type[Worker] = StillWorker,
-) -> StateFiles:
+def made(folder, clock, settings=None, *, worker=StillWorker):
     settings = replace(settings or kv(), state_path=str(folder))
     return StateFiles(settings, clock=clock, wall_clock=clock, make_worker=worker)
 
 
-def answer(
-    clock: ManualClock,
-    *instances: Instance,
-    age_seconds: float = 0.0,
-    is_complete: bool = True,
-    confirmed: bool = True,
-    source: Source = "kv",
-) -> Snapshot:
+def answer(clock, *instances, age_seconds=0.0, is_complete=True, confirmed=True, source="kv"):
     taken_at = clock.now - age_seconds
     return Snapshot(
         "t", instances, source, is_complete, taken_at=taken_at, clock=clock, confirmed=confirmed
     )
 
 
-def write(files: StateFiles, topic: str, snapshot: Snapshot, server: str | None = None) -> Path:
+def write(files, topic, snapshot, server=None):
     files.keep(topic, server, snapshot)
     files._step()
     return files._folder.path(topic, server)
 
 
-def loaded(files: StateFiles, topic: str = "scheduler") -> tuple[Instance, ...] | None:
+def loaded(files, topic="scheduler"):
     kept = files.load(topic, None)
     return None if kept is None else kept.instances
 
 
-def say(file: Path, said: object) -> None:
+def say(file, said):
     """Make *file* one with a right header."""
     body = json.dumps(said).encode()
     file.write_bytes(state_file._header(body) + body)
 
 
-def test_what_was_kept_is_loaded_with_its_age(tmp_path: Path, clock: ManualClock) -> None:
+def test_what_was_kept_is_loaded_with_its_age(tmp_path, clock):
     """Every kind of host, the server names and weights come back, older by what passed since."""
     files = made(tmp_path / "deep" / "folder", clock)
     files.keep("scheduler", None, answer(clock, ONE, SIX, OPAQUE, age_seconds=2.0))
@@ -120,9 +103,7 @@ def test_what_was_kept_is_loaded_with_its_age(tmp_path: Path, clock: ManualClock
 
 
 @given(names=st.sets(st.tuples(st.text(min_size=1), st.none() | st.text()), min_size=2, max_size=5))
-def test_any_text_has_a_file_of_its_own(
-    tmp_path_factory: pytest.TempPathFactory, names: set[tuple[str, str | None]]
-) -> None:
+def test_any_text_has_a_file_of_its_own(tmp_path_factory, names):
     """Whatever a topic or server is, and never outside of the folder."""
     clock, folder = ManualClock(), tmp_path_factory.mktemp("state")
     names |= {("../" * 9 + "etc", None), ("a/b", "\0"), ("\ud800", "x" * 10_000), ("C:\\x", ".")}
@@ -142,9 +123,7 @@ def test_any_text_has_a_file_of_its_own(
 # -- what is believed
 
 
-def test_a_file_cut_or_changed_anywhere_holds_nothing(
-    tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_cut_or_changed_anywhere_holds_nothing(tmp_path, clock, caplog):
     """At every byte position: no host of it is believed, one warning says so, the other topics'
     files are not touched by it, and the next answer of its topic replaces it."""
     files = made(tmp_path, clock)
@@ -166,9 +145,7 @@ def test_a_file_cut_or_changed_anywhere_holds_nothing(
 
 @example(body=b"[" * 100_000 + b"]" * 100_000)
 @given(body=st.binary(max_size=60) | st.text('[]{}",:0123456789.nultre', max_size=60))
-def test_nonsense_with_a_right_checksum_is_no_answer(
-    tmp_path_factory: pytest.TempPathFactory, body: bytes | str
-) -> None:
+def test_nonsense_with_a_right_checksum_is_no_answer(tmp_path_factory, body):
     """What cannot be read as an answer raises nothing, whatever it is, and however deep."""
     files = made(tmp_path_factory.mktemp("state"), ManualClock())
     content = body.encode() if isinstance(body, str) else body
@@ -215,9 +192,7 @@ ROW = ["10.0.0.1", 1, None, 1, 1]
     ],
     ids=lambda said: str(said)[:40],
 )
-def test_values_of_another_type_are_no_answer(
-    tmp_path: Path, clock: ManualClock, said: list[object]
-) -> None:
+def test_values_of_another_type_are_no_answer(tmp_path, clock, said):
     """What pick or a lookup would fail on later spoils the file, and so does one field too many;
     nor does it keep the next answer from being written."""
     files = made(tmp_path, clock)
@@ -233,9 +208,7 @@ def test_values_of_another_type_are_no_answer(
 @pytest.mark.parametrize(
     "place", [("mails", None, kv()), ("scheduler", "node1", kv()), ("scheduler", None, catalog())]
 )
-def test_a_file_is_believed_only_of_what_it_says_that_it_is(
-    tmp_path: Path, clock: ManualClock, place: tuple[str, str | None, Settings]
-) -> None:
+def test_a_file_is_believed_only_of_what_it_says_that_it_is(tmp_path, clock, place):
     """A copy under the name of another topic, server or configuration is ignored."""
     file = write(made(tmp_path, clock), "scheduler", answer(clock, ONE))
     topic, server, settings = place
@@ -248,9 +221,7 @@ def test_a_file_is_believed_only_of_what_it_says_that_it_is(
     "other",
     [kv(prefix="other"), kv(addresses="10.0.0.9:8500"), catalog(), catalog(tag="v2")],
 )
-def test_another_configuration_has_other_files(
-    tmp_path: Path, clock: ManualClock, other: Settings
-) -> None:
+def test_another_configuration_has_other_files(tmp_path, clock, other):
     """What another cluster, prefix or tag answered is never read here."""
     write(made(tmp_path, clock, other), "scheduler", answer(clock, ONE))
     for settings in (kv(), catalog(tag="v1")):
@@ -259,12 +230,7 @@ def test_another_configuration_has_other_files(
 
 @pytest.mark.finding("E15")
 @pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.symlink_to("/dev/zero")])
-def test_what_is_no_regular_file_is_not_waited_for(
-    tmp_path: Path,
-    clock: ManualClock,
-    caplog: pytest.LogCaptureFixture,
-    make: Callable[[Path], None],
-) -> None:
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, clock, caplog, make):
     """A pipe that nobody writes, an endless device: as good as no file, with a warning, and
     replaced by the next answer."""
     files = made(tmp_path, clock)
@@ -278,9 +244,7 @@ def test_what_is_no_regular_file_is_not_waited_for(
 
 
 @pytest.mark.finding("E15")
-def test_no_more_is_read_than_a_file_may_have(
-    tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_more_is_read_than_a_file_may_have(tmp_path, clock, caplog):
     """One that is too big, or grows while it is read, is ignored."""
     files = made(tmp_path, clock)
     with files._folder.path("scheduler", None).open("wb") as big:
@@ -289,7 +253,7 @@ def test_no_more_is_read_than_a_file_may_have(
     assert "too big" in caplog.text
 
 
-def test_an_answer_has_an_end(tmp_path: Path, clock: ManualClock) -> None:
+def test_an_answer_has_an_end(tmp_path, clock):
     """Past max_stale_seconds it is not loaded, nor when it claims to be from the future by more
     than clocks are set back now and then."""
     files = made(tmp_path, clock, kv(max_stale_seconds=100))
@@ -309,57 +273,55 @@ def test_an_answer_has_an_end(tmp_path: Path, clock: ManualClock) -> None:
 # -- what is written, and when
 
 
-def stamps(folder: Path) -> dict[str, int]:
+def stamps(folder):
     return {file.name: file.stat().st_ino for file in folder.iterdir()}
 
 
 class Disk:
     """In place of the folder: remembers what is saved; can fail and hang."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.saved: list[tuple[str, Any]] = []
         self.fails: set[str] = set()
         self.began, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
 
-    def save(self, topic: str, server: str | None, answer: Any) -> bool:
+    def save(self, topic, server, answer):
         self.began.set()
         assert self.go_on.wait(DEADLINE_SECONDS)
         if topic not in self.fails:
             self.saved.append((topic, answer.instances))
         return topic not in self.fails
 
-    def sweep(self, is_enough: Callable[[], bool]) -> None: ...
+    def sweep(self, is_enough): ...
 
     @property
-    def topics(self) -> list[str]:
+    def topics(self):
         return [topic for topic, _ in self.saved]
 
 
 @pytest.fixture
-def disk() -> Disk:
+def disk():
     return Disk()
 
 
 @pytest.fixture
-def files(tmp_path: Path, clock: ManualClock, disk: Disk) -> StateFiles:
+def files(tmp_path, clock, disk):
     files = made(tmp_path, clock, kv(max_stale_seconds=400))
-    files._folder = disk  # type: ignore[assignment]
+    files._folder = disk
     return files
 
 
 @pytest.fixture
-def threaded(tmp_path: Path, clock: ManualClock, disk: Disk) -> Iterator[StateFiles]:
+def threaded(tmp_path, clock, disk):
     files = made(tmp_path, clock, worker=Worker)
-    files._folder = disk  # type: ignore[assignment]
+    files._folder = disk
     yield files
     disk.go_on.set()
     assert files.close(DEADLINE_SECONDS) or files._worker.stop(DEADLINE_SECONDS)
 
 
-def test_a_change_is_written_with_the_next_step_and_the_last_one_counts(
-    files: StateFiles, disk: Disk, clock: ManualClock
-) -> None:
+def test_a_change_is_written_with_the_next_step_and_the_last_one_counts(files, disk, clock):
     """However many changes there were in between; what is the same costs none."""
     assert files._step() == BETWEEN_SAVES_SECONDS
     for instance in (ONE, SIX):
@@ -376,9 +338,7 @@ def test_a_change_is_written_with_the_next_step_and_the_last_one_counts(
     assert len(disk.saved) == 2
 
 
-def test_an_unchanged_answer_is_written_before_it_runs_out(
-    files: StateFiles, disk: Disk, clock: ManualClock
-) -> None:
+def test_an_unchanged_answer_is_written_before_it_runs_out(files, disk, clock):
     """Four times in max_stale_seconds, whether it is the same or a like one."""
     same = (ONE,)
     for second in range(400):
@@ -393,8 +353,8 @@ def test_an_unchanged_answer_is_written_before_it_runs_out(
 
 @pytest.mark.parametrize(("max_stale_seconds", "pause"), [(10, 10), (31_536_000, 21_600)])
 def test_it_is_written_not_too_often_and_four_times_a_day_at_least(
-    tmp_path: Path, clock: ManualClock, max_stale_seconds: int, pause: float
-) -> None:
+    tmp_path, clock, max_stale_seconds, pause
+):
     """Ten seconds apart; and so often that no process that sweeps the folder takes it for old."""
     files = made(tmp_path, clock, kv(max_stale_seconds=max_stale_seconds))
     write(files, "scheduler", answer(clock, ONE))
@@ -408,10 +368,10 @@ def test_it_is_written_not_too_often_and_four_times_a_day_at_least(
 
 
 @pytest.mark.finding("D5")
-def test_one_topic_that_changed_is_one_small_file(tmp_path: Path, clock: ManualClock) -> None:
+def test_one_topic_that_changed_is_one_small_file(tmp_path, clock):
     """What is written does not grow with the topics that did not change."""
 
-    def written(topics: int) -> int:
+    def written(topics):
         folder = tmp_path / str(topics)
         files = made(folder, clock)
         for number in range(topics):
@@ -428,11 +388,11 @@ def test_one_topic_that_changed_is_one_small_file(tmp_path: Path, clock: ManualC
     assert 0 < written(50) == written(5)
 
 
-def instructions(call: Callable[[], object]) -> int:
+def instructions(call):
     """How many of Python's own instructions *call* takes."""
     count = 0
 
-    def trace(frame: FrameType, event: str, _: object) -> Any:
+    def trace(frame, event, _):
         nonlocal count
         frame.f_trace_opcodes = True
         count += event == "opcode"
@@ -448,14 +408,14 @@ def instructions(call: Callable[[], object]) -> int:
 
 
 @pytest.mark.finding("D5")
-def test_the_cost_does_not_grow_with_the_topics(tmp_path: Path, clock: ManualClock) -> None:
+def test_the_cost_does_not_grow_with_the_topics(tmp_path, clock):
     """Keeping an unchanged topic, a changed one, a new one, dropping one, and the step that writes
     one that changed often: the same number of instructions with 10 topics and with 10,000."""
     settings = kv(max_stale_seconds=10_000)
 
-    def costs(topics: int) -> list[int]:
+    def costs(topics):
         files = made(tmp_path / "never", clock, settings)
-        files._folder = Disk()  # type: ignore[assignment]
+        files._folder = Disk()
         held = answer(clock, ONE)
         for number in range(topics):
             files.keep(f"topic{number}", None, held)
@@ -482,7 +442,7 @@ def test_the_cost_does_not_grow_with_the_topics(tmp_path: Path, clock: ManualClo
 
 
 @pytest.mark.finding("D5")
-def test_keeping_touches_no_disk(tmp_path: Path, clock: ManualClock) -> None:
+def test_keeping_touches_no_disk(tmp_path, clock):
     """Not even the folder is made before the thread's step."""
     files = made(tmp_path / "folder", clock)
     files.keep("scheduler", None, answer(clock, ONE))
@@ -491,9 +451,7 @@ def test_keeping_touches_no_disk(tmp_path: Path, clock: ManualClock) -> None:
     assert (tmp_path / "folder").exists()
 
 
-def test_what_may_be_wrong_is_not_written(
-    files: StateFiles, disk: Disk, clock: ManualClock
-) -> None:
+def test_what_may_be_wrong_is_not_written(files, disk, clock):
     """What came from disk, and no hosts that are not confirmed, leave the file as it is."""
     files.keep("scheduler", None, answer(clock, ONE, source="disk"))
     files.keep("scheduler", None, answer(clock, confirmed=False))
@@ -504,7 +462,7 @@ def test_what_may_be_wrong_is_not_written(
     assert disk.saved == [("scheduler", (ONE,))]
 
 
-def test_a_topic_without_hosts_has_no_file(tmp_path: Path, clock: ManualClock) -> None:
+def test_a_topic_without_hosts_has_no_file(tmp_path, clock):
     """One that is confirmed removes it; one that never had a file gets none."""
     files = made(tmp_path, clock)
     file = write(files, "scheduler", answer(clock, ONE))
@@ -519,7 +477,7 @@ class Traced(Host):
     """A host that can be referred to weakly."""
 
 
-def test_what_is_dropped_is_freed_and_stays_on_disk(tmp_path: Path, clock: ManualClock) -> None:
+def test_what_is_dropped_is_freed_and_stays_on_disk(tmp_path, clock):
     """Whether it was written already or not; kept again, it is written again."""
     files = made(tmp_path, clock)
     host = Traced("10.0.0.1", 1)
@@ -540,7 +498,7 @@ def test_what_is_dropped_is_freed_and_stays_on_disk(tmp_path: Path, clock: Manua
 # -- several processes, and a folder that makes trouble
 
 
-def test_a_newer_answer_of_another_process_stays(tmp_path: Path, clock: ManualClock) -> None:
+def test_a_newer_answer_of_another_process_stays(tmp_path, clock):
     """An older one does not replace it, nor remove it; one that is as old or newer does."""
     one, other = made(tmp_path, clock), made(tmp_path, clock)
     write(one, "scheduler", answer(clock, ONE))
@@ -555,7 +513,7 @@ def test_a_newer_answer_of_another_process_stays(tmp_path: Path, clock: ManualCl
     assert loaded(other) is None
 
 
-def test_an_answer_from_the_future_is_replaced(tmp_path: Path, clock: ManualClock) -> None:
+def test_an_answer_from_the_future_is_replaced(tmp_path, clock):
     """Once the clock of the machine was set right, what was written before keeps nobody away."""
     files = made(tmp_path, clock)
     write(files, "scheduler", answer(clock, ONE))
@@ -565,7 +523,7 @@ def test_an_answer_from_the_future_is_replaced(tmp_path: Path, clock: ManualCloc
     assert loaded(files) == (SIX,)
 
 
-def test_files_are_private(tmp_path: Path, clock: ManualClock) -> None:
+def test_files_are_private(tmp_path, clock):
     """Nobody else may read them or their folder, and nothing lies beside them."""
     file = write(made(tmp_path / "ours", clock), "scheduler", answer(clock, ONE))
     assert list((tmp_path / "ours").iterdir()) == [file]
@@ -573,9 +531,7 @@ def test_files_are_private(tmp_path: Path, clock: ManualClock) -> None:
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
 
 
-def test_a_folder_that_cannot_be_written_is_one_warning(
-    tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, clock, caplog):
     """Where a file stands in its place nothing is raised, and the log is not filled; once it can
     be written, what is kept is written."""
     (tmp_path / "file").write_text("")
@@ -589,9 +545,7 @@ def test_a_folder_that_cannot_be_written_is_one_warning(
     assert loaded(files) == (ONE,)
 
 
-def test_a_write_that_fails_leaves_what_was_there(
-    tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, clock, caplog):
     """A name that cannot be replaced keeps what it is, and no temporary file stays behind."""
     files = made(tmp_path, clock)
     file = files._folder.path("scheduler", None)
@@ -602,9 +556,7 @@ def test_a_write_that_fails_leaves_what_was_there(
     assert "state file" in caplog.text
 
 
-def test_a_file_that_cannot_be_written_holds_up_no_other(
-    files: StateFiles, disk: Disk, clock: ManualClock
-) -> None:
+def test_a_file_that_cannot_be_written_holds_up_no_other(files, disk, clock):
     """A disk that is full is tried once a step; where one file fails alone, the others are written
     with the next step, and it is tried again after them."""
     disk.fails = {"b"}
@@ -624,13 +576,11 @@ def test_a_file_that_cannot_be_written_holds_up_no_other(
 # -- the thread
 
 
-def savers() -> list[threading.Thread]:
+def savers():
     return [thread for thread in threading.enumerate() if thread.name == SAVER]
 
 
-def test_the_first_keep_starts_the_thread(
-    threaded: StateFiles, disk: Disk, clock: ManualClock
-) -> None:
+def test_the_first_keep_starts_the_thread(threaded, disk, clock):
     """Making it and loading start nothing; it is a daemon and writes at once."""
     assert savers() == []
     threaded.keep("scheduler", None, answer(clock, ONE))
@@ -639,9 +589,7 @@ def test_the_first_keep_starts_the_thread(
     assert disk.began.wait(DEADLINE_SECONDS)
 
 
-def test_closing_writes_what_is_not_written_and_ends_the_thread(
-    threaded: StateFiles, disk: Disk, clock: ManualClock
-) -> None:
+def test_closing_writes_what_is_not_written_and_ends_the_thread(threaded, disk, clock):
     """Though a step had just been; nothing is written afterwards, and it can be closed twice."""
     threaded.keep("a", None, answer(clock, ONE))
     assert disk.began.wait(DEADLINE_SECONDS)
@@ -656,7 +604,7 @@ def test_closing_writes_what_is_not_written_and_ends_the_thread(
     assert disk.topics == ["a", "b", "c", "d"]
 
 
-def test_closing_without_a_thread_writes(files: StateFiles, disk: Disk, clock: ManualClock) -> None:
+def test_closing_without_a_thread_writes(files, disk, clock):
     """By whoever closes; what is kept afterwards is not written, however often it is closed."""
     for topic in "ab":
         files.keep(topic, None, answer(clock, ONE))
@@ -665,14 +613,14 @@ def test_closing_without_a_thread_writes(files: StateFiles, disk: Disk, clock: M
     assert "1 topics" in repr(files)
 
 
-def test_what_never_wrote_is_closed_at_once(threaded: StateFiles, clock: ManualClock) -> None:
+def test_what_never_wrote_is_closed_at_once(threaded, clock):
     """Without a thread there is nobody to wait for, and none is started any more."""
     assert threaded.close(0)
     threaded.keep("scheduler", None, answer(clock, ONE))
     assert savers() == []
 
 
-def test_stopping_does_not_wait(threaded: StateFiles, disk: Disk, clock: ManualClock) -> None:
+def test_stopping_does_not_wait(threaded, disk, clock):
     """The thread writes what is left and ends by itself."""
     disk.go_on.clear()
     threaded.keep("a", None, answer(clock, ONE))
@@ -688,9 +636,7 @@ def test_stopping_does_not_wait(threaded: StateFiles, disk: Disk, clock: ManualC
 
 
 @pytest.mark.finding("E15")
-def test_closing_does_not_wait_for_a_disk_that_hangs(
-    threaded: StateFiles, disk: Disk, clock: ManualClock
-) -> None:
+def test_closing_does_not_wait_for_a_disk_that_hangs(threaded, disk, clock):
     """It says that the thread has not ended; which ends after the file that it was at."""
     disk.go_on.clear()
     with no_thread_to_be_had():
@@ -705,9 +651,7 @@ def test_closing_does_not_wait_for_a_disk_that_hangs(
     assert disk.topics == ["a"]
 
 
-def test_without_a_thread_to_be_had_nothing_is_raised(
-    threaded: StateFiles, disk: Disk, clock: ManualClock
-) -> None:
+def test_without_a_thread_to_be_had_nothing_is_raised(threaded, disk, clock):
     """What is kept waits for the next one that can start it."""
     with no_thread_to_be_had():
         threaded.keep("a", None, answer(clock, ONE))
@@ -720,7 +664,7 @@ def test_without_a_thread_to_be_had_nothing_is_raised(
 # -- files that nobody keeps any more
 
 
-def aged(file: Path, clock: ManualClock, days: float) -> Path:
+def aged(file, clock, days):
     """*file*, made if it is not there, last written *days* ago."""
     if not file.exists():
         file.write_text("")
@@ -728,7 +672,7 @@ def aged(file: Path, clock: ManualClock, days: float) -> Path:
     return file
 
 
-def test_what_is_too_old_for_everybody_is_removed(tmp_path: Path, clock: ManualClock) -> None:
+def test_what_is_too_old_for_everybody_is_removed(tmp_path, clock):
     """A day and max_stale_seconds after it was written, of any settings; so are temporary files
     that a killed process left."""
     ours, others = made(tmp_path, clock), made(tmp_path, clock, catalog())
@@ -744,7 +688,7 @@ def test_what_is_too_old_for_everybody_is_removed(tmp_path: Path, clock: ManualC
     assert list(tmp_path.iterdir()) == [young]
 
 
-def test_nothing_of_others_is_removed(tmp_path: Path, clock: ManualClock) -> None:
+def test_nothing_of_others_is_removed(tmp_path, clock):
     """However old it is: files with other names, folders, what a link leads to."""
     file = made(tmp_path, clock)._folder.path("scheduler", None)
     names = ("kv-0123456789abcdef.answers", f"x{file.name}", f"{file.name}.BAK", "notes.answer")
@@ -759,7 +703,7 @@ def test_nothing_of_others_is_removed(tmp_path: Path, clock: ManualClock) -> Non
     assert set(tmp_path.iterdir()) == foreign | {target, file, folder}
 
 
-def test_a_sweep_is_rare_and_ends_with_its_owner(tmp_path: Path, clock: ManualClock) -> None:
+def test_a_sweep_is_rare_and_ends_with_its_owner(tmp_path, clock):
     """One that is over is not begun again for a day; one that is under way holds up no close."""
     files = made(tmp_path, clock)
     name = files._folder.path("scheduler", None).name
@@ -779,9 +723,7 @@ def test_a_sweep_is_rare_and_ends_with_its_owner(tmp_path: Path, clock: ManualCl
     assert not late.exists()
 
 
-def test_a_folder_that_is_not_there_is_swept_without_a_word(
-    tmp_path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_folder_that_is_not_there_is_swept_without_a_word(tmp_path, clock, caplog):
     """Nor is it made by that."""
     made(tmp_path / "folder", clock)._step()
     assert caplog.records == []
@@ -797,7 +739,7 @@ from consul_matchmaker.worker import Worker
 
 
 class StillWorker(Worker):
-    def start(self) -> None: ...
+    def start(self): ...
 
 
 folder, name = sys.argv[1:]
@@ -810,9 +752,7 @@ for number in range(300):
 
 
 @pytest.mark.system
-def test_whoever_reads_while_processes_write_meets_whole_files(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_whoever_reads_while_processes_write_meets_whole_files(tmp_path, caplog):
     """Two write the same topic again and again: each answer that is read is one of theirs, and
     nothing is left beside the file."""
     command = [sys.executable, "-c", WRITER, str(tmp_path)]

@@ -135,7 +135,8 @@ class Belief:
         self.server = server
         self.rules = rules
         self.held: Snapshot | None = None
-        self.usable_until = -NEVER  # until then the held answer is given without another look
+        # Until then there is a held answer, and it is given without another look.
+        self.usable_until = -NEVER
         self.refresh_at = NEVER  # when the background asks again, if somebody wants it
         self.retry_at = -NEVER  # not to be asked before
         self.freshness: Freshness | None = None  # of the watch that told of it

@@ -80,7 +80,7 @@ class Cache:
     # -- what callers ask
 
     def lookup(
-        self, topic: str, server: str | None = None, *, timeout_seconds: float | None = None
+        self, topic: str, server: str | None = None, timeout_seconds: float | None = None
     ) -> Snapshot:
         """Every live host of *topic*, perhaps none; with *server*, only that server's.
 
@@ -94,9 +94,9 @@ class Cache:
         except (KeyError, TypeError):  # TypeError: not a text at all
             entry = self._topics.entry(topic)
         entry.asked_at = now
-        answer = entry.held
-        if answer is not None and now < entry.usable_until:
+        if now < entry.usable_until:
             self._hit()
+            answer: Snapshot = entry.held  # type: ignore[assignment]  # as it is usable
         else:
             answer = self._lookup_slow(entry, now, self._deadline(now, timeout_seconds))
         if server is None:
@@ -282,11 +282,10 @@ class Cache:
         if entry is None:
             return None
         entry.asked_at = now = self._clock()
-        answer = entry.held
-        if answer is not None and now < entry.usable_until:
+        if now < entry.usable_until:
             if not is_counted:
                 self._hit()
-            return answer
+            return entry.held
         with self._outbox, self._lock:
             found, answer = self._look(entry, now)
             if answer is not None and not is_counted:
