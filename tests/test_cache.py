@@ -101,6 +101,28 @@ def made(consul, clock, settings=None, max_topics=100, jitter=lambda: 0.0, **mor
     return Cache(consul, settings, clock=clock, jitter=jitter, make_worker=StillWorker, **more)
 
 
+def learn(cache, consul, *hosts, **more):
+    """Consul says that these serve "scheduler", and somebody looks it up."""
+    consul.say("scheduler", *hosts, **more)
+    return cache.lookup("scheduler")
+
+
+def known(cache, consul, *topics):
+    """Each has a host, and was looked up."""
+    for topic in topics:
+        consul.say(topic, A)
+        cache.lookup(topic)
+
+
+def later(cache, clock, seconds, *topics):
+    """After so many seconds *topics* are looked up ("scheduler" unless told), and the background
+    does what is due."""
+    clock.advance(seconds)
+    for topic in topics or ("scheduler",):
+        cache.lookup(topic)
+    step(cache)
+
+
 def quick_step(cache):
     return cache._refresher.step(cache._refresher.quick)
 
@@ -171,9 +193,7 @@ def test_an_answer_is_as_old_as_its_question(clock, settings):
     answer = cache.lookup("scheduler")
     assert (answer.age_seconds, answer.is_stale) == (6, True)
     consul.takes["scheduler"] = 0
-    clock.advance(2.5)
-    cache.lookup("scheduler")
-    step(cache)
+    later(cache, clock, 2.5)
     answer = cache.lookup("scheduler")
     assert (answer.age_seconds, answer.is_stale) == (0, False)
 
@@ -198,8 +218,7 @@ def test_what_a_resolver_says_of_its_answers_age_is_kept(clock):
 @pytest.mark.finding("A1")
 def test_an_offer_is_as_old_as_the_watch_says(cache, consul, clock):
     """It counts from when the watch asked, and then from what it confirmed since."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     clock.advance(10)
     asked_at, freshness = clock(), Freshness()
     freshness.confirm(asked_at, asked_at + 8)
@@ -222,8 +241,7 @@ def test_an_old_answer_is_not_given_before_consul_could_answer(consul, clock):
     """Beyond a few TTLs Consul, which is well, is asked first: nobody gets the hosts of half an
     hour ago."""
     cache = made(consul, clock)
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     consul.say("scheduler", B)
     clock.advance(1800)
     assert shown(cache.lookup("scheduler")) == [B]
@@ -233,8 +251,7 @@ def test_an_old_answer_is_not_given_before_consul_could_answer(consul, clock):
 def test_an_old_answer_is_given_where_consul_cannot_be_asked(consul, clock):
     """Up to max_stale_seconds the last good answer is what there is in an outage."""
     cache = made(consul, clock)
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     consul.fail("scheduler")
     clock.advance(1800)
     answer = cache.lookup("scheduler")
@@ -259,8 +276,7 @@ def test_nothing_is_logged_while_topics_are_locked(dns, clock, caplog):
     logger = logging.getLogger("consul_matchmaker.answers.topics")
     logger.addHandler(handler)
     try:
-        dns.say("scheduler", A, B)
-        cache.lookup("scheduler")
+        learn(cache, dns, A, B)
         dns.say("scheduler")
         cache.refresh("scheduler")
         dns.say("scheduler", A, B)
@@ -282,8 +298,7 @@ def test_nothing_is_logged_while_topics_are_locked(dns, clock, caplog):
 
 def test_past_its_ttl_an_answer_is_returned_while_it_is_asked_for_again(cache, consul, clock):
     """The old answer comes at once, marked stale; the refresh is the background's work."""
-    consul.say("scheduler", A)
-    held = cache.lookup("scheduler")
+    held = learn(cache, consul, A)
     consul.say("scheduler", B)
     clock.advance(5)
     assert shown(cache.lookup("scheduler")) == [A]
@@ -297,8 +312,7 @@ def test_past_its_ttl_an_answer_is_returned_while_it_is_asked_for_again(cache, c
 
 def test_many_lookups_of_a_stale_answer_ask_once(cache, consul, clock):
     """However many callers find the answer stale, one refresh runs."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     clock.advance(6)
     for _ in range(100):
         cache.lookup("scheduler")
@@ -308,8 +322,7 @@ def test_many_lookups_of_a_stale_answer_ask_once(cache, consul, clock):
 
 def test_a_topic_in_use_is_refreshed_before_it_is_stale(cache, consul, clock):
     """Where callers go on asking, the answer is renewed ahead of its time: nobody sees it stale."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     for _ in range(40):
         clock.advance(0.5)
         assert not cache.lookup("scheduler").is_stale
@@ -319,8 +332,7 @@ def test_a_topic_in_use_is_refreshed_before_it_is_stale(cache, consul, clock):
 
 def test_nobody_asks_for_what_nobody_wants(cache, consul, clock):
     """A topic that callers stopped asking for costs nothing any more."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     clock.advance(1)
     cache.lookup("scheduler")
     pause = 0.0
@@ -351,8 +363,7 @@ def test_refreshes_of_many_processes_do_not_align(consul, clock):
 )
 def test_a_ttl_in_the_answer_is_obeyed_within_bounds(cache, consul, clock, said, fresh_seconds):
     """A DNS TTL above 0 is cut to ttl_min_seconds..ttl_max_seconds; without one: ttl_seconds."""
-    consul.say("scheduler", A, ttl_seconds=said)
-    answer = cache.lookup("scheduler")
+    answer = learn(cache, consul, A, ttl_seconds=said)
     clock.advance(fresh_seconds - 0.01)
     assert not answer.is_stale
     clock.advance(0.01)
@@ -362,8 +373,7 @@ def test_a_ttl_in_the_answer_is_obeyed_within_bounds(cache, consul, clock, said,
 @pytest.mark.parametrize(("said", "fresh_seconds"), [(None, 1), (0.2, 1), (30.0, 30), (600.0, 60)])
 def test_a_ttl_of_a_denial_is_obeyed_too(cache, consul, clock, said, fresh_seconds):
     """Within the same bounds (RFC 2308: it is the SOA record's); without one: empty_ttl_seconds."""
-    consul.say("scheduler", ttl_seconds=said)
-    answer = cache.lookup("scheduler")
+    answer = learn(cache, consul, ttl_seconds=said)
     clock.advance(fresh_seconds - 0.01)
     assert not answer.is_stale
     clock.advance(0.01)
@@ -382,8 +392,7 @@ def test_an_answer_without_hosts_has_a_ttl_of_its_own(cache, consul, clock):
 
 def test_an_outage_makes_answers_old_not_empty(cache, consul, clock):
     """The last good answer is served, ever older and marked stale, until max_stale_seconds."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     consul.fail("scheduler")
     age = 0.0
     for _ in range(359):
@@ -408,17 +417,12 @@ def test_after_an_outage_answers_are_fresh_within_one_ttl(cache, consul, clock):
         cache.lookup(topic)
         consul.fail(topic)
     for _ in range(600):
-        clock.advance(0.1)
-        for topic in topics:
-            cache.lookup(topic)
-        step(cache)
+        later(cache, clock, 0.1, *topics)
     assert consul.count("topic0") < 20  # 60 s of outage: not a question every tenth of a second
     for topic in topics:
         consul.say(topic, B)
     for _ in range(52):
-        clock.advance(0.1)
-        cache.lookup("topic0")
-        step(cache)
+        later(cache, clock, 0.1, "topic0")
     for topic in topics:
         assert shown(cache.lookup(topic)) == [B]
         assert not cache.lookup(topic).is_stale
@@ -432,8 +436,7 @@ def test_an_attempt_that_is_lost_and_the_pause_after_it_are_one_ttl():
         clock = ManualClock()
         consul = SlowConsul(clock)
         cache = made(consul, clock, jitter=lambda: 0.999)
-        consul.say("scheduler", A)
-        cache.lookup("scheduler")
+        learn(cache, consul, A)
         consul.fail("scheduler", TimedOut("nothing came"))
         consul.takes["scheduler"] = 1.5
         back_at = clock() + 60 + tenths / 10
@@ -469,12 +472,9 @@ def test_the_first_that_is_answered_again_releases_the_others(consul, clock):
 def test_an_answer_is_given_up_in_time_while_attempts_pause(consul, clock):
     """However long the pause to the next attempt, max_stale_seconds is the end."""
     cache = made(consul, clock, kv(max_stale_seconds=5.2), jitter=lambda: 0.999)
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     consul.fail("scheduler")
-    clock.advance(5)
-    cache.lookup("scheduler")
-    step(cache)
+    later(cache, clock, 5)
     assert shown(cache.lookup("scheduler")) == [A]
     clock.advance(0.2)
     with pytest.raises(Unavailable):
@@ -484,18 +484,13 @@ def test_an_answer_is_given_up_in_time_while_attempts_pause(consul, clock):
 def test_one_log_line_a_transition(cache, consul, clock, caplog):
     """An outage is one warning with its reason, its end one line with its length."""
     caplog.set_level(logging.INFO)
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     consul.fail("scheduler", TimedOut("127.0.0.1:8600 did not answer"))
     for _ in range(300):
-        clock.advance(0.1)
-        cache.lookup("scheduler")
-        step(cache)
+        later(cache, clock, 0.1)
     consul.say("scheduler", A)
     for _ in range(60):
-        clock.advance(0.1)
-        cache.lookup("scheduler")
-        step(cache)
+        later(cache, clock, 0.1)
     begun, ended = caplog.records
     assert begun.levelno == logging.WARNING
     assert "scheduler" in begun.message and "did not answer" in begun.message
@@ -510,23 +505,17 @@ def test_an_outage_of_many_topics_is_one_warning(cache, consul, clock, caplog):
         consul.say(topic, A)
         cache.lookup(topic)
         consul.fail(topic)
-    clock.advance(6)
-    for topic in "abc":
-        cache.lookup(topic)
-    step(cache)
+    later(cache, clock, 6, *"abc")
     levels = sorted(record.levelno for record in caplog.records)
     assert levels == [logging.INFO, logging.INFO, logging.WARNING]
 
 
 def test_a_refused_token_does_not_empty_what_is_held(cache, consul, clock):
     """Denied with an answer at hand is an outage; without one it is raised."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     consul.fail("scheduler", Denied("the token was refused"))
     consul.fail("unknown", Denied("the token was refused"))
-    clock.advance(6)
-    cache.lookup("scheduler")
-    step(cache)
+    later(cache, clock, 6)
     assert shown(cache.lookup("scheduler")) == [A]
     with pytest.raises(Denied):
         cache.lookup("unknown")
@@ -535,8 +524,7 @@ def test_a_refused_token_does_not_empty_what_is_held(cache, consul, clock):
 def test_max_stale_of_zero_gives_up_at_once(consul, clock):
     """With max_stale_seconds=0 an answer is gone when it is no longer fresh: callers ask."""
     cache = made(consul, clock, kv(max_stale_seconds=0))
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     clock.advance(4)
     assert shown(cache.lookup("scheduler")) == [A]
     consul.fail("scheduler")
@@ -555,9 +543,7 @@ def test_status_counts_the_states(cache, consul, clock):
     cache.lookup("stale")
     cache.lookup("away")
     consul.fail("away")
-    clock.advance(6)
-    cache.lookup("away")
-    step(cache)
+    later(cache, clock, 6, "away")
     cache.lookup("fresh")
     consul.fail("gone")
     with pytest.raises(Unavailable):
@@ -638,22 +624,13 @@ def test_healthy_topics_are_refreshed_first(cache, consul, clock):
         consul.say(topic, A)
         cache.lookup(topic)
     consul.fail("a")
-    clock.advance(6)
-    cache.lookup("a")
-    step(cache)
+    later(cache, clock, 6, "a")
     clock.advance(6)
     for topic in "abc":
         cache.lookup(topic)
     consul.asked.clear()
     step(cache)
     assert [topic for topic, _ in consul.asked] == ["b", "c", "a"]
-
-
-def known(cache, consul, *topics):
-    """*topics* are asked for, and their answers have run out when somebody wants them again."""
-    for topic in topics:
-        consul.say(topic, A)
-        cache.lookup(topic)
 
 
 def wanted(cache, clock, *topics):
@@ -836,8 +813,7 @@ def test_an_interrupt_between_two_lines_does_not_block_the_others(consul):
 
 def test_an_interrupted_caller_is_no_outage(cache, consul, caplog):
     """A signal that ends the program while it asks is not told as a failure of Consul."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     consul.fail("scheduler", SystemExit(0))
     with pytest.raises(SystemExit):
         cache.refresh("scheduler")
@@ -848,20 +824,16 @@ def test_an_interrupted_caller_is_no_outage(cache, consul, caplog):
 
 def test_a_bug_in_a_backend_keeps_the_last_good_answer(cache, consul, clock, caplog):
     """What nobody expected is logged with its traceback, and the answer stays."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     consul.fail("scheduler", ZeroDivisionError("a bug"))
-    clock.advance(6)
-    cache.lookup("scheduler")
-    step(cache)
+    later(cache, clock, 6)
     assert shown(cache.lookup("scheduler")) == [A]
     assert "a bug" in caplog.text
 
 
 def test_refresh_asks_now(cache, consul):
     """refresh() does not look at the TTL, and raises although lookup() still has an answer."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     consul.say("scheduler", B)
     assert shown(cache.refresh("scheduler")) == [B]
     assert shown(cache.lookup("scheduler")) == [B]
@@ -882,16 +854,13 @@ def dns():
 def keep_asking(cache, clock, seconds):
     """Look up twice a second, as a caller does, and let the background work."""
     for _ in range(round(seconds * 2)):
-        clock.advance(0.5)
-        cache.lookup("scheduler")
-        step(cache)
+        later(cache, clock, 0.5)
 
 
 def test_one_empty_answer_is_not_believed(dns, clock):
     """A restarted Consul server denies live services for up to 5 s (fact A9): nobody notices."""
     cache = made(dns, clock, catalog())
-    dns.say("scheduler", A, B)
-    cache.lookup("scheduler")
+    learn(cache, dns, A, B)
     dns.say("scheduler")
     keep_asking(cache, clock, 3.5 + 4.9)
     assert shown(cache.lookup("scheduler")) == [A, B]
@@ -906,8 +875,7 @@ def test_one_empty_answer_is_not_believed(dns, clock):
 def test_an_empty_answer_that_repeats_is_believed(dns, clock, caplog):
     """After confirm_empty_seconds of the same the hosts are gone, with one line for each step."""
     cache = made(dns, clock, catalog())
-    dns.say("scheduler", A, B)
-    cache.lookup("scheduler")
+    learn(cache, dns, A, B)
     dns.say("scheduler")
     keep_asking(cache, clock, 3.5 + 6 + BETWEEN_DOUBTS_SECONDS)
     assert shown(cache.lookup("scheduler")) == []
@@ -919,12 +887,9 @@ def test_an_empty_answer_that_repeats_is_believed(dns, clock, caplog):
 def test_doubt_is_settled_even_if_nobody_asks(dns, clock):
     """While an answer is doubted Consul is asked each second, whether or not callers come."""
     cache = made(dns, clock, catalog())
-    dns.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, dns, A)
     dns.say("scheduler")
-    clock.advance(5)
-    cache.lookup("scheduler")
-    step(cache)
+    later(cache, clock, 5)
     for _ in range(7):
         clock.advance(1)
         step(cache)
@@ -1017,8 +982,7 @@ class VersionedConsul(FakeResolver):
 def test_a_doubt_does_not_keep_an_answer_past_its_end(dns, clock):
     """However long Consul must repeat itself, max_stale_seconds is the end of the held answer."""
     cache = made(dns, clock, catalog(max_stale_seconds=5.5))
-    dns.say("scheduler", A, B)
-    cache.lookup("scheduler")
+    learn(cache, dns, A, B)
     clock.advance(5)
     dns.say("scheduler")
     assert shown(cache.refresh("scheduler")) == [A, B]
@@ -1100,8 +1064,7 @@ def test_a_watcher_may_begin_where_an_answer_ended(clock):
     consul = VersionedConsul("kv")
     cache = made(consul, clock)
     assert cache.known_version("scheduler") == 0
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     assert cache.known_version("scheduler") == 100
     consul.version = 1
     consul.say("scheduler")
@@ -1111,8 +1074,7 @@ def test_a_watcher_may_begin_where_an_answer_ended(clock):
 
 def test_a_question_older_than_an_offer_does_not_undo_it(cache, consul):
     """An answer that was on its way when the watcher told the news is old news."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     consul.hold("scheduler")
     asking = in_thread(lambda: cache.refresh("scheduler"))
     consul.wait_until_asked("scheduler")
@@ -1124,8 +1086,7 @@ def test_a_question_older_than_an_offer_does_not_undo_it(cache, consul):
 
 def test_when_the_watch_is_lost_topics_are_asked_for_again(cache, consul, clock):
     """What the watch told is fresh no longer than it said; then each topic's own TTL counts."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     freshness = offer(cache, {"scheduler": snapshot("scheduler", [A], "kv")}, 8)
     clock.advance(5)
     freshness.lose()
@@ -1143,8 +1104,7 @@ def test_what_a_watch_confirmed_lately_is_young(consul, clock):
     """However long ago it was first told: Consul is not asked for it, and when Consul goes away it
     is given for all of max_stale_seconds."""
     cache = made(consul, clock, kv(max_stale_seconds=60))
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     freshness = offer(cache, {"scheduler": snapshot("scheduler", [A], "kv")}, 8)
     for _ in range(20):
         clock.advance(4)
@@ -1167,8 +1127,7 @@ def test_what_a_watch_confirmed_lately_is_young(consul, clock):
 def test_waiting_ends_with_a_change(consul):
     """It returns the new answer as soon as it comes, and not when the same comes again."""
     cache = Cache(consul, kv())
-    consul.say("scheduler", A)
-    seen = cache.lookup("scheduler")
+    seen = learn(cache, consul, A)
     waiting = in_thread(lambda: cache.wait_for_change("scheduler", seen, DEADLINE_SECONDS))
     offer(cache, {"scheduler": snapshot("scheduler", [A])}, 60)
     assert not waiting.done()
@@ -1179,8 +1138,7 @@ def test_waiting_ends_with_a_change(consul):
 
 def test_order_is_no_change(cache, consul):
     """Consul shuffles DNS answers (fact A3): the same hosts in another order are the same."""
-    consul.say("scheduler", A, B)
-    seen = cache.lookup("scheduler")
+    seen = learn(cache, consul, A, B)
     consul.say("scheduler", B, A)
     cache.refresh("scheduler")
     assert shown(cache.wait_for_change("scheduler", seen, 0)) == [A, B]
@@ -1190,8 +1148,7 @@ def test_order_is_no_change(cache, consul):
 def test_waiting_ends_after_its_timeout(consul):
     """Without a change the current answer comes back."""
     cache = Cache(consul, kv())
-    consul.say("scheduler", A)
-    seen = cache.lookup("scheduler")
+    seen = learn(cache, consul, A)
     assert shown(cache.wait_for_change("scheduler", seen, 0.05)) == [A]
 
 
@@ -1199,8 +1156,7 @@ def test_waiting_ends_after_its_timeout(consul):
 def test_waiting_polls_where_nothing_is_watched(consul):
     """In catalog mode a change is seen within a TTL, by the refreshes that waiting asks for."""
     cache = Cache(consul, kv(ttl_seconds=0.1, ttl_min_seconds=0.1))
-    consul.say("scheduler", A)
-    seen = cache.lookup("scheduler")
+    seen = learn(cache, consul, A)
     consul.say("scheduler", B)
     assert shown(cache.wait_for_change("scheduler", seen, DEADLINE_SECONDS)) == [B]
     assert cache.close(DEADLINE_SECONDS)
@@ -1298,8 +1254,7 @@ def test_making_room_looks_at_few_topics(consul, clock, max_topics):
 def test_a_watch_that_brings_nothing_new_costs_nothing(cache, consul, clock):
     """What a watch confirms leaves each topic's answer as it is, whose turn of `pick` goes on: a
     lookup gives it the newer age, and nothing else is done."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     freshness = offer(cache, {"scheduler": snapshot("scheduler", [A], "kv")}, 8)
     before = cache.lookup("scheduler")
     assert before.hosts
@@ -1414,8 +1369,7 @@ def test_the_thread_starts_with_the_first_stale_answer(consul, clock, threads_be
 def test_the_thread_refreshes_by_itself(consul):
     """End to end with real time: the answer of a topic in use changes without anybody waiting."""
     cache = Cache(consul, kv(ttl_seconds=0.02, ttl_min_seconds=0.01))
-    consul.say("scheduler", A)
-    seen = cache.lookup("scheduler")
+    seen = learn(cache, consul, A)
     consul.say("scheduler", B)
     assert shown(cache.wait_for_change("scheduler", seen, DEADLINE_SECONDS)) == [B]
     assert cache.close(DEADLINE_SECONDS)
@@ -1424,8 +1378,7 @@ def test_the_thread_refreshes_by_itself(consul):
 def test_without_a_thread_to_be_had_answers_grow_old(consul, clock, caplog):
     """A process at its limit of threads is answered from memory; with one again, it is fresh."""
     cache = Cache(consul, kv(), clock=clock)
-    consul.say("scheduler", A)
-    seen = cache.lookup("scheduler")
+    seen = learn(cache, consul, A)
     consul.say("scheduler", B)
     clock.advance(6)
     before = threading.stack_size(1 << 60)  # no thread has room for that
@@ -1501,8 +1454,7 @@ def test_a_topic_that_was_slow_from_the_start_is_refreshed_ahead(clock):
 
 def test_a_forked_child_keeps_the_answers_only(cache, consul, clock):
     """What was under way in the parent is forgotten: no lock, question or thread is waited for."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     consul.hold("scheduler")
     asking = in_thread(lambda: cache.refresh("scheduler"))
     consul.wait_until_asked("scheduler")
@@ -1629,8 +1581,7 @@ def test_whatever_happens(steps, settings):
 def test_explain_tells_the_state_and_the_last_error(cache, consul, clock):
     """In words and figures fit for json, for a topic nobody asked for too."""
     assert "nobody asked" in str(cache.explain("scheduler"))
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     clock.advance(6)
     cache.lookup("scheduler")
     consul.fail("scheduler")
@@ -1686,8 +1637,7 @@ def test_an_answer_that_fails_to_be_refreshed_counts_as_fresh_while_it_is(cache,
     dns = FakeResolver("dns")
     doubting = made(dns, clock, catalog())
     for each, resolver in ((cache, consul), (doubting, dns)):
-        resolver.say("scheduler", A)
-        each.lookup("scheduler")
+        learn(each, resolver, A)
     consul.fail("scheduler")
     dns.say("scheduler")
     for each in (cache, doubting):
@@ -1706,8 +1656,7 @@ def test_a_server_that_has_to_be_asked_for_counts_once(clock):
     consul = FakeResolver("dns", finds_servers=True)
     cache = made(consul, clock, catalog())
     consul.say("scheduler", f"{A}=node1")
-    consul.say("scheduler", B, server="node2")
-    cache.lookup("scheduler")
+    learn(cache, consul, B, server="node2")
     for _ in range(3):
         cache.lookup("scheduler", "node2")
     assert counted(cache) == {"asked": 1, "memory": 3}
@@ -1715,8 +1664,7 @@ def test_a_server_that_has_to_be_asked_for_counts_once(clock):
 
 def test_no_lookup_is_lost_between_threads(cache, consul):
     """The counts are exact however many threads look up, and read them, at a time."""
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     looking = [in_thread(lambda: [cache.lookup("scheduler") for _ in range(500)]) for _ in range(4)]
     reading = [in_thread(lambda: [counted(cache) for _ in range(50)]) for _ in range(2)]
     for each in (*looking, *reading):
@@ -1740,8 +1688,7 @@ def test_a_cold_start_while_consul_is_away(consul, clock, wall, tmp_path):
     """The answer of the process before is given, marked for what it is, until the first real one;
     a topic that is not in the file is still an error."""
     before = on_disk(consul, clock, wall, tmp_path)
-    consul.say("scheduler", A, B)
-    before.lookup("scheduler")
+    learn(before, consul, A, B)
     clock.advance(20)
     wall.advance(20)
     assert before.close(DEADLINE_SECONDS)
@@ -1759,9 +1706,7 @@ def test_a_cold_start_while_consul_is_away(consul, clock, wall, tmp_path):
     assert cache.lookup("scheduler").source == "disk"
     assert counted(cache) == {"asked": 2, "memory": 1}  # Consul has the first word
     consul.say("scheduler", C)
-    clock.advance(1)
-    cache.lookup("scheduler")
-    step(cache)
+    later(cache, clock, 1)
     answer = cache.lookup("scheduler")
     assert (shown(answer), answer.source, answer.confirmed) == ([C], "memory", True)
 
@@ -1769,8 +1714,7 @@ def test_a_cold_start_while_consul_is_away(consul, clock, wall, tmp_path):
 def test_an_answer_from_disk_is_given_up_like_any_other(consul, clock, wall, tmp_path):
     """max_stale_seconds counts from the moment Consul gave it, in whatever process."""
     before = on_disk(consul, clock, wall, tmp_path, max_stale_seconds=60)
-    consul.say("scheduler", A)
-    before.lookup("scheduler")
+    learn(before, consul, A)
     before.close(DEADLINE_SECONDS)
     wall.advance(50)
     consul.fail("scheduler")
@@ -1784,8 +1728,7 @@ def test_an_answer_from_disk_is_given_up_like_any_other(consul, clock, wall, tmp
 def test_a_cut_answer_takes_nothing_over_from_disk(dns, clock, wall, tmp_path):
     """Even an incomplete real answer is not united with what the file said."""
     before = on_disk(dns, clock, wall, tmp_path)
-    dns.say("scheduler", A, B)
-    before.lookup("scheduler")
+    learn(before, dns, A, B)
     before.close(DEADLINE_SECONDS)
     cache = on_disk(dns, clock, wall, tmp_path)
     dns.fail("scheduler")
@@ -1798,8 +1741,7 @@ def test_answers_are_written_by_neither_lookup_nor_refresh(consul, clock, wall, 
     """The thread of the state files writes them; what a watch confirms is told to it as well."""
     cache = on_disk(consul, clock, wall, tmp_path, max_stale_seconds=400)
     assert cache._state_files is not None
-    consul.say("scheduler", A)
-    cache.lookup("scheduler")
+    learn(cache, consul, A)
     freshness = offer(cache, {"scheduler": snapshot("scheduler", [A], "kv")}, 8)
     assert list(tmp_path.iterdir()) == []
     cache._state_files._step()
