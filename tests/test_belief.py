@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from consul_matchmaker.answers.belief import RETURN_SECONDS, UNSEEN_TTLS, Belief, Rules
+from consul_matchmaker.answers.freshness import Freshness
 from consul_matchmaker.errors import Unavailable
 
 from .doubles import ManualClock, catalog, kv, snapshot
@@ -30,12 +31,12 @@ class Topic:
         if hosts:
             self.hears(*hosts)
 
-    def hears(self, *hosts, after=0.0, is_complete=True, version=0):
-        """Which hosts are held then."""
+    def hears(self, *hosts, after=0.0, is_complete=True, version=0, freshness=None):
+        """Which hosts are held then; with *freshness*, from a watch."""
         self.clock.advance(after)
         answer = snapshot("scheduler", hosts, self.source, is_complete=is_complete)
         stamped = replace(answer, taken_at=self.clock(), clock=self.clock, version=version)
-        self.belief.answered(stamped, self.clock())
+        self.belief.answered(stamped, self.clock(), freshness)
         return self.hosts
 
     def fails(self, *, after=0.0):
@@ -126,6 +127,15 @@ def test_an_older_answer_that_lacks_nothing_is_believed():
     topic.hears(A, version=100)
     assert topic.hears(A, B, version=50) == [A, B]
     assert topic.held.confirmed
+
+
+@pytest.mark.finding("E11")
+def test_a_watch_doubts_by_itself_what_is_older():
+    """What it tells then is believed at once, and is not doubted when a lookup says it again."""
+    topic = Topic(settings=kv())
+    topic.hears(A, version=100)
+    assert topic.hears(version=1, freshness=Freshness()) == []
+    assert topic.hears(version=1) == []
 
 
 @pytest.mark.finding("E11")

@@ -159,6 +159,12 @@ def shown(answer):
     return [str(host) for host in answer]
 
 
+def look(cache):
+    """Which hosts a lookup gives, and whether they are stale."""
+    answer = cache.lookup("scheduler")
+    return shown(answer), answer.is_stale
+
+
 # -- fresh, stale, away, gone
 
 
@@ -237,25 +243,17 @@ def test_an_offer_is_as_old_as_the_watch_says(cache, consul, clock):
 
 
 @pytest.mark.finding("A2")
-def test_an_old_answer_is_not_given_before_consul_could_answer(consul, clock):
-    """Beyond a few TTLs Consul, which is well, is asked first: nobody gets the hosts of half an
-    hour ago."""
+def test_an_old_answer_is_given_only_where_consul_cannot_be_asked(consul, clock):
+    """Beyond a few TTLs Consul is asked first: where it is well nobody gets the hosts of half an
+    hour ago; in an outage they are what there is, up to max_stale_seconds."""
     cache = made(consul, clock)
     learn(cache, consul, A)
     consul.say("scheduler", B)
     clock.advance(1800)
-    assert shown(cache.lookup("scheduler")) == [B]
-
-
-@pytest.mark.finding("A2")
-def test_an_old_answer_is_given_where_consul_cannot_be_asked(consul, clock):
-    """Up to max_stale_seconds the last good answer is what there is in an outage."""
-    cache = made(consul, clock)
-    learn(cache, consul, A)
+    assert look(cache) == ([B], False)
     consul.fail("scheduler")
     clock.advance(1800)
-    answer = cache.lookup("scheduler")
-    assert (shown(answer), answer.is_stale) == ([A], True)
+    assert look(cache) == ([B], True)
 
 
 @pytest.mark.finding("D1")
@@ -296,28 +294,22 @@ def test_nothing_is_logged_while_topics_are_locked(dns, clock, caplog):
         assert any(told in each for each in said), said
 
 
-def test_past_its_ttl_an_answer_is_returned_while_it_is_asked_for_again(cache, consul, clock):
-    """The old answer comes at once, marked stale; the refresh is the background's work."""
-    held = learn(cache, consul, A)
+@pytest.mark.parametrize(("hosts", "ttl_seconds"), [([A], 5), ([], 1)])
+def test_past_its_ttl_an_answer_is_returned_while_it_is_asked_for_again(
+    cache, consul, clock, hosts, ttl_seconds
+):
+    """The old answer comes at once, marked stale, to however many; one refresh runs, which is the
+    background's work.  An answer without hosts has a TTL of its own."""
+    held = learn(cache, consul, *hosts)
     consul.say("scheduler", B)
-    clock.advance(5)
-    assert shown(cache.lookup("scheduler")) == [A]
+    clock.advance(ttl_seconds)
+    for _ in range(100):
+        assert look(cache) == (hosts, True)
     assert held.is_stale
     assert consul.count("scheduler") == 1
     step(cache)
     assert consul.count("scheduler") == 2
-    assert shown(cache.lookup("scheduler")) == [B]
-    assert not cache.lookup("scheduler").is_stale
-
-
-def test_many_lookups_of_a_stale_answer_ask_once(cache, consul, clock):
-    """However many callers find the answer stale, one refresh runs."""
-    learn(cache, consul, A)
-    clock.advance(6)
-    for _ in range(100):
-        cache.lookup("scheduler")
-    step(cache)
-    assert consul.count("scheduler") == 2
+    assert look(cache) == ([B], False)
 
 
 def test_a_topic_in_use_is_refreshed_before_it_is_stale(cache, consul, clock):
@@ -358,36 +350,20 @@ def test_refreshes_of_many_processes_do_not_align(consul, clock):
 
 
 @pytest.mark.parametrize(
-    ("said", "fresh_seconds"),
-    [(None, 5), (0.0, 5), (0.2, 1), (30.0, 30), (600.0, 60)],
+    ("hosts", "said", "fresh_seconds"),
+    [([A], None, 5), ([A], 0.0, 5), ([], None, 1)]
+    + [(hosts, *ttl) for hosts in ([A], []) for ttl in ((0.2, 1), (30.0, 30), (600.0, 60))],
 )
-def test_a_ttl_in_the_answer_is_obeyed_within_bounds(cache, consul, clock, said, fresh_seconds):
-    """A DNS TTL above 0 is cut to ttl_min_seconds..ttl_max_seconds; without one: ttl_seconds."""
-    answer = learn(cache, consul, A, ttl_seconds=said)
+def test_a_ttl_in_the_answer_is_obeyed_within_bounds(
+    cache, consul, clock, hosts, said, fresh_seconds
+):
+    """A DNS TTL above 0 is cut to ttl_min_seconds..ttl_max_seconds, also that of a denial (RFC
+    2308: it is the SOA record's); without one: ttl_seconds or empty_ttl_seconds."""
+    answer = learn(cache, consul, *hosts, ttl_seconds=said)
     clock.advance(fresh_seconds - 0.01)
     assert not answer.is_stale
     clock.advance(0.01)
     assert answer.is_stale
-
-
-@pytest.mark.parametrize(("said", "fresh_seconds"), [(None, 1), (0.2, 1), (30.0, 30), (600.0, 60)])
-def test_a_ttl_of_a_denial_is_obeyed_too(cache, consul, clock, said, fresh_seconds):
-    """Within the same bounds (RFC 2308: it is the SOA record's); without one: empty_ttl_seconds."""
-    answer = learn(cache, consul, ttl_seconds=said)
-    clock.advance(fresh_seconds - 0.01)
-    assert not answer.is_stale
-    clock.advance(0.01)
-    assert answer.is_stale
-
-
-def test_an_answer_without_hosts_has_a_ttl_of_its_own(cache, consul, clock):
-    """No hosts is asked for again after empty_ttl_seconds, and does not make callers wait."""
-    assert shown(cache.lookup("scheduler")) == []
-    clock.advance(1)
-    consul.say("scheduler", A)
-    assert shown(cache.lookup("scheduler")) == []
-    step(cache)
-    assert shown(cache.lookup("scheduler")) == [A]
 
 
 def test_an_outage_makes_answers_old_not_empty(cache, consul, clock):
@@ -675,6 +651,21 @@ def test_a_slow_topic_that_is_quick_again_is_asked_in_a_hurry(clock):
         step(cache)
         assert consul.hurried == hurried
         assert not cache.lookup("large").is_stale
+
+
+def test_an_answer_that_was_cut_for_lack_of_time_is_asked_for_again(clock):
+    """By the lane that has the time; meanwhile the complete one is kept."""
+    consul = SlowConsul(clock)
+    cache = made(consul, clock, catalog())
+    learn(cache, consul, A, B)
+    consul.say("scheduler", A, C, is_complete=False)
+    consul.takes["scheduler"] = QUICK_SECONDS
+    clock.advance(6)
+    cache.lookup("scheduler")
+    quick_step(cache)
+    assert look(cache) == ([A, B], True)
+    slow_step(cache)
+    assert look(cache) == ([A, B, C], False)
 
 
 def test_slow_topics_that_answer_come_before_those_that_fail(clock):
@@ -1136,20 +1127,15 @@ def test_waiting_ends_with_a_change(consul):
     assert cache.close(DEADLINE_SECONDS)
 
 
-def test_order_is_no_change(cache, consul):
-    """Consul shuffles DNS answers (fact A3): the same hosts in another order are the same."""
+def test_order_is_no_change(consul):
+    """Consul shuffles DNS answers (fact A3): the same hosts in another order are the same.  Without
+    a change the current answer comes back after the timeout."""
+    cache = Cache(consul, kv())
     seen = learn(cache, consul, A, B)
     consul.say("scheduler", B, A)
     cache.refresh("scheduler")
-    assert shown(cache.wait_for_change("scheduler", seen, 0)) == [A, B]
+    assert shown(cache.wait_for_change("scheduler", seen, 0.05)) == [A, B]
     assert shown(cache.wait_for_change("scheduler", None, DEADLINE_SECONDS)) == [A, B]
-
-
-def test_waiting_ends_after_its_timeout(consul):
-    """Without a change the current answer comes back."""
-    cache = Cache(consul, kv())
-    seen = learn(cache, consul, A)
-    assert shown(cache.wait_for_change("scheduler", seen, 0.05)) == [A]
 
 
 @pytest.mark.system
@@ -1184,8 +1170,9 @@ def test_a_server_is_found_in_the_topics_answer(cache, consul):
     assert {server for _, server in consul.asked} == {None}
 
 
-def test_a_resolver_that_narrows_is_asked_for_the_server(clock):
-    """Only where the topic's answer has no such server, and remembered like any answer."""
+def test_a_resolver_that_finds_servers_is_asked_for_the_server(clock):
+    """Only where the topic's answer has no such server, and remembered like any answer; a lookup
+    counts once, and not once more as its topic's."""
     consul = FakeResolver("dns", finds_servers=True)
     cache = made(consul, clock, catalog())
     consul.say("scheduler", f"{A}=node1")
@@ -1194,6 +1181,7 @@ def test_a_resolver_that_narrows_is_asked_for_the_server(clock):
     for _ in range(3):
         assert shown(cache.lookup("scheduler", "node2")) == [B]
     assert consul.asked == [("scheduler", None), ("scheduler", "node2")]
+    assert counted(cache) == {"asked": 1, "memory": 3}
     assert shown(cache.refresh("scheduler", "node2")) == [B]
     assert topics(cache) == ["scheduler"]
 
@@ -1216,6 +1204,11 @@ def test_memory_is_bounded(consul, clock):
         cache.lookup(f"topic{number}")
         assert len(topics(cache)) == 3
     assert cache.status()["evictions"] == 1002
+    cache = made(consul, clock, max_topics=1)
+    for topic in ("a", "b", "a"):
+        clock.advance(1)
+        assert shown(cache.lookup(topic)) == []
+        assert topics(cache) == [topic]
 
 
 def test_a_topic_in_use_is_not_evicted_by_a_flood(consul, clock):
@@ -1338,15 +1331,6 @@ def test_who_waits_for_a_server_is_told_though_it_is_asked_for_only_later(clock)
     assert cache._topics.waiting == {}
 
 
-def test_one_topic_is_enough_room(consul, clock):
-    """Even max_topics=1 works."""
-    cache = made(consul, clock, max_topics=1)
-    for topic in ("a", "b", "a"):
-        clock.advance(1)
-        assert shown(cache.lookup(topic)) == []
-        assert topics(cache) == [topic]
-
-
 @pytest.fixture
 def threads_before():
     yield set(threading.enumerate())
@@ -1365,16 +1349,6 @@ def test_the_thread_starts_with_the_first_stale_answer(consul, clock, threads_be
     assert not thread.is_alive()
 
 
-@pytest.mark.system
-def test_the_thread_refreshes_by_itself(consul):
-    """End to end with real time: the answer of a topic in use changes without anybody waiting."""
-    cache = Cache(consul, kv(ttl_seconds=0.02, ttl_min_seconds=0.01))
-    seen = learn(cache, consul, A)
-    consul.say("scheduler", B)
-    assert shown(cache.wait_for_change("scheduler", seen, DEADLINE_SECONDS)) == [B]
-    assert cache.close(DEADLINE_SECONDS)
-
-
 def test_without_a_thread_to_be_had_answers_grow_old(consul, clock, caplog):
     """A process at its limit of threads is answered from memory; with one again, it is fresh."""
     cache = Cache(consul, kv(), clock=clock)
@@ -1390,19 +1364,6 @@ def test_without_a_thread_to_be_had_answers_grow_old(consul, clock, caplog):
     clock.advance(1)
     change = in_thread(lambda: cache.wait_for_change("scheduler", seen, DEADLINE_SECONDS))
     assert shown(change.result(DEADLINE_SECONDS)) == [B]
-    assert cache.close(DEADLINE_SECONDS)
-
-
-def test_closing_does_not_wait_for_a_consul_that_hangs(consul, clock):
-    """close() returns False after its timeout, and the thread ends when its question does."""
-    cache = Cache(consul, kv(), clock=clock)
-    cache.lookup("scheduler")
-    consul.hold("scheduler")
-    clock.advance(2)
-    cache.lookup("scheduler")
-    consul.wait_until_asked("scheduler")
-    assert not cache.close(0.01)
-    consul.let_go("scheduler")
     assert cache.close(DEADLINE_SECONDS)
 
 
@@ -1649,17 +1610,6 @@ def test_an_answer_that_fails_to_be_refreshed_counts_as_fresh_while_it_is(cache,
             each.lookup("scheduler")
     assert counted(cache) == {"asked": 1, "memory": 4, "away": 5}
     assert counted(doubting) == {"asked": 1, "memory": 4, "stale": 5}
-
-
-def test_a_server_that_has_to_be_asked_for_counts_once(clock):
-    """As what was found of it, and not once more as its topic's answer."""
-    consul = FakeResolver("dns", finds_servers=True)
-    cache = made(consul, clock, catalog())
-    consul.say("scheduler", f"{A}=node1")
-    learn(cache, consul, B, server="node2")
-    for _ in range(3):
-        cache.lookup("scheduler", "node2")
-    assert counted(cache) == {"asked": 1, "memory": 3}
 
 
 def test_no_lookup_is_lost_between_threads(cache, consul):

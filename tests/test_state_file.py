@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -399,11 +400,13 @@ def instructions(call):
         return trace
 
     before = sys.gettrace()
+    gc.disable()  # hypothesis has a callback of its own, which would be counted too
     sys.settrace(trace)
     try:
         call()
     finally:
         sys.settrace(before)
+        gc.enable()
     return count
 
 
