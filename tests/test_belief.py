@@ -39,6 +39,11 @@ class Topic:
         self.belief.answered(stamped, self.clock(), freshness)
         return self.hosts
 
+    def sees(self, *hosts, after=0.0):
+        """Which hosts are held when a watch told of *hosts*, and whether they are confirmed."""
+        held = self.hears(*hosts, after=after, freshness=Freshness())
+        return held, self.held.confirmed
+
     def fails(self, *, after=0.0):
         self.clock.advance(after)
         self.belief.failed(Unavailable("Consul is away"), self.clock(), is_first=True)
@@ -95,6 +100,50 @@ def test_one_host_that_leaves_kv_is_doubted_only_where_it_reads_stale(consistenc
     """The leader does not lie: a clean exit is seen at once.  A stale read may."""
     topic = Topic(A, settings=kv(consistency=consistency))
     assert topic.hears() == ([A] if is_doubted else [])
+
+
+@pytest.mark.finding("F1")
+@pytest.mark.parametrize(("before", "after"), [([A, B], []), ([A, B, C], [A]), ([A, B, C], [])])
+def test_several_hosts_that_leave_at_once_are_waited_for(before, after):
+    """Where two hosts or more leave and less than half are left, those that are held are served on,
+    unconfirmed, for the time in which Consul has living ones back; then it is believed."""
+    topic = Topic(*before, settings=kv())
+    for seconds in (0, 1, 0.9):
+        assert topic.sees(*after, after=seconds) == (before, False)
+    # No hosts at all are confirmed, as they were repeated.
+    assert topic.sees(*after, after=0.1) == (after, True)
+
+
+@pytest.mark.finding("F1", "F2", "F3")
+def test_hosts_that_return_were_never_away():
+    """Nobody sees a topic without its hosts when they are all back within 1.7 s."""
+    topic = Topic(A, B, C, settings=kv())
+    assert topic.sees() == ([A, B, C], False)
+    assert topic.sees(A, B, C, after=1.7) == ([A, B, C], True)
+
+
+@pytest.mark.finding("F1")
+def test_hosts_that_leave_one_by_one_within_seconds_leave_at_once():
+    """Consul ends the sessions of one agent one after the other: what is left when less than half
+    are there is served on."""
+    topic = Topic(A, B, C, settings=kv())
+    assert topic.sees(B, C, after=0.1) == ([B, C], True)
+    assert topic.sees(C, after=0.1) == ([B, C], False)
+    assert topic.sees(after=0.1) == ([B, C], False)
+    assert topic.sees(A, B, C, after=1.0) == ([A, B, C], True)
+
+
+@pytest.mark.finding("F1")
+def test_a_host_that_leaves_alone_is_believed_at_once():
+    """A crash is seen at once, and half of the hosts may leave; the last one that leaves makes an
+    answer that is not confirmed until it was repeated."""
+    topic = Topic(A, B, C, D, settings=kv())
+    assert topic.sees(A, B) == ([A, B], True)
+    assert topic.sees(A, after=3) == ([A], True)
+    assert topic.sees(after=3) == ([], False)
+    assert topic.sees(after=1) == ([], False)
+    assert topic.sees(after=1) == ([], True)
+    assert topic.sees(B, after=0.1) == ([B], True)
 
 
 @pytest.mark.finding("F1")

@@ -583,28 +583,22 @@ def savers():
     return [thread for thread in threading.enumerate() if thread.name == SAVER]
 
 
-def test_the_first_keep_starts_the_thread(threaded, disk, clock):
-    """Making it and loading start nothing; it is a daemon and writes at once."""
+def test_the_first_keep_starts_the_thread_and_closing_ends_it(threaded, disk, clock):
+    """Making it and loading start nothing; it is a daemon, and writes at once.  What is not written
+    yet is written at the end, though a step had just been; nothing is afterwards, and it can be
+    closed twice."""
     assert savers() == []
-    threaded.keep("scheduler", None, answer(clock, ONE))
+    threaded.keep("a", None, answer(clock, ONE))
     (saver,) = savers()
     assert saver.daemon
     assert disk.began.wait(DEADLINE_SECONDS)
-
-
-def test_closing_writes_what_is_not_written_and_ends_the_thread(threaded, disk, clock):
-    """Though a step had just been; nothing is written afterwards, and it can be closed twice."""
-    threaded.keep("a", None, answer(clock, ONE))
-    assert disk.began.wait(DEADLINE_SECONDS)
     for topic in "bcd":
         threaded.keep(topic, None, answer(clock, ONE))
-    assert threaded.close(DEADLINE_SECONDS)
-    assert savers() == []
-    assert disk.topics == ["a", "b", "c", "d"]
-    threaded.keep("late", None, answer(clock, ONE))
-    assert threaded.close(DEADLINE_SECONDS)
-    assert savers() == []
-    assert disk.topics == ["a", "b", "c", "d"]
+    for _ in range(2):
+        assert threaded.close(DEADLINE_SECONDS)
+        assert savers() == []
+        assert disk.topics == ["a", "b", "c", "d"]
+        threaded.keep("late", None, answer(clock, ONE))
 
 
 def test_closing_without_a_thread_writes(files, disk, clock):
