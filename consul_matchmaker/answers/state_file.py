@@ -102,6 +102,7 @@ class StateFiles:
         self._folder = _Folder(settings, wall_clock)
         self._clock = clock
         self._wall_clock = wall_clock
+        self._max_stale_seconds = settings.max_stale_seconds
         pause = min(settings.max_stale_seconds, A_DAY_SECONDS) / SAVES_PER_MAX_STALE
         self._rewrite_seconds = max(BETWEEN_SAVES_SECONDS, pause)
         self._worker = make_worker("consul-matchmaker-saver", self._step)
@@ -118,10 +119,12 @@ class StateFiles:
         Reads one file of at most `MAX_BYTES` and waits for no writer.  Never raises: the first
         damaged file is a warning in the log.
         """
-        kept = self._folder.load(topic, server)
-        if kept is None:
+        answer = self._folder.read(topic, server)
+        if answer is None:
             return None
-        age_seconds, answer = kept
+        age_seconds = max(0.0, self._wall_clock() - answer.taken_at)
+        if age_seconds >= self._max_stale_seconds:
+            return None
         taken_at = self._clock() - age_seconds
         return Snapshot(
             topic,
@@ -225,7 +228,7 @@ class _Folder:
         self._identity = _digest(identity)
         self._folder = Path(settings.state_path)
         self._mode = settings.mode
-        self._max_age_seconds = settings.max_stale_seconds
+        self._max_age_seconds = max(settings.max_stale_seconds, A_DAY_SECONDS)
         self._wall_clock = wall_clock
         self._has_warned = False
 
@@ -234,19 +237,11 @@ class _Folder:
         name = _digest([topic, server])[:32]
         return self._folder / f"{self._mode}-{self._identity[:16]}-{name}.answer"
 
-    def load(self, topic: str, server: str | None) -> tuple[float, _Answer] | None:
-        """The age of the answer that the file has, in seconds, and the answer."""
-        now = self._wall_clock()
-        answer = self._read(self.path(topic, server), topic, server, now)
-        if answer is None or now - answer.taken_at >= self._max_age_seconds:
-            return None
-        return max(0.0, now - answer.taken_at), answer
-
     def save(self, topic: str, server: str | None, answer: _Answer) -> bool:
         """Have the file say *answer*, unless it says a newer one; return whether that could be
         done.  A failure is logged, and leaves the file as it was."""
         path = self.path(topic, server)
-        there = self._read(path, topic, server, self._wall_clock())
+        there = self.read(topic, server)
         try:
             if there is not None and there.taken_at > answer.taken_at:
                 pass  # another process asked later
@@ -264,7 +259,7 @@ class _Folder:
 
         One that is replaced just then may be lost, until it is written the next time.
         """
-        oldest = self._wall_clock() - max(self._max_age_seconds, A_DAY_SECONDS)
+        oldest = self._wall_clock() - self._max_age_seconds
         with contextlib.suppress(OSError, ValueError), os.scandir(self._folder) as files:
             for file in itertools.takewhile(lambda _: not is_enough(), files):
                 with contextlib.suppress(OSError):  # gone meanwhile, or not to be removed
@@ -274,8 +269,9 @@ class _Folder:
                     ):
                         Path(file).unlink()
 
-    def _read(self, path: Path, topic: str, server: str | None, now: float) -> _Answer | None:
+    def read(self, topic: str, server: str | None) -> _Answer | None:
         """What the file says; None when it is absent, damaged or from the future."""
+        path = self.path(topic, server)
         try:
             name, *answer = _checked(_content(path))
             if name != [self._identity, topic, server]:
@@ -286,10 +282,13 @@ class _Folder:
         except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             self._warn(path, "is ignored", error)
             return None
-        return found if found.taken_at <= now + CLOCK_SLACK_SECONDS else None
+        return found if found.taken_at <= self._wall_clock() + CLOCK_SLACK_SECONDS else None
 
     def _content(self, topic: str, server: str | None, answer: _Answer) -> bytes:
-        rows = [_row(instance) for instance in answer.instances]
+        rows = [
+            [one.host.address, one.host.port, one.server, one.priority, one.weight]
+            for one in answer.instances
+        ]
         said = [[self._identity, topic, server], answer.taken_at, answer.is_complete, rows]
         body = json.dumps(said, separators=(",", ":")).encode("ascii")
         return _header(body) + body
@@ -345,11 +344,6 @@ def _checked(content: bytes) -> list[object]:
     if not isinstance(said, list):
         raise ValueError("it has no answer")
     return said
-
-
-def _row(instance: Instance) -> list[object]:
-    host = instance.host
-    return [host.address, host.port, instance.server, instance.priority, instance.weight]
 
 
 def _answer(taken_at: object, is_complete: object, rows: object) -> _Answer:
