@@ -21,7 +21,6 @@ from ..model import Snapshot
 from ..settings import Settings
 from ..worker import MakeWorker, Worker
 from .belief import NEVER, State, is_same
-from .counts import Counts
 from .entry import Entry, Key, key_of
 from .explain import explained
 from .freshness import Freshness
@@ -60,19 +59,16 @@ class Cache:
         self.longest_lookup_seconds = resolver.longest_lookup_seconds
         self._settings = settings
         self._clock = clock
-        self._counts = Counts()
-        self._hit = self._counts.hit
         self._refresher = Refresher(self._refresh, clock, make_worker)
         self._state_files: StateFiles | None = None
         if settings.state_path is not None:
             self._state_files = StateFiles(
                 settings, clock=clock, wall_clock=wall_clock, make_worker=make_worker
             )
-        self._topics = Topics(
-            settings, clock, jitter, self._refresher, self._state_files, self._counts
-        )
-        self._questions = Questions(resolver, self._topics, self._refresher, clock, self._counts)
-        self._by_key = self._topics.by_key
+        self._topics = Topics(settings, clock, jitter, self._refresher, self._state_files)
+        self._questions = Questions(resolver, self._topics, clock)
+        # At hand for reads.
+        self._by_key, self._hit = self._topics.by_key, self._topics.counts.hit
         self._lock, self._outbox = self._topics.lock, self._topics.outbox
         if before is not None:
             self._topics.take_over(before._by_key.values())
@@ -221,7 +217,7 @@ class Cache:
             if entry is None:
                 return
             entry.offers += 1
-            self._counts.questions["offered"] += 1
+            self._topics.counts.questions["offered"] += 1
             self._topics.take(entry, answer, self._clock(), freshness)
             is_doubted = entry.doubt is not None
         if is_doubted:
@@ -241,7 +237,7 @@ class Cache:
                 "states": {state.name.lower(): states.count(state) for state in State},
                 "doubted": sum(entry.doubt is not None for entry in entries),
                 "slow": sum(entry.is_slow for entry in entries),
-                **self._counts.status(),
+                **self._topics.counts.status(),
                 "refresher": "running" if self._refresher.is_running else "not running",
             }
 
@@ -289,7 +285,7 @@ class Cache:
         with self._outbox, self._lock:
             found, answer = self._look(entry, now)
             if answer is not None and not is_counted:
-                self._counts.found[found] += 1
+                self._topics.counts.found[found] += 1
         if answer is not None and answer.is_stale:
             self._refresher.start()
         return answer
@@ -303,7 +299,7 @@ class Cache:
                 found, answer = self._look(entry, now)
                 may_be_old, error = now < entry.gone_at, entry.error
                 if not is_counted:
-                    self._counts.found[found] += 1
+                    self._topics.counts.found[found] += 1
             if answer is not None:
                 if now >= answer.fresh_until:
                     self._refresher.start()

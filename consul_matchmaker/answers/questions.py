@@ -11,9 +11,8 @@ from ..backends import Resolver
 from ..errors import MatchmakerError, TimedOut, Unavailable
 from ..model import Snapshot
 from .belief import NEVER
-from .counts import Counts
 from .entry import Entry
-from .refresher import QUICK_SECONDS, Refresher
+from .refresher import QUICK_SECONDS
 from .topics import Topics
 
 ENOUGH_TIME = 0.9
@@ -33,20 +32,11 @@ class _Question(futures.Future[Snapshot | None]):
 class Questions:
     """Thread-safe; no lock is held while the resolver is asked."""
 
-    def __init__(
-        self,
-        resolver: Resolver,
-        topics: Topics,
-        refresher: Refresher,
-        clock: Callable[[], float],
-        counts: Counts,
-    ) -> None:
+    def __init__(self, resolver: Resolver, topics: Topics, clock: Callable[[], float]) -> None:
         self._resolver = resolver
         self._longest_seconds = resolver.longest_lookup_seconds
         self._topics = topics
-        self._refresher = refresher
         self._clock = clock
-        self._counts = counts
 
     def ask(self, entry: Entry, timeout_seconds: float) -> Snapshot:
         """The answer of the resolver, or to the question that is on its way.
@@ -123,21 +113,21 @@ class Questions:
             entry.question = None
             entry.is_slow = seconds >= QUICK_SECONDS
             if isinstance(answer, Snapshot):
-                self._counts.answered(seconds)
+                self._topics.counts.answered(seconds)
                 # What the watcher brought while this question was on its way is newer than it.
                 if entry.offers == question.offers or entry.held is None:
                     self._topics.take(entry, answer, now)
                 question.set_result(entry.held)
             elif isinstance(answer, TimedOut) and self._is_short(question):
                 # It had too little time, and is left to the lane that has it.
-                self._counts.questions["deferred"] += 1
+                self._topics.counts.questions["deferred"] += 1
                 entry.is_slow = True
                 entry.left_unanswered(now)
-                self._refresher.schedule(entry)
-                self._topics.outbox.put(self._refresher.start)
+                self._topics.refresher.schedule(entry)
+                self._topics.outbox.put(self._topics.refresher.start)
                 question.set_result(None)
             else:
-                self._counts.questions["failed"] += 1
+                self._topics.counts.questions["failed"] += 1
                 question.set_exception(answer)
                 self._topics.fail(entry, answer, now)
 

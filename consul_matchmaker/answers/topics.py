@@ -105,7 +105,6 @@ class Topics:
         jitter: Callable[[], float],
         refresher: Refresher,
         state_files: StateFiles | None,
-        counts: Counts,
     ) -> None:
         self.lock = threading.RLock()  # a signal handler may look up on top of a lookup
         self.waiting: dict[Key, list[Callable[[], object]]] = {}
@@ -114,9 +113,9 @@ class Topics:
         self.on_topic_used: Callable[[], object] | None = None
         self.outbox = Outbox()
         self._rules = Rules(settings, partial(self.outbox.put, logger.log), clock, jitter)
-        self._refresher = refresher
+        self.refresher = refresher
         self._state_files = state_files
-        self._counts = counts
+        self.counts = Counts()
         self._is_away = False  # a topic with an answer failed, and none has recovered since
         self._in_use: dict[str, float] = {}  # when it was seen to be; the oldest first
         self._entries = _Bounded(settings.max_topics, self.waiting, self._evicted)
@@ -153,9 +152,9 @@ class Topics:
         has_recovered = entry.failures > 0 and entry.held is not None
         is_changed = entry.answered(answer, now, freshness)
         entry.settled_at = now
-        self._refresher.schedule(entry)
+        self.refresher.schedule(entry)
         if entry.doubt is not None:
-            self._counts.questions["doubted"] += 1
+            self.counts.questions["doubted"] += 1
         else:
             self._keep(entry)
         if is_changed:
@@ -166,7 +165,7 @@ class Topics:
             for other in self.by_key.values():
                 if other.failures:
                     other.retry_at = other.refresh_at = now
-                    self._refresher.schedule(other)
+                    self.refresher.schedule(other)
 
     def fail(self, entry: Entry, error: BaseException, now: float) -> None:
         """There was no answer."""
@@ -176,7 +175,7 @@ class Topics:
         elif isinstance(error, Exception):  # an interrupt of the caller says nothing of Consul
             entry.failed(error, now, is_first=not self._is_away)
             self._is_away = self._is_away or entry.held is not None
-            self._refresher.schedule(entry)
+            self.refresher.schedule(entry)
         if entry.held is None:
             self._wake(entry)
 
@@ -223,7 +222,7 @@ class Topics:
 
     def _evicted(self, entry: Entry) -> None:
         """Room was needed."""
-        self._counts.evictions += 1
+        self.counts.evictions += 1
         entry.refresh_at = NEVER
         if entry.server is None:
             self._in_use.pop(entry.topic, None)
