@@ -864,11 +864,13 @@ def test_an_empty_answer_that_repeats_is_believed(dns, clock, caplog):
 
 
 def test_doubt_is_settled_even_if_nobody_asks(dns, clock):
-    """While an answer is doubted Consul is asked each second, whether or not callers come."""
+    """While an answer is doubted Consul is asked each second, whether or not callers come; and what
+    it says is there to be read."""
     cache = made(dns, clock, catalog())
     learn(cache, dns, A)
     dns.say("scheduler")
     later(cache, clock, 5)
+    assert cache.explain("scheduler")["doubted"]["hosts"] == []
     for _ in range(7):
         clock.advance(1)
         step(cache)
@@ -890,16 +892,6 @@ def test_what_a_watch_says_and_nobody_believes_is_asked_for_again(clock):
     keep_asking(cache, clock, 1.0)
     held = cache.lookup("scheduler")
     assert (shown(held), held.confirmed) == ([], True)
-
-
-class VersionedConsul(FakeResolver):
-    """Answers with an index, as Consul's KV store does."""
-
-    version = 100
-
-    def lookup(self, topic, server=None, *, timeout_seconds=LONGEST_SECONDS):
-        answer = super().lookup(topic, server, timeout_seconds=timeout_seconds)
-        return replace(answer, version=self.version)
 
 
 def test_a_doubt_does_not_keep_an_answer_past_its_end(dns, clock):
@@ -938,10 +930,7 @@ def test_who_answers_slowly_is_asked_no_more_often(clock, seconds, ttl_seconds, 
 
 def test_an_offer_replaces_what_is_held(cache, consul, clock):
     """A topic that nobody asked for is not kept."""
-    consul.say("one", A)
-    consul.say("two", B)
-    cache.lookup("one")
-    cache.lookup("two")
+    known(cache, consul, "one", "two")
     freshness = offer(cache, {"one": snapshot("one", [C])}, 60)
     cache.offer("three", snapshot("three", [D]), freshness)
     assert shown(cache.lookup("one")) == [C]
@@ -984,13 +973,13 @@ def test_a_watcher_is_told_which_topics_are_in_use(cache, consul, clock):
 
 def test_a_watcher_may_begin_where_an_answer_ended(clock):
     """By Consul's index of the answer that is held, where it is not doubted."""
-    consul = VersionedConsul("kv")
+    consul = FakeResolver("kv")
     cache = made(consul, clock)
     assert cache.known_version("scheduler") == 0
     learn(cache, consul, A)
+    offer(cache, {"scheduler": snapshot("scheduler", [A], "kv")}, 8, version=100)
     assert cache.known_version("scheduler") == 100
-    consul.version = 1
-    consul.say("scheduler")
+    consul.say("scheduler")  # with index 0
     cache.refresh("scheduler")
     assert cache.known_version("scheduler") == 0
 
