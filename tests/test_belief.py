@@ -209,6 +209,26 @@ def test_what_was_given_up_is_no_reason_to_doubt():
     assert topic.hears(C, after=60, is_complete=False) == [C]
 
 
+def test_what_was_read_from_disk_is_no_reason_to_doubt_kv():
+    """The first answer of Consul is the truth; DNS must repeat that all are gone."""
+    for settings, left in ((kv(), []), (catalog(), [A, B])):
+        topic = Topic(settings=settings)
+        stamp = {"taken_at": topic.clock(), "fresh_until": topic.clock(), "clock": topic.clock}
+        topic.belief.held = replace(snapshot("scheduler", [A, B], "disk"), **stamp)
+        assert topic.hears() == left
+
+
+@pytest.mark.parametrize(("consistency", "fresh_seconds"), [("default", 60), ("stale", 5)])
+def test_while_a_watch_tells_every_change_a_lookup_is_as_fresh_as_it(consistency, fresh_seconds):
+    """But a stale read may be older than what the watch told."""
+    topic, freshness = Topic(settings=kv(consistency=consistency)), Freshness()
+    freshness.confirm(topic.clock(), topic.clock() + 60)
+    topic.hears(A, freshness=freshness)
+    assert topic.held.fresh_until == topic.clock() + 60
+    topic.hears(A)
+    assert topic.held.fresh_until == topic.clock() + fresh_seconds
+
+
 def test_each_step_of_a_doubt_is_noted():
     """Once, however often the answer is repeated."""
     topic = Topic(A, B)
