@@ -131,6 +131,9 @@ def test_hosts_that_leave_one_by_one_within_seconds_leave_at_once():
     assert topic.sees(C, after=0.1) == ([B, C], False)
     assert topic.sees(after=0.1) == ([B, C], False)
     assert topic.sees(A, B, C, after=1.0) == ([A, B, C], True)
+    assert topic.sees(B, C, after=RETURN_SECONDS) == ([B, C], True)
+    # By then none of them belongs to what left before.
+    assert topic.sees(C, after=RETURN_SECONDS) == ([C], True)
 
 
 @pytest.mark.finding("F1")

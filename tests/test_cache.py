@@ -1107,6 +1107,27 @@ def test_a_resolver_that_finds_servers_is_asked_for_the_server(clock):
     assert topics(cache) == ["scheduler"]
 
 
+def test_peek_gives_what_a_lookup_would_and_asks_nobody(clock):
+    """None where a lookup would ask; what it gives is counted as a lookup."""
+    consul = FakeResolver("dns", finds_servers=True)
+    cache = made(consul, clock, catalog())
+    assert cache.peek("scheduler") is None
+    learn(cache, consul, f"{A}=node1")
+    assert shown(cache.peek("scheduler")) == [A]
+    assert shown(cache.peek("scheduler", "node1")) == [A]
+    assert cache.peek("scheduler", "node2") is None
+    consul.say("scheduler", B, server="node2")
+    cache.lookup("scheduler", "node2")
+    assert shown(cache.peek("scheduler", "node2")) == [B]
+    clock.advance(6)
+    assert cache.peek("scheduler").is_stale
+    assert cache.peek("scheduler", "node2").is_stale
+    assert counted(cache) == {"asked": 1, "memory": 6, "stale": 1}
+    clock.advance(1800)
+    assert cache.peek("scheduler") is None
+    assert consul.asked == [("scheduler", None), ("scheduler", "node2")]
+
+
 # -- bounds, threads, forks
 
 
