@@ -86,7 +86,7 @@ class Matchmaker:
         self._watcher: Watcher | None = None
         if settings.watch and self._backend is None:
             self._watcher = _watcher(self._resolver, self._cache, settings, clock, jitter)
-            self._cache.on_topic_used = self._watch_topics
+            self._cache.watched_by(self._watch_topics)
         if self._registrar is None:
             return
         if self._keeper is not None:
@@ -125,7 +125,7 @@ class Matchmaker:
         an unknown one (or since ``max_stale_seconds``), TimedOut when it has not answered after
         *timeout_seconds* (None: what its requests may take by the settings), Denied, InvalidTopic.
         """
-        return self._cache.lookup(topic, server, timeout_seconds=timeout_seconds)
+        return self._cache.lookup(topic, server, timeout_seconds)
 
     def pick(
         self, topic: str, server: str | None = None, *, key: str | bytes | None = None

@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, errors
 from consul_matchmaker.testing.consul_probe import Node
@@ -76,6 +77,7 @@ class Load:
         self._reader, self._topic = reader, topic
         self.failures: list[BaseException | Snapshot] = []
         self.seconds: list[float] = []
+        self._n_seen = 0
         self._threads = [Repeated(f"load-{number}", 0.002, self._look) for number in range(4)]
 
     def __enter__(self) -> Load:
@@ -89,8 +91,20 @@ class Load:
 
     def p99(self) -> float:
         """Of the lookups since the last call; in seconds."""
-        seconds, self.seconds = sorted(self.seconds), []
+        seconds = sorted(self.seconds[self._n_seen :])
+        self._n_seen += len(seconds)
         return seconds[int(len(seconds) * 0.99)]
+
+    @property
+    def longest(self) -> float:
+        """Seconds that the slowest lookup took."""
+        return max(self.seconds)
+
+    @property
+    def waited(self) -> int:
+        """How many lookups of the reader, these and others, had no answer and waited for Consul."""
+        cache: Any = self._reader.status()["cache"]
+        return int(cache["lookups_that_found"]["asked"])
 
     def _look(self) -> None:
         began = time.perf_counter()

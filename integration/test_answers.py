@@ -54,11 +54,11 @@ def reader(
 def test_an_agent_that_hangs_makes_answers_old(
     cluster: Cluster, reader: Matchmaker, topic: str
 ) -> None:
-    """SIGSTOP under load: no failed lookup, every answer stale and ever older, none slower; fresh
-    again within a TTL after it goes on."""
+    """SIGSTOP under load: no failed lookup and none that waits, every answer stale and ever older;
+    fresh again within a TTL after it goes on."""
     with Load(reader, topic) as load:
         time.sleep(1)
-        before = load.p99()
+        before = load.waited
         cluster.pause("agent1")
         # With a watch: when its poll is overdue, 2 x 17/16 + 3 s after the last answer.
         until(lambda: reader.hosts(topic).is_stale, 7 if reader.settings.watch else 3)
@@ -69,11 +69,11 @@ def test_an_agent_that_hangs_makes_answers_old(
         held = reader.hosts(topic)
         assert held.age_seconds >= first + 7
         assert held.is_stale
-        during = load.p99()
+        assert load.waited == before
         cluster.resume("agent1")
         until(lambda: not reader.hosts(topic).is_stale, TTL_SECONDS + SCHEDULER_SECONDS)
     assert load.failures == []
-    assert during < 10 * before + 0.005
+    assert load.longest < TIMEOUT_SECONDS, "as long as a question that hangs"
 
 
 def test_an_agent_that_is_dead_makes_answers_old(
@@ -219,15 +219,16 @@ def test_health_checks_decide_in_catalog_mode(agent: Node, topic: str) -> None:
 
 
 def test_an_unknown_topic_delays_no_other(reader: Matchmaker, topic: str) -> None:
-    """While threads ask for topics nobody serves, the known one is answered as fast as before."""
+    """While threads ask for topics nobody serves, the known one is answered from memory."""
     with Load(reader, topic) as load:
         time.sleep(1)
-        before = load.p99()
+        before = load.waited
         for number in range(30):
             assert reader.hosts(f"nobody-{number}-here").hosts == ()
             time.sleep(0.02)
-        assert load.p99() < 10 * before + 0.005
+        assert load.waited == before + 30, "one for each that was not known"
     assert load.failures == []
+    assert load.longest < TIMEOUT_SECONDS
 
 
 def test_explain_names_whom_it_asked(reader: Matchmaker, agent: Node, topic: str) -> None:

@@ -114,7 +114,7 @@ def test_a_minute_without_consul(
     topic: str,
     outage: Callable[[Cluster], contextlib.AbstractContextManager[None]],
 ) -> None:
-    """No failed lookup of a known topic and none slower, every answer stale and older and older;
+    """No failed lookup of a known topic and none that waits, every answer stale, older and older;
     Unavailable after max_stale_seconds; fresh within one TTL after Consul answers again."""
     patient = {name: one for name, one in readers.items() if "impatient" not in name}
     impatient = [one for name, one in readers.items() if "impatient" in name]
@@ -122,6 +122,7 @@ def test_a_minute_without_consul(
         loads = {name: stack.enter_context(Load(one, topic)) for name, one in patient.items()}
         time.sleep(5)
         before = {name: load.p99() for name, load in loads.items()}
+        waited = {name: load.waited for name, load in loads.items()}
         with outage(cluster):
             began = time.monotonic()
             stale = {
@@ -144,6 +145,7 @@ def test_a_minute_without_consul(
                         assert time.monotonic() - began < MAX_STALE_SECONDS + STALE_SECONDS
                 time.sleep(0.5)
             during = {name: load.p99() for name, load in loads.items()}
+            assert {name: load.waited for name, load in loads.items()} == waited
         until(lambda: _answers(cluster.nodes["agent1"]), BACK_SECONDS)
         back_at = time.monotonic()
         fresh = {}
@@ -162,7 +164,7 @@ def test_a_minute_without_consul(
         assert ages[name] == sorted(ages[name])
         # An impatient reader's question, which is waited for, may take the end of the outage.
         assert looked_at > OUTAGE_SECONDS / 2
-        assert during[name] < 3 * before[name] + 0.002
+        assert load.longest < TIMEOUT_SECONDS, "as long as a question that hangs"
 
 
 def _answers(node: Node) -> bool:

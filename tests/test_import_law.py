@@ -53,7 +53,7 @@ LAYERS = {
     "edges": ("adapters", "adapters.*", "testing", "testing.*", "cli", "cli.*", "__main__"),
 }
 OWNERS = {
-    "cachetools": {"answers.cache"},
+    "cachetools": {"answers.topics"},
     "consul": {"backends.http.exchange"},
     "dns": {"backends.dns.names"},
 }

@@ -119,7 +119,6 @@ class Belief:
         "freshness",
         "full",
         "full_until",
-        "gone_at",
         "had_no_time",
         "held",
         "refresh_at",
@@ -129,7 +128,6 @@ class Belief:
         "server",
         "topic",
         "usable_until",
-        "version",
     )
 
     def __init__(self, topic: str, server: str | None, rules: Rules) -> None:
@@ -137,8 +135,8 @@ class Belief:
         self.server = server
         self.rules = rules
         self.held: Snapshot | None = None
-        self.usable_until = -NEVER  # until then the held answer is given without another look
-        self.gone_at = -NEVER  # from then on it is not given any more
+        # Until then there is a held answer, and it is given without another look.
+        self.usable_until = -NEVER
         self.refresh_at = NEVER  # when the background asks again, if somebody wants it
         self.retry_at = -NEVER  # not to be asked before
         self.freshness: Freshness | None = None  # of the watch that told of it
@@ -151,7 +149,6 @@ class Belief:
         self.empty_since: float | None = None  # since when every answer is without hosts
         self.full: Snapshot | None = None  # held before hosts began to leave
         self.full_until = -NEVER
-        self.version = 0  # of the last answer that was believed
         # Who was in which answer, while answers are incomplete.
         self.seen: dict[tuple[Host, str | None], tuple[float, Instance]] | None = None
 
@@ -161,22 +158,22 @@ class Belief:
 
     # -- what a lookup may be given
 
+    @property
+    def gone_at(self) -> float:
+        """From when on the held answer is not given any more."""
+        if self.held is None:
+            return -NEVER
+        end = self.held.taken_at + self.rules.settings.max_stale_seconds
+        return max(end, self.held.fresh_until)
+
     def state(self, now: float) -> State:
         """What the held answer is worth."""
-        if self.held is None or now >= self.gone_at:
+        held = self.held
+        if held is None or now >= self.gone_at:
             return State.GONE
-        if now < self.held.fresh_until or self.is_watched(now):
+        if now < held.fresh_until or self.is_watched(now):
             return State.FRESH
         return State.AWAY if self.failures else State.STALE
-
-    def worth(self, now: float) -> str:
-        """In a word, as lookups are counted: fresh, stale, away or disk."""
-        assert self.held is not None
-        if now < self.held.fresh_until:
-            return "fresh"
-        if self.held.source == "disk":
-            return "disk"
-        return "away" if self.failures else "stale"
 
     def is_watched(self, now: float) -> bool:
         """Whether a watch that lives told the held answer, and would tell its changes."""
@@ -225,24 +222,19 @@ class Belief:
 
     # -- what answers and failures change
 
-    def read_from_disk(self, kept: Snapshot) -> None:
-        """*kept* was known before this process began: better than nothing."""
-        self.gone_at = kept.taken_at + self.rules.settings.max_stale_seconds
-        self.held = kept
-
     def answered(self, answer: Snapshot, now: float, freshness: Freshness | None = None) -> bool:
         """*answer* has come at *now*; with *freshness*, from a watch.  Returns whether it changes
         the hosts that are held."""
         self._recovered(now)
+        held, asked_at = self.held, answer.taken_at
+        if now >= self.gone_at:  # given up: no answer is doubted for it, or united with it
+            held = self.seen = None
         if freshness is not None:
             self.freshness = freshness
-            # A version that went back was doubted by the watch.
-            self.version = min(self.version, answer.version)
-        if now >= self.gone_at:  # given up: no answer is doubted for it, or united with it
-            self.held = self.seen = None
-        held, asked_at = self.held, answer.taken_at
+            if held is not None and answer.version < held.version:  # the watch doubted that itself
+                self.held = held = replace(held, version=answer.version)
         if not answer.is_complete:
-            answer = self._united(answer)
+            answer = self._united(answer, held)
         elif held is not None and not self._is_believed(held, answer, now):
             self.retry_at = self.refresh_at = now + BETWEEN_DOUBTS_SECONDS
             if held.confirmed:
@@ -251,9 +243,8 @@ class Belief:
             return False
         else:
             self.seen = None
-        confirmed = self._is_confirmed(answer, now)
+        confirmed = self._is_confirmed(answer, held, now)
         self.doubt = None
-        self.version = answer.version
         has_lost = held is not None and len(answer.instances) < len(held.instances)
         if has_lost and now >= self.full_until:
             self.full, self.full_until = held, now + RETURN_SECONDS
@@ -265,7 +256,6 @@ class Belief:
         if is_watched and (freshness is not None or self.rules.settings.consistency != "stale"):
             assert self.freshness is not None
             fresh_until = max(fresh_until, self.freshness.fresh_until)
-        self.gone_at = max(asked_at + self.rules.settings.max_stale_seconds, fresh_until)
         is_changed = held is None or not is_same(held, answer)
         if held is not None and not is_changed:
             answer = answer.sharing(held)
@@ -298,7 +288,7 @@ class Belief:
         self.doubt = self.empty_since = None  # while nobody answered, nothing was repeated
         self.error = error if isinstance(error, (Unavailable, Denied)) else None
         pause = max(self.rules.backoff.seconds(self.failures), BETWEEN_REFRESHES_SECONDS)
-        if self.held is None or now >= self.gone_at:
+        if now >= self.gone_at:
             self.retry_at = now + min(pause, FAILURE_SECONDS)
             self.usable_until = -NEVER
         else:
@@ -379,13 +369,13 @@ class Belief:
             return settings.confirm_empty_seconds if _is_suspicious(answer, held) else 0.0
         if answer.source != "kv" or held.source == "disk":
             return 0.0
-        if answer.version < self.version and not set(held.hosts) <= set(answer.hosts):
+        if answer.version < held.version and not set(held.hosts) <= set(answer.hosts):
             return settings.confirm_empty_seconds
         full = self.full if self.full is not None and now < self.full_until else held
         has_lost = len(full) - len(answer) >= 2 and len(answer) < len(held)
         return RETURN_SECONDS if has_lost and _is_suspicious(answer, full) else 0.0
 
-    def _is_confirmed(self, answer: Snapshot, now: float) -> bool:
+    def _is_confirmed(self, answer: Snapshot, held: Snapshot | None, now: float) -> bool:
         """Whether *answer*, which is believed, has hosts or was repeated long enough without."""
         can_lie = self.rules.can_lie(answer)
         seconds = self.rules.settings.confirm_empty_seconds
@@ -395,17 +385,16 @@ class Belief:
             self.empty_since = None
             return True
         if self.empty_since is None:
-            if not can_lie and not self.held:
+            if not can_lie and not held:
                 return True  # Consul is sure of it, and nobody has just left
             self.empty_since = now if self.doubt is None else self.doubt_since
         return now - self.empty_since >= seconds
 
-    def _united(self, answer: Snapshot) -> Snapshot:
+    def _united(self, answer: Snapshot, held: Snapshot | None) -> Snapshot:
         """*answer* and what earlier answers had, without what was in none for a while; as old as
         the oldest of them that it needs."""
         now = answer.taken_at
         if self.seen is None:
-            held = self.held
             # What was read from disk ends with the first real answer, even a cut one.
             if held is None or held.source == "disk":
                 self.seen = {}

@@ -34,6 +34,3 @@ class Freshness:
     @property
     def fresh_until(self) -> float:
         return self.span[1]
-
-    def __repr__(self) -> str:
-        return f"<Freshness until {self.fresh_until:.1f}>"

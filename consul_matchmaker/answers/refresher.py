@@ -8,10 +8,10 @@ import logging
 import math
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
 from ..errors import Unavailable
 from ..worker import MakeWorker, Worker
+from .entry import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -20,20 +20,17 @@ QUICK_SECONDS = 0.1
 0.3 s where it lists thousands."""
 
 
-class Refreshable(Protocol):
-    """A topic, as the refresher sees it."""
+class _Lane:
+    """Entries that wait for their time, those that are due, and the thread that looks at them."""
 
-    refresh_at: float
-    """When it wants to be looked at."""
-    queued_at: float
-    """The refresher's own: when it will be; infinite while it is in no queue."""
-    is_slow: bool
-    """Whether its last question took longer than `QUICK_SECONDS`."""
-    failures: int
+    def __init__(self, name: str, step: Callable[[_Lane], float | None], make: MakeWorker) -> None:
+        self.waiting: list[tuple[float, int, Entry]] = []
+        self.due: list[tuple[int, int, Entry]] = []
+        self.worker = make(name, lambda: step(self))
 
 
 class Refresher:
-    """Calls *refresh* for every topic whose time has come: with `QUICK_SECONDS` on one thread, and
+    """Calls *refresh* for every entry whose time has come: with `QUICK_SECONDS` on one thread, and
     with all the time it needs (None) on another for those that are slow.
 
     So one topic holds up the others once, by `QUICK_SECONDS`, when it turns slow; and slow ones
@@ -43,108 +40,77 @@ class Refresher:
 
     def __init__(
         self,
-        refresh: Callable[[Refreshable, float | None], None],
+        refresh: Callable[[Entry, float | None], None],
         clock: Callable[[], float],
         make_worker: MakeWorker = Worker,
     ) -> None:
         self._refresh = refresh
         self._clock = clock
-        self._quick = _Lane()
-        self._slow = _Lane()
-        self._quick_worker = make_worker("consul-matchmaker-refresher", self._quick_step)
-        self._slow_worker = make_worker("consul-matchmaker-refresher-slow", self._slow_step)
+        self.quick = _Lane("consul-matchmaker-refresher", self.step, make_worker)
+        self.slow = _Lane("consul-matchmaker-refresher-slow", self.step, make_worker)
         self._count = itertools.count()
         self._lock = threading.Lock()
 
-    def schedule(self, topic: Refreshable) -> None:
-        """Look at *topic* at its ``refresh_at``, if that is earlier than planned; a later one is
+    def schedule(self, entry: Entry) -> None:
+        """Look at *entry* at its ``refresh_at``, if that is earlier than planned; a later one is
         found when its time has come."""
-        if topic.refresh_at >= topic.queued_at:
-            return
-        with self._lock:
-            self._push(topic)
-        (self._slow_worker if topic.is_slow else self._quick_worker).wake()
+        if entry.refresh_at < entry.queued_at:
+            with self._lock:
+                lane = self._push(entry)
+            lane.worker.wake()
 
-    def _push(self, topic: Refreshable) -> None:
-        topic.queued_at = topic.refresh_at
-        lane = self._slow if topic.is_slow else self._quick
-        heapq.heappush(lane.waiting, (topic.queued_at, next(self._count), topic))
+    def _push(self, entry: Entry) -> _Lane:
+        entry.queued_at = entry.refresh_at
+        lane = self.slow if entry.is_slow else self.quick
+        heapq.heappush(lane.waiting, (entry.queued_at, next(self._count), entry))
+        return lane
 
     def start(self) -> None:
         """Start what is needed and does not run, have it look at the time; that no thread is to be
         had is logged."""
         try:
-            self._quick_worker.start()
-            if self._slow.waiting or self._slow.due:
-                self._slow_worker.start()
+            self.quick.worker.start()
+            if self.slow.waiting or self.slow.due:
+                self.slow.worker.start()
         except Unavailable as error:  # the process has all the threads it may have, or is ending
             logger.warning("answers grow old, no thread can be started to ask: %s", error)
-        self._quick_worker.wake()
-        self._slow_worker.wake()
+        self.quick.worker.wake()
+        self.slow.worker.wake()
 
     def stop(self, timeout_seconds: float) -> bool:
         """Tell both threads to end, and wait for them; return whether they have ended."""
         deadline = self._clock() + timeout_seconds
-        self._slow_worker.stop(0)
-        has_ended = self._quick_worker.stop(timeout_seconds)
-        return self._slow_worker.stop(max(0.0, deadline - self._clock())) and has_ended
-
-    def forget(self) -> None:
-        """In a forked child: nothing is planned, and no thread runs."""
-        self._lock = threading.Lock()
-        self._quick, self._slow = _Lane(), _Lane()
-        self._quick_worker.forget()
-        self._slow_worker.forget()
+        self.slow.worker.stop(0)
+        has_ended = self.quick.worker.stop(timeout_seconds)
+        return self.slow.worker.stop(max(0.0, deadline - self._clock())) and has_ended
 
     @property
     def is_running(self) -> bool:
-        return self._quick_worker.is_running
+        return self.quick.worker.is_running
 
     def __repr__(self) -> str:
-        return repr(self._quick_worker)
+        return repr(self.quick.worker)
 
-    def _quick_step(self) -> float | None:
-        """Refresh every topic that is due and not slow, those that failed last."""
-        while not self._quick_worker.is_stopping:
-            topic = self._next(self._quick)
-            if topic is None:
-                return self._pause(self._quick)
-            self._refresh(topic, QUICK_SECONDS)
+    def step(self, lane: _Lane) -> float | None:
+        """Refresh every entry of *lane* that is due, those that failed last; return how long to
+        rest."""
+        while not lane.worker.is_stopping:
+            entry = self._next(lane)
+            if entry is None:
+                return max(0.0, lane.waiting[0][0] - self._clock()) if lane.waiting else None
+            self._refresh(entry, QUICK_SECONDS if lane is self.quick else None)
         return None
 
-    def _slow_step(self) -> float | None:
-        """Refresh one topic that is due and slow: of several, one that failed least."""
-        topic = self._next(self._slow)
-        if topic is not None:
-            self._refresh(topic, None)
-        return self._pause(self._slow)
-
-    def _next(self, lane: _Lane) -> Refreshable | None:
+    def _next(self, lane: _Lane) -> Entry | None:
         now = self._clock()
         with self._lock:
             while lane.waiting and lane.waiting[0][0] <= now:
-                at, number, topic = heapq.heappop(lane.waiting)
-                if at != topic.queued_at:
+                at, number, entry = heapq.heappop(lane.waiting)
+                if at != entry.queued_at:
                     continue  # it was planned anew, for an earlier time
-                topic.queued_at = math.inf
-                is_here = topic.is_slow is (lane is self._slow)
-                if topic.refresh_at > now or not is_here:
-                    if topic.refresh_at < math.inf:
-                        self._push(topic)
-                else:
-                    heapq.heappush(lane.due, (topic.failures, number, topic))
+                entry.queued_at = math.inf
+                if entry.refresh_at <= now and entry.is_slow is (lane is self.slow):
+                    heapq.heappush(lane.due, (entry.failures, number, entry))
+                elif entry.refresh_at < math.inf:
+                    self._push(entry)
             return heapq.heappop(lane.due)[2] if lane.due else None
-
-    def _pause(self, lane: _Lane) -> float | None:
-        with self._lock:
-            if lane.due:
-                return 0.0
-            return max(0.0, lane.waiting[0][0] - self._clock()) if lane.waiting else None
-
-
-class _Lane:
-    """What waits for its time, and what is due."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[float, int, Refreshable]] = []
-        self.due: list[tuple[int, int, Refreshable]] = []

@@ -6,7 +6,6 @@ topic and server it is.  Whatever does not agree with it is as good as no file.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import hashlib
 import itertools
@@ -19,7 +18,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,8 +43,6 @@ A_DAY_SECONDS = 86_400.0
 than this one; an unchanged one is therefore written four times a day at least."""
 SWEEP_SECONDS = A_DAY_SECONDS
 """Between two looks for files of topics that nobody keeps any more."""
-SWEEP_FILES = 1_000
-"""Files that one step of such a look checks: some milliseconds."""
 # What makes the hosts of a topic other ones: files of settings that differ in it never mix.
 _IDENTITY = (
     "mode",
@@ -64,15 +61,6 @@ _OUR_NAMES = re.compile(
 _DO_NOT_WAIT = getattr(os, "O_NONBLOCK", 0)
 
 
-class Kept(NamedTuple):
-    """An answer as a file has it."""
-
-    age_seconds: float
-    is_complete: bool
-    instances: tuple[Instance, ...]
-    path: str
-
-
 class _Answer(NamedTuple):
     taken_at: float  # by the wall clock
     is_complete: bool
@@ -80,16 +68,16 @@ class _Answer(NamedTuple):
 
 
 class _Entry:
-    """A topic, or one server of it: the newest answer, and the one that was written."""
+    """The newest answer of a topic, or of one server of it."""
 
-    __slots__ = ("is_noted", "latest", "name", "rewrite_at", "written")
+    __slots__ = ("latest", "rewrite_at")
 
-    def __init__(self, topic: str, server: str | None) -> None:
-        self.name = (topic, server)
-        self.latest: _Answer | None = None  # None: dropped
-        self.written: _Answer | None = None
+    def __init__(self) -> None:
+        self.latest: _Answer | None = None
         self.rewrite_at = -math.inf  # from then on it is written though it did not change
-        self.is_noted = False
+
+
+_Name = tuple[str, str | None]
 
 
 class StateFiles:
@@ -114,27 +102,41 @@ class StateFiles:
         self._folder = _Folder(settings, wall_clock)
         self._clock = clock
         self._wall_clock = wall_clock
+        self._max_stale_seconds = settings.max_stale_seconds
         pause = min(settings.max_stale_seconds, A_DAY_SECONDS) / SAVES_PER_MAX_STALE
         self._rewrite_seconds = max(BETWEEN_SAVES_SECONDS, pause)
         self._worker = make_worker("consul-matchmaker-saver", self._step)
-        self._make_clean()
-
-    def _make_clean(self) -> None:
-        self._topics: dict[tuple[str, str | None], _Entry] = {}
-        self._noted: collections.deque[_Entry] = collections.deque()  # what `step` looks at
+        self._topics: dict[_Name, _Entry] = {}
+        self._noted: dict[_Name, None] = {}  # what is to be written, in that order
         self._is_closing = False
         self._has_finished = threading.Event()
         self._sweep_at = -math.inf
-        self._sweeping: Iterator[None] | None = None
 
-    def load(self, topic: str, server: str | None) -> Kept | None:
-        """What a process kept of *topic*, or None: it is absent, older than ``max_stale_seconds``,
-        damaged, or of other settings.
+    def load(self, topic: str, server: str | None) -> Snapshot | None:
+        """What a process kept of *topic*, stale and unconfirmed; None: it is absent, older than
+        ``max_stale_seconds``, damaged, or of other settings.
 
         Reads one file of at most `MAX_BYTES` and waits for no writer.  Never raises: the first
         damaged file is a warning in the log.
         """
-        return self._folder.load(topic, server)
+        answer = self._folder.read(topic, server)
+        if answer is None:
+            return None
+        age_seconds = max(0.0, self._wall_clock() - answer.taken_at)
+        if age_seconds >= self._max_stale_seconds:
+            return None
+        taken_at = self._clock() - age_seconds
+        return Snapshot(
+            topic,
+            answer.instances,
+            "disk",
+            answer.is_complete,
+            taken_at=taken_at,
+            fresh_until=taken_at,
+            clock=self._clock,
+            confirmed=False,
+            details={"file": str(self._folder.path(topic, server))},
+        )
 
     def keep(self, topic: str, server: str | None, snapshot: Snapshot) -> None:
         """Have *snapshot* written if its hosts changed, or its file runs out; without hosts, have
@@ -146,35 +148,24 @@ class StateFiles:
         may_be_wrong = snapshot.source == "disk" or not (snapshot.instances or snapshot.confirmed)
         if may_be_wrong or self._is_closing:
             return
-        entry = self._topics.get((topic, server))
+        name, now = (topic, server), self._clock()
+        entry = self._topics.get(name)
         if entry is None:
-            entry = self._topics.setdefault((topic, server), _Entry(topic, server))
-        now, latest = self._clock(), entry.latest
-        if (
-            latest is not None
-            and latest.instances is snapshot.instances
-            and latest.is_complete is snapshot.is_complete
-            and now < entry.rewrite_at
-        ):
-            return
+            entry = self._topics.setdefault(name, _Entry())
         taken_at = self._wall_clock() - max(0.0, now - snapshot.taken_at)
+        before = entry.latest
         entry.latest = _Answer(taken_at, snapshot.is_complete, snapshot.instances)
-        self._note(entry)
+        if before is not None and before[1:] == entry.latest[1:] and now < entry.rewrite_at:
+            return
+        self._noted[name] = None
         try:
             self._worker.start()
         except Unavailable as error:  # the next one tries again
             logger.debug("state files are not written: %s", error)
 
-    def _note(self, entry: _Entry) -> None:
-        if not entry.is_noted:
-            entry.is_noted = True
-            self._noted.append(entry)
-
     def drop(self, topic: str, server: str | None) -> None:
         """Forget *topic* and free its memory; what was written stays until it is too old."""
-        entry = self._topics.pop((topic, server), None)
-        if entry is not None:
-            entry.latest = entry.written = None
+        self._topics.pop((topic, server), None)
 
     def stop(self) -> None:
         """Begin to close: have the thread write what is not written yet, and end.  Does not wait;
@@ -194,11 +185,6 @@ class StateFiles:
             self._step()
         return self._worker.stop(max(0.0, deadline - self._clock()))
 
-    def forget(self) -> None:
-        """In a forked child: no thread, nothing noted.  What is kept from now on is written."""
-        self._worker.forget()
-        self._make_clean()
-
     def __repr__(self) -> str:
         return f"<StateFiles {len(self._topics)} topics, {self._worker!r}>"
 
@@ -209,50 +195,28 @@ class StateFiles:
         is_last = self._is_closing
         self._write_noted()
         if is_last:
-            self._sweeping = None
             self._worker.stop(0)  # by its own thread, which ends with this step
             self._has_finished.set()
             return None
-        self._sweep()
+        if self._clock() >= self._sweep_at:
+            self._sweep_at = self._clock() + SWEEP_SECONDS
+            self._folder.sweep(lambda: self._is_closing)
         return BETWEEN_SAVES_SECONDS
 
     def _write_noted(self) -> None:
         """After a failure the others wait for the next step, and the topic that failed is last."""
-        failed: _Entry | None = None
-        for _ in range(len(self._noted)):  # what is noted meanwhile has its turn in the next step
+        for name in list(self._noted):
             if self._worker.is_stopping:
                 return
-            entry = self._noted.popleft()
-            entry.is_noted = False
-            if failed is not None and entry.latest is not None:
-                self._note(entry)
-            elif not self._is_written(entry):
-                failed = entry
-        if failed is not None:
-            self._note(failed)
-
-    def _is_written(self, entry: _Entry) -> bool:
-        """Whether the file of *entry* is as it should be, now at the latest."""
-        latest, written, now = entry.latest, entry.written, self._clock()
-        if latest is None:
-            return True
-        is_same = written is not None and latest[1:] == written[1:]
-        if not is_same or now >= entry.rewrite_at:
-            if not self._folder.save(*entry.name, latest):
-                return False
+            del self._noted[name]
+            entry = self._topics.get(name)
+            if entry is None or entry.latest is None:  # dropped, or about to be noted
+                continue
+            now = self._clock()
+            if not self._folder.save(*name, entry.latest):
+                self._noted[name] = None
+                return
             entry.rewrite_at = now + self._rewrite_seconds
-        entry.written = latest  # though it be equal: its instances are shared with the cache
-        return True
-
-    def _sweep(self) -> None:
-        now = self._clock()
-        if self._sweeping is None and now >= self._sweep_at:
-            self._sweep_at = now + SWEEP_SECONDS
-            self._sweeping = self._folder.sweep()
-        if self._sweeping is not None:
-            checked = sum(1 for _ in itertools.islice(self._sweeping, SWEEP_FILES))
-            if checked < SWEEP_FILES:
-                self._sweeping = None
 
 
 class _Folder:
@@ -264,7 +228,7 @@ class _Folder:
         self._identity = _digest(identity)
         self._folder = Path(settings.state_path)
         self._mode = settings.mode
-        self._max_age_seconds = settings.max_stale_seconds
+        self._max_age_seconds = max(settings.max_stale_seconds, A_DAY_SECONDS)
         self._wall_clock = wall_clock
         self._has_warned = False
 
@@ -273,19 +237,11 @@ class _Folder:
         name = _digest([topic, server])[:32]
         return self._folder / f"{self._mode}-{self._identity[:16]}-{name}.answer"
 
-    def load(self, topic: str, server: str | None) -> Kept | None:
-        now, path = self._wall_clock(), self.path(topic, server)
-        answer = self._read(path, topic, server, now)
-        if answer is None or now - answer.taken_at >= self._max_age_seconds:
-            return None
-        age_seconds = max(0.0, now - answer.taken_at)
-        return Kept(age_seconds, answer.is_complete, answer.instances, str(path))
-
     def save(self, topic: str, server: str | None, answer: _Answer) -> bool:
         """Have the file say *answer*, unless it says a newer one; return whether that could be
         done.  A failure is logged, and leaves the file as it was."""
         path = self.path(topic, server)
-        there = self._read(path, topic, server, self._wall_clock())
+        there = self.read(topic, server)
         try:
             if there is not None and there.taken_at > answer.taken_at:
                 pass  # another process asked later
@@ -298,24 +254,24 @@ class _Folder:
             return False
         return True
 
-    def sweep(self) -> Iterator[None]:
-        """Remove files that are too old for everybody; yields after each file of the folder.
+    def sweep(self, is_enough: Callable[[], bool]) -> None:
+        """Remove files that are too old for everybody, until *is_enough*.
 
         One that is replaced just then may be lost, until it is written the next time.
         """
-        oldest = self._wall_clock() - max(self._max_age_seconds, A_DAY_SECONDS)
+        oldest = self._wall_clock() - self._max_age_seconds
         with contextlib.suppress(OSError, ValueError), os.scandir(self._folder) as files:
-            for file in files:
+            for file in itertools.takewhile(lambda _: not is_enough(), files):
                 with contextlib.suppress(OSError):  # gone meanwhile, or not to be removed
                     if _OUR_NAMES.match(file.name) and (
                         file.is_file(follow_symlinks=False)
                         and file.stat(follow_symlinks=False).st_mtime < oldest
                     ):
                         Path(file).unlink()
-                yield
 
-    def _read(self, path: Path, topic: str, server: str | None, now: float) -> _Answer | None:
+    def read(self, topic: str, server: str | None) -> _Answer | None:
         """What the file says; None when it is absent, damaged or from the future."""
+        path = self.path(topic, server)
         try:
             name, *answer = _checked(_content(path))
             if name != [self._identity, topic, server]:
@@ -326,10 +282,13 @@ class _Folder:
         except (OSError, ValueError, TypeError, OverflowError, RecursionError) as error:
             self._warn(path, "is ignored", error)
             return None
-        return found if found.taken_at <= now + CLOCK_SLACK_SECONDS else None
+        return found if found.taken_at <= self._wall_clock() + CLOCK_SLACK_SECONDS else None
 
     def _content(self, topic: str, server: str | None, answer: _Answer) -> bytes:
-        rows = [_row(instance) for instance in answer.instances]
+        rows = [
+            [one.host.address, one.host.port, one.server, one.priority, one.weight]
+            for one in answer.instances
+        ]
         said = [[self._identity, topic, server], answer.taken_at, answer.is_complete, rows]
         body = json.dumps(said, separators=(",", ":")).encode("ascii")
         return _header(body) + body
@@ -385,11 +344,6 @@ def _checked(content: bytes) -> list[object]:
     if not isinstance(said, list):
         raise ValueError("it has no answer")
     return said
-
-
-def _row(instance: Instance) -> list[object]:
-    host = instance.host
-    return [host.address, host.port, instance.server, instance.priority, instance.weight]
 
 
 def _answer(taken_at: object, is_complete: object, rows: object) -> _Answer:

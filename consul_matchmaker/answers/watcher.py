@@ -98,7 +98,7 @@ class _Proof:
 
     sent_at: float
     settles_at: float
-    waiting: tuple[tuple[_Watch, _Sent], ...]
+    waiting: list[tuple[_Watch, _Sent]]
 
 
 class _Watch:
@@ -122,11 +122,6 @@ class _Watch:
     def is_live(self) -> bool:
         """Whether what it told last is what Consul says."""
         return self.has_answered and self.query.is_believed
-
-    @property
-    def can_be_confirmed(self) -> bool:
-        """Whether it waits for a change of what it told."""
-        return self.sent is not None and self.is_live and self.query.index > 0
 
     def step(self) -> float | None:
         """Ask once, tell what came; return how long to rest, None: until a route is known."""
@@ -237,17 +232,14 @@ class Watcher:
         self._longest_wait = MAX_WAIT_SECONDS
         if not self._is_confirmed:  # the next answer comes before the last one runs out
             self._longest_wait = min(MAX_WAIT_SECONDS, 0.4 * self._fresh_seconds)
-        self._begin()
-
-    def _begin(self) -> None:
         self.lock = threading.Lock()
         self._telling = threading.Lock()  # guards _told, and the order of offers
         self._told: dict[str, _Told] = {}
-        self._plan = WatchPlan(self._settings.max_watches)
+        self._plan = WatchPlan(settings.max_watches)
         self._watches: dict[Watched, _Watch] = {}
         self._ending: list[_Watch] = []
         self._numbers = itertools.count(1)
-        self._confirmer = self.kv.confirmer()
+        self._confirmer = kv.confirmer()
         self.route: Route | None = None if self._is_confirmed else Route(None, "")
         self._proof: _Proof | None = None
         self._confirmed_at = -math.inf
@@ -279,11 +271,6 @@ class Watcher:
         for watch in self._all():  # also one that was started meanwhile
             has_ended &= watch.end(max(0.0, deadline - self.clock()))
         return has_ended
-
-    def forget(self) -> None:
-        """In a forked child: not started yet, nothing known."""
-        self._worker.forget()
-        self._begin()
 
     def status(self) -> dict[str, object]:
         """What is watched, whether answers come, how many came, how old the last one is."""
@@ -526,19 +513,15 @@ class Watcher:
         self._failures = 0
         with self.lock:
             self.route = route
-            waiting = [
-                (watch, watch.sent)
-                for watch in self._watches.values()
-                if watch.sent is not None and watch.sent.at <= sent_at
-            ]
-            for watch, sent in waiting:
+            proven = []  # which wait for a change of what they told, and would tell it
+            for watch in self._watches.values():
+                sent = watch.sent
+                if sent is None or sent.at > sent_at:
+                    continue
                 if sent.route != route:
                     watch.interrupt()
-            proven = tuple(
-                (watch, sent)
-                for watch, sent in waiting
-                if sent.route == route and watch.can_be_confirmed
-            )
+                elif watch.is_live and watch.query.index > 0:
+                    proven.append((watch, sent))
         if proven:
             self._proof = _Proof(sent_at, self.clock() + SETTLE_SECONDS, proven)
         for watch in self._all():

@@ -17,7 +17,7 @@ def main(url: str) -> None:
     kv = Kv(ConsulApi(settings), settings)
     cache = Cache(kv, settings)
     watcher = Watcher(kv, cache, settings)
-    cache.on_topic_used = watcher.topics_changed
+    cache.watched_by(watcher.topics_changed)
     for number in range(20):
         cache.lookup(f"topic{number}")
     watcher.start()
