@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import consul.base
 
+from ...fork import close_after_fork
 from ..host_names import HostNames
 from ..traffic import Traffic
 
@@ -177,8 +178,10 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
                 wire.sock.settimeout(min(CONNECT_TIMEOUT_SECONDS, _left_until(deadline)))
                 wire.sock.connect((address, self.port))
                 if self.scheme == "https":
-                    wire.sock = self._context().wrap_socket(
-                        wire.sock, server_hostname=self.host, do_handshake_on_connect=False
+                    wire.use(
+                        self._context().wrap_socket(
+                            wire.sock, server_hostname=self.host, do_handshake_on_connect=False
+                        )
                     )
                     self._raise_if_aborted()
                     wire.sock.settimeout(_left_until(deadline))
@@ -242,8 +245,14 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
 class _Wire(io.RawIOBase):
     """A connection as ``http.client`` uses a socket: whatever it waits for, it has one deadline."""
 
+    sock: Any
+
     def __init__(self, sock: socket.socket) -> None:
-        self.sock: Any = sock
+        self.use(sock)
+
+    def use(self, sock: socket.socket) -> None:
+        self.sock = sock
+        close_after_fork(sock)
 
     def begin(self, deadline: float) -> None:
         """Let another exchange begin."""
