@@ -21,6 +21,7 @@ from consul_matchmaker.backends.http.exchange import IDLE_CONNECTIONS, MAX_ANSWE
 from consul_matchmaker.errors import Denied, TimedOut, Unavailable
 from consul_matchmaker.settings import Settings
 
+from .contract import eventually
 from .doubles import DEADLINE_SECONDS, ManualClock, in_thread
 from .http_servers import Server, reply
 
@@ -627,29 +628,6 @@ def test_close_ends_a_call_that_waits_and_refuses_later_ones(server):
     assert agent.status()["agents_away"] == []
 
 
-def test_a_forked_child_leaves_the_parents_connection_alone(server):
-    """The child forgets, connects anew and ends; the parent goes on with its own connection."""
-    agent = agent_at(server.address)
-    agent.call("GET", "/v1/kv/parent")
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        with contextlib.suppress(BaseException):
-            agent.forget()
-            agent.call("GET", "/v1/kv/child")
-            agent.close()
-            status = 0
-        os._exit(status)
-    assert os.waitpid(pid, 0)[1] == 0
-    agent.call("GET", "/v1/kv/parent")
-    assert [request.path for request in server.requests] == [
-        "/v1/kv/parent",
-        "/v1/kv/child",
-        "/v1/kv/parent",
-    ]
-    assert server.connections == 2
-
-
 # -- lines ----------------------------------------------------------------------------------------
 
 
@@ -660,39 +638,40 @@ def waits_for_ever(server):
     )
 
 
-def polling(line, server):
+def poll(agent, line, at=None):
+    params = {"keys": "", "index": "7"}
+    return agent.call("GET", "/v1/kv/p/", params, wait_seconds=2.5, line=line, at=at)
+
+
+def polling(agent, line, server):
     """A poll on a thread of its own, which has reached *server*."""
     seen = len(server.requests)
-    poll = in_thread(lambda: line.poll("/v1/kv/p/", {}, 20))
+    waiting = in_thread(lambda: poll(agent, line))
     while len(server.requests) == seen:
-        assert not poll.done(), poll.result()
+        assert not waiting.done(), waiting.result()
         threading.Event().wait(0.01)
-    return poll
+    return waiting
 
 
-def test_a_poll_has_a_connection_of_its_own():
+def test_a_poll_has_a_connection_of_its_own(server):
     """It says how long to wait, and calls meanwhile are not held up."""
     release = threading.Event()
 
     def behave(request):
         if "wait=" in request.target:
             release.wait(30)
-            return reply(headers=["X-Consul-Index: 8"])
-        return reply()
+        return reply(headers=["X-Consul-Index: 8"])
 
-    with Server(behave) as server:
-        agent = agent_at(server.address)
-        line = agent.line()
-        params = {"keys": "", "index": "7"}
-        poll = in_thread(lambda: line.poll("/v1/kv/p/", params, 2.5))
-        while not server.requests:
-            threading.Event().wait(0.01)
-        agent.call("GET", "/v1/kv/a")
-        release.set()
-        assert poll.result(DEADLINE_SECONDS).index == 8
-        line.poll("/v1/kv/p/", params, 2.5)
-        assert server.requests[0].target == "/v1/kv/p/?keys=&index=7&wait=2500ms"
-        assert server.connections == 2
+    server.behave = behave
+    agent = agent_at(server.address)
+    line = agent.line()
+    waiting = polling(agent, line, server)
+    agent.call("GET", "/v1/kv/a")
+    release.set()
+    assert waiting.result(DEADLINE_SECONDS).index == 8
+    poll(agent, line)
+    assert server.requests[0].target == "/v1/kv/p/?keys=&index=7&wait=2500ms"
+    assert server.connections == 2
 
 
 @pytest.mark.parametrize("when", ["it waits", "it is not used", "it was used"])
@@ -703,20 +682,20 @@ def test_an_interrupt_ends_one_poll(server, when):
     line = agent.line()
     if when == "it waits":
         server.behave = waits_for_ever(server)
-        poll = polling(line, server)
+        waiting = polling(agent, line, server)
         line.interrupt()
         with pytest.raises(Unavailable, match="given up"):
-            poll.result(DEADLINE_SECONDS)
+            waiting.result(DEADLINE_SECONDS)
     else:
         if when == "it was used":
-            line.poll("/v1/kv/p/", {}, 20)
+            poll(agent, line)
         line.interrupt()
         seen = len(server.requests)
         with pytest.raises(Unavailable, match="given up"):
-            line.poll("/v1/kv/p/", {}, 20)
+            poll(agent, line)
         assert len(server.requests) == seen
     server.behave = lambda request: reply()
-    line.poll("/v1/kv/p/", {}, 20)
+    poll(agent, line)
     assert agent.status() == {"agent": server.address, "agents_away": []}
 
 
@@ -725,13 +704,13 @@ def test_a_closed_line_stays_closed(server):
     server.behave = waits_for_ever(server)
     agent = agent_at(server.address)
     line = agent.line()
-    poll = polling(line, server)
+    waiting = polling(agent, line, server)
     line.close()
-    with pytest.raises(Unavailable):
-        poll.result(DEADLINE_SECONDS)
+    with pytest.raises(Unavailable, match="closed"):
+        waiting.result(DEADLINE_SECONDS)
     for _ in range(2):
-        with pytest.raises(Unavailable, match="given up"):
-            line.poll("/v1/kv/p/", {}, 20)
+        with pytest.raises(Unavailable, match="closed"):
+            poll(agent, line)
     assert len(server.requests) == 1
     agent.call("GET", "/v1/kv/a")
     assert agent.status() == {"agent": server.address, "agents_away": []}
@@ -742,9 +721,11 @@ def test_a_line_goes_where_it_is_told(server):
     with Server() as other:
         agent = agent_at(server.address, other.address)
         line = agent.line()
-        for at, where in zip(agent._settings.addresses, (server, other), strict=True):
-            assert line.poll("/v1/kv/p/", {}, 20, at=at).address == at
-            assert [request.path for request in where.requests] == ["/v1/kv/p/"]
+        for number, where in enumerate((server, other)):
+            at = agent._settings.addresses[number]
+            assert poll(agent, line, at).address == at
+            assert len(where.requests) == 1
+        eventually(lambda: server.is_connected, lambda is_connected: not is_connected)
 
 
 # -- tokens ---------------------------------------------------------------------------------------
@@ -1043,7 +1024,7 @@ def test_tls_without_verification(tls_server, caplog):
     for _ in range(3):
         assert agent.call("GET", "/v1/kv/a").status == 200
         tls_server.close_connections()
-    assert agent.line().poll("/v1/kv/a", {}, 1).status == 200
+    assert poll(agent, agent.line()).status == 200
     (record,) = caplog.records
     assert (record.levelno, record.name) == (logging.WARNING, "consul_matchmaker.backends.http.api")
     assert "ca_cert" in record.getMessage()
@@ -1070,11 +1051,12 @@ def test_a_missing_ca_file_is_named(tls_server, tmp_path):
 def test_a_tls_poll_can_be_interrupted(tls_server, certificate):
     """One over TLS is woken as well."""
     tls_server.behave = waits_for_ever(tls_server)
-    line = agent_at(tls_server.address, tls=True, ca_cert=certificate[0]).line()
-    poll = polling(line, tls_server)
+    agent = agent_at(tls_server.address, tls=True, ca_cert=certificate[0])
+    line = agent.line()
+    waiting = polling(agent, line, tls_server)
     line.interrupt()
     with pytest.raises(Unavailable, match="given up"):
-        poll.result(DEADLINE_SECONDS)
+        waiting.result(DEADLINE_SECONDS)
 
 
 def test_a_call_at_one_agent_goes_nowhere_else(server):
@@ -1109,7 +1091,7 @@ def test_queries_and_bytes_are_counted_exactly():
         agent.call("PUT", "/v1/kv/b", body=b"twelve bytes", accept=(404,))
         with pytest.raises(Denied):
             agent.call("GET", "/v1/kv/c")
-        agent.line().poll("/v1/kv/a", {}, 1.0)
+        agent.call("GET", "/v1/kv/a", wait_seconds=1.0, line=agent.line())
     assert agent.wire() == {
         "http": {
             "queries": 4,
@@ -1136,11 +1118,3 @@ def test_what_has_no_reply_is_counted_as_sent_only(server):
     with pytest.raises(Unavailable):
         nobody.call("GET", "/v1/kv/a")
     assert set(nobody.wire()["http"].values()) == {0}
-
-
-def test_a_forked_child_counts_from_0(server):
-    """What its parent asked is the parent's."""
-    agent = agent_at(server.address)
-    agent.call("GET", "/v1/kv/a")
-    agent.forget()  # as it is called there
-    assert set(agent.wire()["http"].values()) == {0}

@@ -1,5 +1,6 @@
 """One exchange, also as the transport of the ``consul`` package, whichever of the two it is."""
 
+import os
 import socket
 import time
 
@@ -85,3 +86,17 @@ def test_sending_is_within_the_deadline():
         exchange = Exchange("127.0.0.1", listener.getsockname()[1])
         with pytest.raises(TimeoutError):
             ask(exchange, bytes(2**24), seconds=0.3)
+
+
+def test_a_forked_child_closes_its_copies_of_connections():
+    """The parent goes on with its own."""
+    with Server() as server:
+        exchange = Exchange("127.0.0.1", server.port)
+        ask(exchange)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if [wire.sock.fileno() for wire in exchange._open] == [-1] else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        ask(exchange)
+        exchange.close()
+        assert server.connections == 1
