@@ -22,7 +22,7 @@ from typing import Any
 
 import cachetools
 
-from ..backends import Resolver
+from ..backends import ENOUGH_TIME, Resolver
 from ..errors import Closed, Denied, MatchmakerError, TimedOut, Unavailable
 from ..model import Snapshot, checked_topic
 from ..settings import Settings
@@ -37,9 +37,6 @@ logger = logging.getLogger(__name__)
 CHANCE_SECONDS = 0.02
 """So long Consul may take to answer before an old answer is given: it needs 0.2 to 2 ms where it is
 well, and no caller must wait where it is not."""
-ENOUGH_TIME = 0.9
-"""Of ``longest_lookup_seconds``: a question that had less and was not answered says nothing of
-Consul, and is asked again with all the time it needs."""
 IN_USE_SECONDS = 60.0
 """A topic is watched until nobody has asked for it for so long."""
 SECOND_CHANCES = 16
