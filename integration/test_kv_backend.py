@@ -11,7 +11,8 @@ import pytest
 
 from consul_matchmaker import Matchmaker
 from consul_matchmaker.backends.kv.keys import Key
-from consul_matchmaker.backends.kv.store import NOT_OURS, Kv
+from consul_matchmaker.backends.kv.orphans import NOT_OURS
+from consul_matchmaker.backends.kv.store import Kv
 from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Registration
 from consul_matchmaker.testing.consul_probe import Node

@@ -65,6 +65,10 @@ class Server:
             sock.close()
             self._open.discard(sock)
 
+    @property
+    def is_connected(self):
+        return bool(self._open)
+
     def _accept(self):
         while True:
             try:

@@ -18,14 +18,11 @@ from hypothesis import strategies as st
 from consul_matchmaker.backends.http.api import Answer, TooLarge
 from consul_matchmaker.backends.http.exchange import MAX_ANSWER_BYTES
 from consul_matchmaker.backends.kv.keys import Key
+from consul_matchmaker.backends.kv.orphans import NOT_OURS
 from consul_matchmaker.backends.kv.poll import PIECE_BYTES, PROOF_SECONDS, Polled, Route
-from consul_matchmaker.backends.kv.store import (
-    CHECKS_PER_REQUEST,
-    NOT_OURS,
-    REMEMBERED_KEYS,
-    REMEMBERED_LENGTH,
-    Kv,
-)
+from consul_matchmaker.backends.kv.reader import REMEMBERED_KEYS, REMEMBERED_LENGTH
+from consul_matchmaker.backends.kv.session_checks import CHECKS_PER_REQUEST
+from consul_matchmaker.backends.kv.store import Kv
 from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Instance, Lease, Registration
 from consul_matchmaker.settings import Settings
@@ -57,10 +54,11 @@ class FakeConsul:
         self.hidden = ()  # beginnings of keys that ACLs hide
         self.says_filtered = False
         self.leader = "10.0.0.2:8300"
-        self.forgets = self.closes = self.interrupts = 0
+        self.closes = self.interrupts = 0
 
-    def call(self, method, path, params=None, body=b"", *, accept=(), **how):
+    def call(self, method, path, params=None, body=b"", *, accept=(), line=None, **how):
         params, asked_at = dict(params or {}), self.clock()
+        assert line in (None, self)
         self.calls.append((method, path, params))
         self.bodies.append(body)
         self.hows.append(how)
@@ -79,18 +77,11 @@ class FakeConsul:
     def line(self):
         return self
 
-    def poll(self, path, params, wait_seconds, *, accept, at):
-        params = {**params, "wait": str(wait_seconds)}
-        return self.call("GET", path, params, accept=accept, at=at)
-
     def interrupt(self):
         self.interrupts += 1
 
     def status(self):
         return {"agent": "fake:8500"}
-
-    def forget(self):
-        self.forgets += 1
 
     def close(self):
         self.closes += 1
@@ -471,15 +462,6 @@ def test_a_check_beside_one_that_may_not_be_made_is_asked_again(consul, kv):
     assert set(kv.renew(lease)) == {well}
 
 
-def test_a_forked_child_has_published_nothing(consul, kv):
-    """After forget() the parent's leases are not the child's."""
-    lease = kv.open()
-    kv.publish(lease, Registration("scheduler", ONE))
-    kv.forget()
-    assert set(kv.renew(lease)) == set()
-    assert consul.forgets == 1
-
-
 # -- reading --------------------------------------------------------------------------------------
 
 
@@ -751,10 +733,9 @@ def test_a_poll_of_the_prefix_brings_every_topic_that_is_asked_for(consul, kv):
         "nobody": (),
     }
     assert {snapshot.version for snapshot in snapshots.values()} == {index}
-    method, path, params = next(call for call in consul.calls if "wait" in call[2])
-    assert (method, path) == ("GET", "/v1/kv/matchmaker/")
-    assert params == {"keys": "", "index": "7", "wait": "20"}
-    assert next(how for how in consul.hows if how.get("at")) == {"at": FAKE}
+    number = next(n for n, how in enumerate(consul.hows) if "wait_seconds" in how)
+    assert consul.calls[number] == ("GET", "/v1/kv/matchmaker/", {"keys": "", "index": "7"})
+    assert consul.hows[number] == {"at": FAKE, "wait_seconds": 20}
 
 
 def test_a_poll_of_a_topic_asks_for_its_folder(consul, kv):
@@ -782,7 +763,7 @@ def test_whatever_strangers_call_their_keys_a_topic_is_found(names, is_ascii):
         body = json.dumps(
             keys, ensure_ascii=is_ascii, separators=spaces, indent=None if spaces else 4
         )
-        answer = Polled("x", Answer(200, body.encode(), 1, False, "here"), Keys())
+        answer = Polled(Keys(), Answer(200, body.encode(), 1, False, "here"))
         for topic, folder in answer.folders(topics):
             assert answer.snapshot(topic, folder) == [
                 k for k in keys if k.startswith(f"x/{topic}/")
@@ -792,6 +773,8 @@ def test_whatever_strangers_call_their_keys_a_topic_is_found(names, is_ascii):
 class Keys:
     """Makes of keys what they are."""
 
+    prefix = "x"
+
     def snapshot_of(self, topic, keys, answer):
         return keys
 
@@ -800,7 +783,7 @@ def test_a_long_folder_is_taken_apart_in_pieces():
     """So that no call holds up other threads for long."""
     keys = [f"x/t/{number:06}" for number in range(3 * PIECE_BYTES // 14)]
     body = json.dumps(keys, separators=(",", ":")).encode()
-    answer = Polled("x", Answer(200, body, 1, False, "here"), Keys())
+    answer = Polled(Keys(), Answer(200, body, 1, False, "here"))
     ((topic, folder),) = answer.folders(["t"])
     assert len(folder) > 2 * PIECE_BYTES
     assert answer.snapshot(topic, folder) == keys

@@ -28,34 +28,22 @@ class FakeApi:
         self.error: Exception | None = None
         self.timeouts: list[float] = []
         self.token_changes = 1
-        self.closed_lines = 0
 
-    def call(self, method, path, params=None, body=b"", *, at=None, timeout_seconds=10.0):
+    def call(self, method, path, params=None, body=b"", *, at=None, line=None, timeout_seconds=10):
         self.paths.append(path)
         if "/check/pass/" in path:
-            assert at == HERE
+            assert (at, line) == (HERE, self)
             self.timeouts.append(timeout_seconds)
         if self.error is not None:
             raise self.error
         return Answer(200, b"", 0, False, path, HERE)
 
     def line(self):
-        return Line(self)
+        return self
 
     @property
     def beats(self) -> int:
         return sum("/check/pass/" in path for path in self.paths)
-
-
-class Line:
-    """A connection of the fake's."""
-
-    def __init__(self, api: FakeApi) -> None:
-        self._api = api
-        self.call = api.call
-
-    def close(self) -> None:
-        self._api.closed_lines += 1
 
 
 @pytest.fixture
@@ -123,13 +111,13 @@ def test_a_beat_that_took_its_time_is_followed_by_the_next_at_once(api, clock, l
     """An agent that hangs for half the TTL leaves time for one more try."""
     liveness.register()
     clock.advance(BEAT_SECONDS)
-    passes, api.error = api.call, Unavailable("no answer within 0.5 s")
+    call, api.error = api.call, Unavailable("no answer within 0.5 s")
 
     def slow(*args, **how):
         clock.advance(how["timeout_seconds"])
-        return passes(*args, **how)
+        return call(*args, **how)
 
-    liveness._line.call = slow
+    api.call = slow
     assert liveness.step() == 0
 
 
@@ -165,16 +153,6 @@ def test_what_cannot_be_deregistered_is_left_to_consul(api, clock, liveness, dou
     clock.advance(BEAT_SECONDS)
     assert liveness.step() is None
     assert (api.beats, doubts) == (0, [])
-
-
-def test_a_forked_child_has_no_check(api, clock, liveness):
-    """It never beats for its parent, and would register under another id."""
-    before = liveness.id
-    liveness.register()
-    liveness.forget()
-    clock.advance(BEAT_SECONDS)
-    assert liveness.step() is None
-    assert liveness.id != before
 
 
 @pytest.mark.finding("F1")

@@ -7,17 +7,13 @@ from collections.abc import Callable
 from concurrent import futures
 from dataclasses import replace
 
-from ..backends import Resolver
+from ..backends import ENOUGH_TIME, Resolver
 from ..errors import MatchmakerError, TimedOut, Unavailable
 from ..model import Snapshot
 from .belief import NEVER
 from .entry import Entry
 from .refresher import QUICK_SECONDS
 from .topics import Topics
-
-ENOUGH_TIME = 0.9
-"""Of ``longest_lookup_seconds``: a question that had less and was not answered says nothing of
-Consul, and is asked again with all the time it needs."""
 
 
 class _Question(futures.Future[Snapshot | None]):

@@ -12,6 +12,10 @@ from typing import Protocol
 
 from ..model import Host, Lease, Registration, Snapshot
 
+ENOUGH_TIME = 0.9
+"""A timeout says something of Consul, or of an agent, that had this share of the time it may need;
+the rest is what callers spend before they ask."""
+
 
 class Resolver(Protocol):
     """Answers which hosts serve a topic."""

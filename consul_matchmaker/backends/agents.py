@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from ..backoff import Backoff
 from ..model import Host
+from . import ENOUGH_TIME
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +24,6 @@ FIRST_REST_SECONDS, LONGEST_REST_SECONDS = 1.0, 60.0
 """How long an agent that failed is left alone after the timeout that it may have cost, doubling and
 jittered.  An agent restarts within a second and a machine within a minute.  A long rest makes no
 question fail, as those that rest are still asked where no other answers."""
-ENOUGH_TIME = 0.9
-"""A timeout says something about an agent that had this share of ``request_timeout_seconds``; the
-rest is what callers spend before they ask."""
 
 
 @dataclass(slots=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 
 NAME_THREADS = 4
 """How many names the system's resolver is asked for at a time: it may hang, and its threads with
@@ -25,15 +25,6 @@ def resolve_by_system(name: str) -> list[str]:
         raise
     infos.sort(key=lambda info: info[0] != socket.AF_INET)
     return list(dict.fromkeys(str(info[4][0]) for info in infos))
-
-
-class _Question:
-    """A name that is being resolved, for everybody who waits for it."""
-
-    def __init__(self) -> None:
-        self.is_answered = threading.Event()
-        self.addresses: list[str] = []
-        self.error: BaseException | None = None
 
 
 class HostNames:
@@ -63,7 +54,7 @@ class HostNames:
         self._lock = threading.Lock()
         self._slots = threading.Semaphore(NAME_THREADS)
         self._known: dict[str, tuple[list[str], float]] = {}  # and until when
-        self._questions: dict[str, _Question] = {}
+        self._questions: dict[str, futures.Future[list[str]]] = {}
 
     def addresses(self, name: str, until: float) -> list[str]:
         """The addresses of *name*, IPv4 before IPv6; [] when there is no such name.  An IP address
@@ -78,52 +69,58 @@ class HostNames:
         if known is not None and self._clock() < known[1]:
             return known[0]
         question = self._questions.get(name) or self._ask(name, until)
-        if not question.is_answered.wait(_seconds_until(until)):
-            raise TimeoutError(f"the system's resolver did not answer for {name}")
-        if question.error is not None:
-            text = getattr(question.error, "strerror", None) or question.error
-            raise OSError(f"{name}: {text}") from question.error
-        return question.addresses
+        try:
+            error = question.exception(_seconds_until(until))
+        except futures.TimeoutError:
+            raise TimeoutError(f"the system's resolver did not answer for {name}") from None
+        if error is not None:
+            raise OSError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
+        return question.result()
 
-    def _ask(self, name: str, until: float) -> _Question:
+    def _ask(self, name: str, until: float) -> futures.Future[list[str]]:
         """The question for *name* that is on its way, else a new one on a thread of its own."""
         if not self._slots.acquire(timeout=_seconds_until(until)):
             raise TimeoutError(f"no time was left to resolve {name}, the system's resolver hangs")
+        question: futures.Future[list[str]] = futures.Future()
         with self._lock:
-            other = self._questions.get(name)
-            question = other or self._questions.setdefault(name, _Question())
-        if other is not None:
+            other = self._questions.setdefault(name, question)
+        if other is not question:
             self._slots.release()
             return other
         try:
-            args = (name, question)
             threading.Thread(
-                target=self._answer, args=args, name="consul-matchmaker-names", daemon=True
+                target=self._answer,
+                args=(name, question),
+                name="consul-matchmaker-names",
+                daemon=True,
             ).start()
         except RuntimeError as error:  # the limit of threads is reached, or Python is ending
-            self._settle(name, question, OSError(f"no thread to be had: {error}"))
+            self._settle(name)
+            question.set_exception(OSError(f"no thread to be had: {error}"))
         return question
 
-    def _answer(self, name: str, question: _Question) -> None:
-        asked_at, error = self._clock(), None
+    def _answer(self, name: str, question: futures.Future[list[str]]) -> None:
+        asked_at = self._clock()
         try:
-            question.addresses = addresses = self._resolve(name)
-            ttl_seconds = self._ttl_seconds if addresses else self._empty_ttl_seconds
-            with self._lock:
-                self._known.pop(name, None)
-                while len(self._known) >= self._most:
-                    del self._known[next(iter(self._known))]
-                self._known[name] = addresses, asked_at + ttl_seconds
-        except BaseException as caught:  # also UnicodeError, for what cannot be a host name
-            error = caught
-        self._settle(name, question, error)
+            addresses = self._resolve(name)
+        except BaseException as error:  # also UnicodeError, for what cannot be a host name
+            self._settle(name)
+            question.set_exception(error)
+            return
+        ttl_seconds = self._ttl_seconds if addresses else self._empty_ttl_seconds
+        with self._lock:
+            self._known.pop(name, None)
+            while len(self._known) >= self._most:
+                del self._known[next(iter(self._known))]
+            self._known[name] = addresses, asked_at + ttl_seconds
+        self._settle(name)
+        question.set_result(addresses)
 
-    def _settle(self, name: str, question: _Question, error: BaseException | None) -> None:
-        question.error = error
-        with self._lock, contextlib.suppress(KeyError):
+    def _settle(self, name: str) -> None:
+        """Let others ask: the question for *name* is over."""
+        with self._lock:
             del self._questions[name]
         self._slots.release()
-        question.is_answered.set()
 
     def __repr__(self) -> str:
         return f"<HostNames {len(self._known)} known, {len(self._questions)} asked for>"

@@ -12,7 +12,7 @@ from ..errors import Denied, Unavailable
 from ..model import Host
 from ..worker import MakeWorker, Worker, seconds_since_boot
 from . import OnDoubt
-from .http.api import ConsulApi, Line, go_duration
+from .http.api import ConsulApi, go_duration
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ BEAT_TIMEOUT = 0.5
 """Of the check's TTL: then another beat is tried before it ends."""
 DEREGISTER_AFTER = "1m"
 """The least that Consul takes: what a killed process leaves in the catalog is gone after this."""
+REGISTER_PATH = "/v1/agent/service/register"
 END_SECONDS = 0.5
 """How long `close` waits for the thread: it is in no call by then that takes longer."""
 
@@ -50,22 +51,14 @@ class Liveness:
         self._beat_seconds = BEAT_EVERY * ttl_seconds
         self._clock = clock
         self._worker = make_worker("consul-matchmaker-liveness", self.step)
-        self._make_clean()
-
-    def _make_clean(self) -> None:
+        self._line = api.line()
         self._lock = threading.Lock()
-        self._line = self._api.line()
         self.id = f"{SERVICE}-{uuid.uuid4().hex}"
-        self._place: Host | None = None
+        self._agent: Host | None = None
         self._on_doubt: OnDoubt | None = None
         self._is_in_doubt = False
         self._token_changes = 0
         self._due_at = self._beaten_at = 0.0
-
-    def forget(self) -> None:
-        """In a forked child: the check is the parent's."""
-        self._worker.forget()
-        self._make_clean()
 
     def register(self, on_doubt: OnDoubt | None = None) -> Host:
         """Register the service, its check passing, and keep it so; return the agent that has it.
@@ -75,17 +68,17 @@ class Liveness:
         it has to return at once.
         """
         sent_at = self._clock()
-        place = self._register(self._api, None, None)
+        answer = self._api.call("PUT", REGISTER_PATH, body=self._service())
+        assert answer.address is not None
+        agent, self._token_changes = answer.address, self._api.token_changes
         with self._lock:
-            self._place, self._on_doubt, self._is_in_doubt = place, on_doubt, False
+            self._agent, self._on_doubt, self._is_in_doubt = agent, on_doubt, False
             self._beaten_at, self._due_at = sent_at, sent_at + self._beat_seconds
         self._worker.start()
         self._worker.wake()
-        return place
+        return agent
 
-    def _register(
-        self, way: ConsulApi | Line, at: Host | None, timeout_seconds: float | None
-    ) -> Host:
+    def _service(self) -> bytes:
         service = {
             "ID": self.id,
             "Name": SERVICE,
@@ -97,21 +90,16 @@ class Liveness:
                 "DeregisterCriticalServiceAfter": DEREGISTER_AFTER,
             },
         }
-        body = json.dumps(service).encode("ascii")
-        path = "/v1/agent/service/register"
-        answer = way.call("PUT", path, body=body, at=at, timeout_seconds=timeout_seconds)
-        assert answer.address is not None
-        self._token_changes = self._api.token_changes
-        return answer.address
+        return json.dumps(service).encode("ascii")
 
     def deregister(self) -> None:
         """Take the service out of the catalog; when that fails, Consul does it by itself."""
         with self._lock:
-            place, self._place = self._place, None
-        if place is None:
+            agent, self._agent = self._agent, None
+        if agent is None:
             return
         try:
-            self._api.call("PUT", f"/v1/agent/service/deregister/{self.id}", at=place)
+            self._api.call("PUT", f"/v1/agent/service/deregister/{self.id}", at=agent)
         except (Unavailable, Denied) as error:
             logger.debug("service %s stays for %s: %s", self.id, DEREGISTER_AFTER, error)
 
@@ -125,19 +113,19 @@ class Liveness:
         """Beat if it is time; return in how many seconds to come again, None: when registered."""
         now = self._clock()
         with self._lock:
-            place = self._place
-            if place is None:
+            agent = self._agent
+            if agent is None:
                 return None
             if now < self._due_at:
                 return self._due_at - now
             self._due_at = now + self._beat_seconds
             late_by = now - self._beaten_at - self._ttl_seconds
-        problem = self._beat(place)
+        problem = self._beat(agent)
         has_beaten = problem is None
         if has_beaten and late_by > 0:  # suspended, or kept from the processor
             problem = f"the beat of check {self.id} was {late_by:.1f} s late"
         with self._lock:
-            if self._place is None:  # deregistered meanwhile
+            if self._agent is None:  # deregistered meanwhile
                 return None
             if has_beaten:
                 self._beaten_at = now
@@ -148,17 +136,21 @@ class Liveness:
             on_doubt(problem)
         return pause
 
-    def _beat(self, place: Host) -> str | None:
+    def _beat(self, agent: Host) -> str | None:
         """Say that this process lives; return why that failed."""
+        path, body = f"/v1/agent/check/pass/{self.id}", b""
+        is_new_token = self._api.token_changes != self._token_changes
+        if is_new_token:
+            # The agent tells the servers of this check with the token that registered it: once that
+            # one is revoked they would never hear that we are gone.
+            path, body = REGISTER_PATH, self._service()
         timeout_seconds = BEAT_TIMEOUT * self._ttl_seconds
         try:
-            if self._api.token_changes != self._token_changes:
-                # The agent tells the servers of this check with the token that registered it: once
-                # that one is revoked they would never hear that we are gone.
-                self._register(self._line, place, timeout_seconds)
-            else:
-                path = f"/v1/agent/check/pass/{self.id}"
-                self._line.call("PUT", path, at=place, timeout_seconds=timeout_seconds)
+            self._api.call(
+                "PUT", path, body=body, at=agent, timeout_seconds=timeout_seconds, line=self._line
+            )
         except (Unavailable, Denied) as error:
             return str(error)
+        if is_new_token:
+            self._token_changes = self._api.token_changes
         return None

@@ -171,7 +171,7 @@ def _version(api: ConsulApi, address: Host) -> str:
 
 
 def _of_keys(kv: Kv, settings: Settings) -> Iterator[Finding]:
-    from ..backends.kv.store import NOT_OURS
+    from ..backends.kv.orphans import NOT_OURS
 
     what = f"reading {settings.prefix}/"
     try:

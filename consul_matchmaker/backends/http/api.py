@@ -1,7 +1,7 @@
 """Ask Consul's HTTP API: which agent, with which token, and what its failure means.
 
 Connections of a process: one to the agent in use for each thread that asks at the same moment (at
-rest that is one), and one for each `Line`.
+rest that is one), and one for each `Line` that somebody made.
 """
 
 from __future__ import annotations
@@ -92,11 +92,15 @@ class _Call(NamedTuple):
     path: str
     params: Mapping[str, str]
     body: bytes
-    accept: tuple[int, ...]
     timeout_seconds: float
     """For each agent."""
     until: float
     """When it is over for all of them, by `time.monotonic`: sockets know no other clock."""
+    line: Line
+
+    def at(self, address: Host) -> str:
+        """The call in words, for messages."""
+        return f"{self.method} {self.path} at {address}"
 
 
 class ConsulApi:
@@ -127,7 +131,6 @@ class ConsulApi:
             clock=clock,
             resolve=resolve,
         )
-        self._has_warned = False
         self._agents = Agents(
             settings.addresses,
             "the Consul agent",
@@ -135,28 +138,23 @@ class ConsulApi:
             clock=clock,
             jitter=jitter,
         )
-        self.forget()
-
-    def forget(self) -> None:
-        """In a forked child: drop the parent's connections; it goes on using them."""
-        # Dropping closes only our descriptors of them, which the parent does not notice.
-        self._lock = threading.Lock()
-        self._exchanges: dict[Host, Exchange] = {}
-        self._is_closed = False
-        self._agents.forget()
-        self._host_names.forget()
         self._traffic = Traffic()
+        self._line = Line(self._new_exchange, is_shared=True)
+        self._lock = threading.Lock()
         self._token: str | None = None
+        self._token_stamp: object = None
         self.token_changes = 0
         """How often another token was met than the one before."""
-        self._token_stamp: object = None
+        if settings.tls and not settings.verify:
+            logger.warning(
+                "verify is false: whoever answers at an agent's address is believed, and is sent "
+                "the token; set ca_cert instead"
+            )
 
     def close(self) -> None:
         """Close every connection but those of lines, for ever: a call under way, or later, raises
         Unavailable at once."""
-        self._is_closed = True
-        for exchange in tuple(self._exchanges.values()):
-            exchange.abort()
+        self._line.close()
 
     def call(
         self,
@@ -168,6 +166,8 @@ class ConsulApi:
         accept: tuple[int, ...] = (),
         at: Host | None = None,
         timeout_seconds: float | None = None,
+        wait_seconds: float | None = None,
+        line: Line | None = None,
     ) -> Answer:
         """Carry out one call.  Returns Consul's answer if its status is 200 or one of *accept*.
 
@@ -176,17 +176,31 @@ class ConsulApi:
         not answer is not taken to be away.  With *at* that agent is asked and no other, and its
         failure changes nothing for others.
 
+        With *wait_seconds* it is a blocking query, which ends within `poll_timeout_seconds` for
+        each agent.  With *line* it goes over that connection, whose owner can interrupt it.
+
         Raises Denied for 401 and 403, TimedOut when no agent answered in time, and Unavailable for
         every other failure.  The texts of Consul's errors are shown, never interpreted.
         """
-        return self._ask(self._call(method, path, params, body, accept, timeout_seconds), at)
+        each_seconds = self._settings.request_timeout_seconds
+        if wait_seconds is not None:
+            params = {**params, "wait": go_duration(wait_seconds)}
+            each_seconds = self.poll_timeout_seconds(wait_seconds)
+        until = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+        call = _Call(method, path, params, body, each_seconds, until, line or self._line)
+        answer = self._ask_in_turn(call) if at is None else self._ask(at, call)
+        if _is_server_error(answer):
+            raise self._server_error(answer)
+        if answer.status != 200 and answer.status not in accept:
+            raise self._refusal(call, answer)
+        return answer
 
     def line(self) -> Line:
-        """A connection of its own, for one call after another, also such as wait."""
-        return Line(self)
+        """A connection of its own, to be handed to `call`."""
+        return Line(self._new_exchange)
 
     def poll_timeout_seconds(self, wait_seconds: float) -> float:
-        """How long a poll may take at one address before it counts as unanswered."""
+        """How long a blocking query may take at one address before it counts as unanswered."""
         slack_seconds = max(HOLD_SECONDS, self._settings.request_timeout_seconds)
         return wait_seconds * (1 + POLL_JITTER) + slack_seconds
 
@@ -203,25 +217,8 @@ class ConsulApi:
 
     # -- which agent -------------------------------------------------------------------------
 
-    def _call(
-        self,
-        method: str,
-        path: str,
-        params: Mapping[str, str],
-        body: bytes,
-        accept: tuple[int, ...],
-        timeout_seconds: float | None,
-    ) -> _Call:
-        until = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
-        each = self._settings.request_timeout_seconds
-        return _Call(method, path, params, body, accept, each, until)
-
-    def _ask(self, call: _Call, at: Host | None, line: Line | None = None) -> Answer:
-        if at is not None:
-            answer = self._answer(at, call, line)
-            if _is_server_error(answer):
-                raise self._server_error(answer)
-            return self._accepted(call, answer)
+    def _ask_in_turn(self, call: _Call) -> Answer:
+        """The first answer of an agent that can help; else raise what the first one failed by."""
         first_error: Unavailable | None = None
         server_errors = 0
         for candidate in self._agents.candidates():
@@ -229,91 +226,68 @@ class ConsulApi:
                 break  # where all rest one is asked, in turn, so that no call waits for each
             began = time.monotonic()
             try:
-                answer = self._answer(candidate.address, call, line)
+                answer = self._ask(candidate.address, call)
             except TimedOut as error:
                 first_error = first_error or error
                 candidate.timed_out(str(error), min(call.timeout_seconds, call.until - began))
                 if time.monotonic() >= call.until:
                     break
-            except _GivenUp:
-                candidate.was_not_asked()
-                raise
+                continue
             except Unavailable as error:
+                if isinstance(error, _GivenUp):
+                    candidate.was_not_asked()
+                    raise
                 first_error = first_error or error
                 candidate.failed(str(error))
+                continue
             except BaseException:
                 candidate.was_not_asked()
                 raise
-            else:
-                if not _is_server_error(answer):
-                    candidate.worked()
-                    return self._accepted(call, answer)
-                # It lives, and cannot help: perhaps it alone has lost the servers.  One other
-                # opinion is enough, as without a leader all of them say the same.
-                problem = self._server_error(answer)
-                candidate.could_not_help(str(problem))
-                first_error = first_error or problem
-                server_errors += 1
-                if server_errors == 2:
-                    break
+            if not _is_server_error(answer):
+                candidate.worked()
+                return answer
+            # It lives, and cannot help: perhaps it alone has lost the servers.  One other opinion
+            # is enough, as without a leader all of them say the same.
+            problem = self._server_error(answer)
+            candidate.could_not_help(str(problem))
+            first_error = first_error or problem
+            server_errors += 1
+            if server_errors == 2:
+                break
         assert first_error is not None
         raise first_error
 
-    def _accepted(self, call: _Call, answer: Answer) -> Answer:
-        if answer.status == 200 or answer.status in call.accept:
-            return answer
-        raise self._refusal(call, answer)
-
     # -- one exchange ------------------------------------------------------------------------
 
-    def _answer(self, address: Host, call: _Call, line: Line | None) -> Answer:
+    def _ask(self, address: Host, call: _Call) -> Answer:
         """Ask one agent; whatever status it answers is an answer."""
-        where = f"{call.method} {call.path} at {address}"
-        token = self._current_token(where)
-        if line is not None:
-            exchange = line.exchange_with(address)
-        else:
-            exchange = self._exchanges.get(address) or self._exchanges.setdefault(
-                address, self.new_exchange(address)
-            )
-            self._raise_if_closed()  # now that `close` finds what to end
+        token = self._current_token(call, address)
+        exchange = call.line.exchange_with(address)
         deadline = min(time.monotonic() + call.timeout_seconds, call.until)
         try:
-            answer = self._send(exchange, address, call, where, token, deadline)
+            answer = self._send(exchange, address, call, token, deadline)
             if answer.status == 403 and self._settings.token_file:
-                fresh = self._current_token(where, is_refused=True)
+                fresh = self._current_token(call, address, is_refused=True)
                 if fresh != token:
-                    answer = self._send(exchange, address, call, where, fresh, deadline)
+                    answer = self._send(exchange, address, call, fresh, deadline)
         except Unavailable:
-            if line is not None:
-                line.raise_if_interrupted()
-            else:
-                self._raise_if_closed()
+            call.line.raise_if_interrupted()
             raise
         return answer
 
-    def _raise_if_closed(self) -> None:
-        if self._is_closed:
-            raise _GivenUp("the way to Consul was closed: make a new matchmaker")
-
     def _send(
-        self,
-        exchange: Exchange,
-        address: Host,
-        call: _Call,
-        where: str,
-        token: str | None,
-        deadline: float,
+        self, exchange: Exchange, address: Host, call: _Call, token: str | None, deadline: float
     ) -> Answer:
+        where = call.at(address)
         headers = {"X-Consul-Token": token} if token else {}
-        asked_at, left = self._clock(), deadline - time.monotonic()
+        asked_at, left_seconds = self._clock(), deadline - time.monotonic()
         try:
             found = exchange.request(
                 call.method, call.path, call.params, call.body, headers, deadline
             )
         except TimeoutError:
             problem: Unavailable = TimedOut(
-                f"{where}: no answer within {max(0.0, left):.3g} s; "
+                f"{where}: no answer within {max(0.0, left_seconds):.3g} s; "
                 "check that the agent and its servers are up"
             )
         except (OSError, HTTPException, ValueError) as error:
@@ -321,8 +295,8 @@ class ConsulApi:
             kind = TooLarge if isinstance(error, AnswerTooLarge) else Unavailable
             problem = kind(f"{where}: {reason}; {self._remedy()}")
         else:
-            index = found.headers.get("x-consul-index", "")
-            filtered = found.headers.get("x-consul-results-filtered-by-acls", "")
+            index = found.headers.get("X-Consul-Index", "")
+            filtered = found.headers.get("X-Consul-Results-Filtered-By-ACLs", "")
             return Answer(
                 found.status,
                 found.body,
@@ -336,15 +310,8 @@ class ConsulApi:
         # Not inside `except`: the foreign error may repeat what it was sent.
         raise problem
 
-    def new_exchange(self, address: Host) -> Exchange:
-        """Connections to one agent, for a caller that needs its own."""
+    def _new_exchange(self, address: Host) -> Exchange:
         settings = self._settings
-        if settings.tls and not settings.verify and not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "verify is false: whoever answers at an agent's address is believed, and is sent "
-                "the token; set ca_cert instead"
-            )
         return Exchange(
             address.address,
             address.port,
@@ -391,7 +358,7 @@ class ConsulApi:
 
     # -- token -------------------------------------------------------------------------------
 
-    def _current_token(self, where: str, *, is_refused: bool = False) -> str | None:
+    def _current_token(self, call: _Call, address: Host, *, is_refused: bool = False) -> str | None:
         """The token to send; *is_refused* reads the file again even if it looks unchanged."""
         stamp = self._stamp()
         with self._lock:
@@ -402,7 +369,7 @@ class ConsulApi:
         except ConfigurationError as error:
             if self._token is not None:  # half-way through a rotation, the old one is the best bet
                 return self._token
-            raise Denied(f"{where}: {error}") from None
+            raise Denied(f"{call.at(address)}: {error}") from None
         with self._lock:
             self.token_changes += token != self._token
             self._token, self._token_stamp = token, stamp
@@ -420,53 +387,24 @@ class ConsulApi:
 
 
 class Line:
-    """A connection of its own to whichever agent is asked, for one call after another.
+    """Connections that whoever made it can close: one, or those that all callers share.
 
-    Calls come from one thread at a time; `interrupt` and `close` may come from any, also from a
-    signal handler.  In a forked child it is dropped, and another one made.
+    Its own is to whichever agent is asked, for one call after another.  Calls over it come from one
+    thread at a time; `interrupt` and `close` may come from any, also from a signal handler.
     """
 
-    def __init__(self, api: ConsulApi) -> None:
-        self._api = api
-        self._address: Host | None = None
-        self._exchange: Exchange | None = None
+    def __init__(
+        self, new_exchange: Callable[[Host], Exchange], *, is_shared: bool = False
+    ) -> None:
+        self._new_exchange = new_exchange
+        self._is_shared = is_shared
+        self._exchanges: dict[Host, Exchange] = {}
         self._is_interrupted = self._is_closed = False
-
-    def call(
-        self,
-        method: str,
-        path: str,
-        params: Mapping[str, str] = NO_PARAMETERS,
-        body: bytes = b"",
-        *,
-        accept: tuple[int, ...] = (),
-        at: Host | None = None,
-        timeout_seconds: float | None = None,
-    ) -> Answer:
-        """As `ConsulApi.call`; raises Unavailable too when it is interrupted."""
-        api = self._api
-        return api._ask(api._call(method, path, params, body, accept, timeout_seconds), at, self)
-
-    def poll(
-        self,
-        path: str,
-        params: Mapping[str, str],
-        wait_seconds: float,
-        *,
-        accept: tuple[int, ...] = (),
-        at: Host | None = None,
-    ) -> Answer:
-        """A blocking GET, which ends within `poll_timeout_seconds` for each agent it has to try;
-        raises as `call` does."""
-        params = {**params, "wait": go_duration(wait_seconds)}
-        timeout_seconds = self._api.poll_timeout_seconds(wait_seconds)
-        call = _Call("GET", path, params, b"", accept, timeout_seconds, math.inf)
-        return self._api._ask(call, at, self)
 
     def interrupt(self) -> None:
         """Make the call that is under way, or else the next one, raise Unavailable at once."""
         self._is_interrupted = True
-        if (exchange := self._exchange) is not None:
+        for exchange in tuple(self._exchanges.values()):
             exchange.abort()
 
     def close(self) -> None:
@@ -475,23 +413,25 @@ class Line:
         self.interrupt()
 
     def exchange_with(self, address: Host) -> Exchange:
-        """The connection to *address*; one to another agent is closed."""
-        exchange = self._exchange
-        if exchange is None or address != self._address:
-            if exchange is not None:
-                exchange.close()
-            self._address = address
-            exchange = self._exchange = self._api.new_exchange(address)
+        """The connections to *address*; the one to another agent is closed, unless shared."""
+        exchange = self._exchanges.get(address)
+        if exchange is None:
+            if not self._is_shared:
+                for other in self._exchanges.values():
+                    other.close()
+                self._exchanges.clear()
+            exchange = self._exchanges.setdefault(address, self._new_exchange(address))
         self.raise_if_interrupted()  # now that `interrupt` finds what to end
         return exchange
 
     def raise_if_interrupted(self) -> None:
         """Raise Unavailable once for an interrupt, or for several."""
-        exchange = self._exchange
-        if self._is_interrupted or (exchange is not None and exchange.is_aborted):
-            self._exchange = None
+        exchanges = tuple(self._exchanges.values())
+        if self._is_interrupted or any(exchange.is_aborted for exchange in exchanges):
+            self._exchanges.clear()
             self._is_interrupted = self._is_closed
-            raise _GivenUp("the connection to Consul was given up by its owner")
+            how = "closed: make a new matchmaker" if self._is_closed else "given up by its owner"
+            raise _GivenUp(f"the connection to Consul was {how}")
 
 
 def go_duration(seconds: float) -> str:

@@ -2,28 +2,31 @@
 
 `Exchange` is a transport of the ``consul`` package, of which only the abstract
 ``consul.base.HTTPClient`` is used, in what python-consul2 and py-consul have in common: their own
-transports know no deadline for an answer as a whole.  The answer is read here: ``http.client`` has
-a deadline for each piece only, takes a malformed length for none, and spends more time on the
-headers than all the rest takes.
+transports know no deadline for an answer as a whole.  ``http.client`` writes the request and reads
+the answer, by way of a `_Wire`, which keeps the deadline and counts bytes.
 """
 
 from __future__ import annotations
 
-import re
+import io
 import socket
 import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from http.client import BadStatusLine, HTTPException, RemoteDisconnected
-from typing import Any, NamedTuple
+from functools import partialmethod
+from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPResponse, IncompleteRead
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import consul.base
 
 from ...fork import close_after_fork
 from ..host_names import HostNames
 from ..traffic import Traffic
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
 CONNECT_TIMEOUT_SECONDS = 2.0
 """An agent is on this machine or near it; one lost SYN is sent again after 1 s (RFC 6298)."""
@@ -32,15 +35,11 @@ IDLE_CONNECTIONS = 10
 address, of all programs there together (fact C5)."""
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """More is no answer to a question of ours: 100,000 registrations are about 10 MB of keys."""
-MAX_HEAD_BYTES = 65536
-"""Of all headers together, and of the line before a chunk."""
 PIECE_BYTES = 65536
+"""Read at a time: so much and no more is set aside for a length that an answer only claims."""
 DEFAULT_TIMEOUT_SECONDS = 10.0
 """Of what the ``consul`` package asks by itself: it hands no deadline over."""
 
-_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([0-9]{3})(?: .*)?")
-_LENGTH = re.compile(r"[0-9]{1,12}")
-_CHUNK_LENGTH = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;.*)?")
 _CLOSED = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
@@ -48,8 +47,7 @@ class Response(NamedTuple):
     """An agent's answer, whatever its status."""
 
     status: int
-    headers: Mapping[str, str]
-    """By names in small letters; several of one name are joined by commas."""
+    headers: HTTPMessage
     body: bytes
 
 
@@ -79,17 +77,12 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
         traffic: Traffic | None = None,
         host_names: HostNames | None = None,
     ) -> None:
-        super().__init__(f"[{host}]" if ":" in host else host, port, scheme, verify, cert)
-        self._name = host
-        self._head = (
-            f" HTTP/1.1\r\nHost: {self.host}:{port}\r\n"
-            "User-Agent: consul-matchmaker\r\nAccept-Encoding: identity\r\n"
-        )
+        super().__init__(host, port, scheme, verify, cert)
         self._traffic = traffic or Traffic()
         self._host_names = host_names or HostNames(ttl_seconds=0, empty_ttl_seconds=0, most=1)
         # No lock guards these: a signal handler may close what its own thread is using.
-        self._idle: deque[socket.socket] = deque()
-        self._open: set[socket.socket] = set()
+        self._idle: deque[_Wire] = deque()
+        self._open: set[_Wire] = set()
         self.is_aborted = False
 
     def request(
@@ -106,111 +99,101 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
         Raises TimeoutError, ConnectionError after `abort`, and OSError, HTTPException and
         ValueError (a header that cannot be one) for what else goes wrong.
         """
-        head = [method, " ", self.uri(path, params)[len(self.base_uri) :], self._head]
-        for name, value in headers.items():
-            if "\r" in value or "\n" in value:
-                raise ValueError(f"the header {name} has more than one line")
-            head += name, ": ", value, "\r\n"
-        if body or method != "GET":
-            head.append(f"Content-Length: {len(body)}\r\n")
-        message = "".join([*head, "\r\n"]).encode("latin-1") + body
-        kept = self._take_idle()
+        target = self.uri(path, params)[len(self.base_uri) :]
+        how = {"User-Agent": "consul-matchmaker", **headers}
+        ask = method, target, body if body or method != "GET" else None, how
+        kept = self._idle.pop() if self._idle else None
         try:
-            return self._ask(kept or self._connect(deadline), message, deadline)
+            return self._ask(kept or self._connect(deadline), *ask, deadline)
         except _CLOSED as error:
             if self.is_aborted or isinstance(error, ConnectionRefusedError):
                 raise
         if kept is not None:
             self.close()  # the others will have been closed with it
         self._traffic.add(retries=1)
-        return self._ask(self._connect(deadline), message, deadline)
+        return self._ask(self._connect(deadline), *ask, deadline)
 
     def close(self) -> None:
         """Close every connection; one in use when its exchange has ended."""
         idle, self._idle = self._idle, deque()
-        for sock in idle:
-            self._close(sock)
+        for wire in idle:
+            self._close(wire)
 
     def abort(self) -> None:
         """Make every exchange raise ConnectionError at once, now and from now on."""
         self.is_aborted = True
-        for sock in tuple(self._open):
-            # This wakes the thread that waits there; closing would not.  SSLSocket.shutdown has to
-            # be passed by: after it, a thread about to send would send without encryption.
-            plain: Any = super(ssl.SSLSocket, sock) if isinstance(sock, ssl.SSLSocket) else sock
-            with suppress(OSError):
-                plain.shutdown(socket.SHUT_RDWR)
+        for wire in tuple(self._open):
+            wire.shut_down()
         self.close()
 
     def __del__(self) -> None:
-        for sock in self._open:  # of one that was dropped, as in a forked child: no warning
-            sock.close()
+        for wire in self._open:  # of one that was dropped, as in a forked child: no warning
+            wire.sock.close()
 
     # -- connections -------------------------------------------------------------------------
 
-    def _take_idle(self) -> socket.socket | None:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return None
-
-    def _ask(self, sock: socket.socket, message: bytes, deadline: float) -> Response:
+    def _ask(
+        self,
+        wire: _Wire,
+        method: str,
+        target: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        deadline: float,
+    ) -> Response:
         idle = self._idle
-        reader = _Reader(sock, deadline)
+        wire.begin(deadline)
+        connection = HTTPConnection(self.host, self.port)
+        connection.sock = wire  # which has all that is used of a socket
         try:
-            sock.settimeout(_left_until(deadline))
-            with suppress(BrokenPipeError):  # it may have said why it reads no more
-                sock.sendall(message)
-            self._traffic.add(queries=1, sent_bytes=len(message))
-            response = reader.response()
+            with suppress(BrokenPipeError):  # the agent may have said why it reads no more
+                connection.request(method, target, body, headers)
+            self._traffic.add(queries=1, sent_bytes=wire.sent_bytes)
+            answer = connection.getresponse()
+            response = Response(answer.status, answer.headers, _body_of(answer))
         except BaseException:
-            self._traffic.add(received_bytes=reader.count)
-            self._close(sock)
+            self._traffic.add(received_bytes=wire.received_bytes)
+            self._close(wire)
             raise
-        status = response.status
-        is_error = status in (401, 403, 429) or status >= 500
-        self._traffic.add(replies=1, error_replies=is_error, received_bytes=reader.count)
-        if not reader.may_go_on or idle is not self._idle:
-            self._close(sock)
+        is_error = answer.status in (401, 403, 429) or answer.status >= 500
+        self._traffic.add(replies=1, error_replies=is_error, received_bytes=wire.received_bytes)
+        if answer.will_close or idle is not self._idle:
+            self._close(wire)
             return response
-        idle.append(sock)
+        idle.append(wire)
         if len(idle) > IDLE_CONNECTIONS:
             with suppress(IndexError):
                 self._close(idle.popleft())
         return response
 
-    def _connect(self, deadline: float) -> socket.socket:
+    def _connect(self, deadline: float) -> _Wire:
         first_error: OSError | None = None
         until = min(deadline, time.monotonic() + CONNECT_TIMEOUT_SECONDS)
-        for address in self._host_names.addresses(self._name, until):
-            sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        for address in self._host_names.addresses(self.host, until):
+            wire = _Wire(socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET))
+            self._open.add(wire)
             try:
-                self._opened(sock)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.settimeout(min(CONNECT_TIMEOUT_SECONDS, _left_until(deadline)))
-                sock.connect((address, self.port))
-                return self._secured(sock, deadline) if self.scheme == "https" else sock
-            except OSError as error:
+                self._raise_if_aborted()
+                wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                wire.sock.settimeout(min(CONNECT_TIMEOUT_SECONDS, _left_until(deadline)))
+                wire.sock.connect((address, self.port))
+                if self.scheme == "https":
+                    wire.use(
+                        self._context().wrap_socket(
+                            wire.sock, server_hostname=self.host, do_handshake_on_connect=False
+                        )
+                    )
+                    self._raise_if_aborted()
+                    wire.sock.settimeout(_left_until(deadline))
+                    wire.sock.do_handshake()
+            except BaseException as error:
+                self._close(wire)
+                if not isinstance(error, OSError):
+                    raise
                 first_error = first_error or error
-                self._close(sock)
-            except BaseException:
-                self._close(sock)
-                raise
-        raise first_error or OSError(f"there is no host of the name {self._name}")
-
-    def _secured(self, sock: socket.socket, deadline: float) -> socket.socket:
-        secure = self._context().wrap_socket(
-            sock, server_hostname=self._name, do_handshake_on_connect=False
-        )
-        self._open.discard(sock)
-        try:
-            self._opened(secure)
-            secure.settimeout(_left_until(deadline))
-            secure.do_handshake()
-        except BaseException:
-            self._close(secure)
-            raise
-        return secure
+            else:
+                return wire
+        raise first_error or OSError(f"there is no host of the name {self.host}")
 
     def _context(self) -> ssl.SSLContext:
         own_cas = self.verify if isinstance(self.verify, str) else None
@@ -225,37 +208,16 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
             raise OSError(f"{error.strerror or error}: {', '.join(files)}") from None
         return context
 
-    def _opened(self, sock: socket.socket) -> None:
-        self._open.add(sock)
-        close_after_fork(sock)
-        if self.is_aborted:  # looked at after the add, so that `abort` misses none
+    def _raise_if_aborted(self) -> None:
+        """To be called when `abort` would find the new connection, so that it misses none."""
+        if self.is_aborted:
             raise ConnectionAbortedError("the connection was given up")
 
-    def _close(self, sock: socket.socket) -> None:
-        self._open.discard(sock)
-        sock.close()
+    def _close(self, wire: _Wire) -> None:
+        self._open.discard(wire)
+        wire.sock.close()
 
     # -- as the consul package asks ----------------------------------------------------------
-
-    def get(self, callback: Callable[[Any], Any], path: str, params: Any = None, **how: Any) -> Any:
-        """What *callback* makes of the answer, as ``consul.base`` wants it."""
-        return self._called("GET", callback, path, params, **how)
-
-    def put(self, callback: Callable[[Any], Any], path: str, params: Any = None, **how: Any) -> Any:
-        """As `get`."""
-        return self._called("PUT", callback, path, params, **how)
-
-    def delete(
-        self, callback: Callable[[Any], Any], path: str, params: Any = None, **how: Any
-    ) -> Any:
-        """As `get`."""
-        return self._called("DELETE", callback, path, params, **how)
-
-    def post(
-        self, callback: Callable[[Any], Any], path: str, params: Any = None, **how: Any
-    ) -> Any:
-        """As `get`."""
-        return self._called("POST", callback, path, params, **how)
 
     def _called(
         self,
@@ -266,6 +228,7 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
         data: str | bytes = b"",
         headers: Mapping[str, str] | None = None,
     ) -> Any:
+        """What *callback* makes of the answer, as ``consul.base`` wants it."""
         body = data.encode() if isinstance(data, str) else data
         deadline = time.monotonic() + DEFAULT_TIMEOUT_SECONDS
         found = self.request(method, path, params, body, headers or {}, deadline)
@@ -273,108 +236,75 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
         # python-consul2 has the bytes too.
         return callback(consul.base.Response(*parts[: len(consul.base.Response._fields)]))
 
+    get = partialmethod(_called, "GET")
+    put = partialmethod(_called, "PUT")
+    delete = partialmethod(_called, "DELETE")
+    post = partialmethod(_called, "POST")
 
-class _Reader:
-    """Reads one answer from a socket, as strictly as HTTP/1.1 is written."""
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self._sock, self._deadline = sock, deadline
-        self._ahead = bytearray()  # received, and not taken yet
-        self.count = 0
-        """Bytes received."""
-        self.may_go_on = False
-        """Whether the connection can carry another exchange after this answer."""
+class _Wire(io.RawIOBase):
+    """A connection as ``http.client`` uses a socket: whatever it waits for, it has one deadline."""
 
-    def response(self) -> Response:
-        version, status, headers = self._head()
-        while 100 <= status < 200:  # "go on", "early hints": the answer is yet to come
-            version, status, headers = self._head()
-        body, has_end = self._body(status, headers)
-        is_last = version == "0" or "close" in headers.get("connection", "").lower()
-        self.may_go_on = has_end and not is_last and not self._ahead
-        return Response(status, headers, body)
+    sock: Any
 
-    def _head(self) -> tuple[str, int, dict[str, str]]:
-        first, *lines = self._until(b"\r\n\r\n").decode("latin-1").split("\r\n")
-        found = _STATUS_LINE.fullmatch(first)
-        if found is None:
-            raise BadStatusLine(first)
-        headers: dict[str, str] = {}
-        for line in lines:
-            name, colon, value = line.partition(":")
-            if not colon or not name or name != name.strip():
-                raise HTTPException("a header of its answer is none")
-            name, value = name.lower(), value.strip()
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
-        return found[1], int(found[2]), headers
+    def __init__(self, sock: socket.socket) -> None:
+        self.use(sock)
 
-    def _body(self, status: int, headers: Mapping[str, str]) -> tuple[bytes, bool]:
-        """The body, and whether the answer itself said where it ends."""
-        if status in (204, 304):
-            return b"", True
-        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-        if coding is not None:
-            if coding.lower() != "chunked":
-                raise HTTPException("the coding of its answer is not known")
-            return self._chunks(), True
-        if length is None:
-            return self._rest(), False
-        if not _LENGTH.fullmatch(length):
-            raise HTTPException("the length of its answer is no number")
-        return self._take(int(length)), True
+    def use(self, sock: socket.socket) -> None:
+        self.sock = sock
+        close_after_fork(sock)
 
-    def _chunks(self) -> bytes:
-        body = bytearray()
-        while True:
-            found = _CHUNK_LENGTH.fullmatch(self._until(b"\r\n"))
-            if found is None:
-                raise HTTPException("the length of a chunk of its answer is no number")
-            if not (size := int(found[1], 16)):
-                break
-            body += self._take(size)
-            if self._take(2) != b"\r\n":
-                raise HTTPException("a chunk of its answer is longer than it says")
-        while self._until(b"\r\n"):  # trailers
-            pass
-        return bytes(body)
+    def begin(self, deadline: float) -> None:
+        """Let another exchange begin."""
+        self._deadline = deadline
+        self.sent_bytes = self.received_bytes = 0
 
-    def _rest(self) -> bytes:
-        while self._receive():
-            pass
-        return bytes(self._ahead)
+    def sendall(self, data: ReadableBuffer) -> None:
+        rest = memoryview(data)
+        while rest:
+            self.sock.settimeout(_left_until(self._deadline))
+            size = self.sock.send(rest)
+            self.sent_bytes += size
+            rest = rest[size:]
 
-    def _until(self, mark: bytes) -> bytes:
-        while (end := self._ahead.find(mark)) < 0:
-            if len(self._ahead) > MAX_HEAD_BYTES:
-                raise HTTPException(f"its headers exceed {MAX_HEAD_BYTES} bytes")
-            self._receive_more()
-        found = bytes(self._ahead[:end])
-        del self._ahead[: end + len(mark)]
-        return found
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
 
-    def _take(self, size: int) -> bytes:
-        if size > MAX_ANSWER_BYTES:
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        self.sock.settimeout(_left_until(self._deadline))
+        size: int = self.sock.recv_into(buffer)
+        self.received_bytes += size
+        if self.received_bytes > MAX_ANSWER_BYTES:
             raise AnswerTooLarge(f"the answer exceeds {MAX_ANSWER_BYTES} bytes; not read")
-        while len(self._ahead) < size:
-            self._receive_more()
-        taken = bytes(self._ahead[:size])
-        del self._ahead[:size]
-        return taken
+        return size
 
-    def _receive_more(self) -> None:
-        if not self._receive():
-            if not self.count:
-                raise RemoteDisconnected("Remote end closed connection without response")
-            raise HTTPException("the connection was closed in the middle of the answer")
+    def close(self) -> None:
+        """Leave the socket open: ``http.client`` closes whatever it has read to its end."""
 
-    def _receive(self) -> int:
-        self._sock.settimeout(_left_until(self._deadline))
-        piece = self._sock.recv(PIECE_BYTES)
-        self.count += len(piece)
-        if self.count > MAX_ANSWER_BYTES:
-            raise AnswerTooLarge(f"the answer exceeds {MAX_ANSWER_BYTES} bytes; not read")
-        self._ahead += piece
-        return len(piece)
+    def shut_down(self) -> None:
+        """Wake the thread that waits here; closing would not."""
+        # SSLSocket.shutdown has to be passed by: after it, a thread about to send would send
+        # without encryption.
+        is_secure = isinstance(self.sock, ssl.SSLSocket)
+        plain: Any = super(ssl.SSLSocket, self.sock) if is_secure else self.sock
+        with suppress(OSError):
+            plain.shutdown(socket.SHUT_RDWR)
+
+
+def _body_of(answer: HTTPResponse) -> bytes:
+    """The whole body; raises HTTPException when it is cut."""
+    try:
+        pieces = list(iter(lambda: answer.read(PIECE_BYTES), b""))
+    except IncompleteRead:
+        pieces, is_cut = [], True
+    else:
+        is_cut = bool(answer.length)  # `read` itself says nothing of what is missing
+    if is_cut:
+        raise HTTPException("its answer is cut, or is no HTTP")
+    return b"".join(pieces)
 
 
 def _left_until(deadline: float) -> float:

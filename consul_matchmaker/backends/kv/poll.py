@@ -8,17 +8,21 @@ looked at costs nothing, and no call into C is long enough to stall the applicat
 from __future__ import annotations
 
 import json
+import logging
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
-from ...errors import Unavailable
+from ...errors import Denied, Unavailable
 from ...model import Host, Snapshot
-from ..http.api import Answer, ConsulApi, Line, TooLarge
+from ..http.api import Answer, TooLarge
 from ..http.exchange import MAX_ANSWER_BYTES
 from .keys import SENTINEL, topic_folder
+from .reader import Reader, keys_in, kv_path
+
+logger = logging.getLogger(__name__)
 
 PROOF_SECONDS = 60.0
 """How long a token that could read the folder is taken to read all of it, where answers do not get
@@ -40,25 +44,13 @@ class Route:
     leader: str
 
 
-class Reader(Protocol):
-    """What a poll needs of `backends.kv.Kv`."""
-
-    def consistency(self) -> dict[str, str]: ...
-    def prove_readable(
-        self, folder: str, answer: Answer, until: float = ..., line: Line | None = ...
-    ) -> None: ...
-    def write_sentinel(self, line: Line) -> None: ...
-    def snapshot_of(self, topic: str, keys: list[str], answer: Answer) -> Snapshot: ...
-
-
 class Polled:
     """One answer of a poll, not taken apart yet."""
 
-    def __init__(self, prefix: str, answer: Answer, read: Reader) -> None:
-        self._prefix, self._answer, self._read = prefix, answer, read
+    def __init__(self, reader: Reader, answer: Answer) -> None:
+        self._reader, self._answer = reader, answer
         self._text = _compact(answer)
         self.index, self.length = answer.index, len(self._text)
-
         self.fingerprint = fingerprint(self._text)
         """Equal, for all purposes, only where Consul gave the same keys."""
 
@@ -68,7 +60,8 @@ class Polled:
         In no order that matters.
         """
         end = 1
-        for folder, topic in sorted((topic_folder(self._prefix, each), each) for each in topics):
+        prefix = self._reader.prefix
+        for folder, topic in sorted((topic_folder(prefix, each), each) for each in topics):
             start, end = span_of(self._text, folder, end)
             yield topic, self._text[start:end].removesuffix(b",")
 
@@ -80,7 +73,7 @@ class Polled:
     def snapshot(self, topic: str, folder: bytes) -> Snapshot:
         """What *folder*, which `folders` gave, says of *topic*; raises Unavailable."""
         try:
-            return self._read.snapshot_of(topic, list(_keys_of(folder)), self._answer)
+            return self._reader.snapshot_of(topic, list(_keys_of(folder)), self._answer)
         except ValueError:
             raise self._answer.unexpected() from None
 
@@ -91,19 +84,11 @@ class Poll:
     `poll` is called by one thread at a time, the other methods by any.
     """
 
-    def __init__(
-        self,
-        api: ConsulApi,
-        read: Reader,
-        prefix: str,
-        topic: str | None,
-        *,
-        clock: Callable[[], float],
-    ) -> None:
-        self._api, self._read, self._prefix, self._clock = api, read, prefix, clock
+    def __init__(self, reader: Reader, topic: str | None) -> None:
+        self._reader = reader
         self._is_whole_prefix = topic is None
-        self._folder = f"{prefix}/" if topic is None else topic_folder(prefix, topic)
-        self._line = api.line()
+        self._folder = _folder_of(reader, topic)
+        self._line = reader.api.line()
         self._proven_length = 0
         self._proven_for = -1  # token
         self._proven_until = -math.inf
@@ -117,24 +102,31 @@ class Poll:
         Raises Unavailable, also when it was interrupted, and Denied, also when the token may read
         only some of the folder: the rest would look as if nobody served it.
         """
-        params = {"keys": "", **self._read.consistency()}
+        params = {"keys": "", **self._reader.consistency}
         if index > 0:
             params["index"] = str(index)
         self.received_bytes = 0
         try:
-            answer = self._line.poll(_kv(self._folder), params, wait_seconds, accept=(404,), at=at)
+            answer = self._reader.api.call(
+                "GET",
+                kv_path(self._folder),
+                params,
+                accept=(404,),
+                at=at,
+                wait_seconds=wait_seconds,
+                line=self._line,
+            )
         except TooLarge:
             self.received_bytes = MAX_ANSWER_BYTES
             raise
         self.received_bytes = len(answer.body)
         if not answer.index:  # without one the next poll would not wait
             raise answer.unexpected()
-        polled = Polled(self._prefix, answer, self._read)
+        polled = Polled(self._reader, answer)
         if self._is_whole_prefix:
-            is_proven = not answer.is_filtered and polled.has(f"{self._prefix}/{SENTINEL}")
-            if not is_proven:
+            if answer.is_filtered or not polled.has(self._folder + SENTINEL):
                 self._prove(polled, answer)
-                self._read.write_sentinel(self._line)
+                self._write_sentinel()
         elif answer.status == 404 or answer.is_filtered:
             self._prove(polled, answer)
         return polled
@@ -155,13 +147,37 @@ class Poll:
 
         By a question of its own, but only once in a while: what is hidden makes answers shorter.
         """
-        now, token = self._clock(), self._api.token_changes
+        now, token = self._reader.clock(), self._reader.api.token_changes
         is_due = now >= self._proven_until or token != self._proven_for
         if is_due or answer.is_filtered or polled.length < self._proven_length:
             self._proven_for = -1
-            self._read.prove_readable(self._folder, answer, line=self._line)
+            self._reader.prove_readable(self._folder, answer, line=self._line)
             self._proven_for, self._proven_until = token, now + PROOF_SECONDS
         self._proven_length = polled.length
+
+    def _write_sentinel(self) -> None:
+        """Put one key without a session under the prefix, if there is none.
+
+        A poll on a prefix that never had a key wakes on every write anywhere in Consul's KV store
+        (fact C4).  Whoever may not write goes on without it.
+        """
+        if not self._reader.may_write_sentinel:
+            return
+        path, text = (
+            kv_path(self._folder + SENTINEL),
+            b"Kept by consul-matchmaker so that watching this folder stays cheap.",
+        )
+        try:
+            self._reader.api.call("PUT", path, {"cas": "0"}, text, line=self._line)
+        except Denied:
+            self._reader.may_write_sentinel = False
+            logger.info(
+                "may not write %s%s: until somebody does, an empty prefix is polled more often",
+                self._folder,
+                SENTINEL,
+            )
+        except Unavailable as error:
+            logger.debug("sentinel not written: %s", error)
 
 
 class Confirmer:
@@ -170,8 +186,8 @@ class Confirmer:
     `confirm` is called by one thread at a time, `close` by any.
     """
 
-    def __init__(self, api: ConsulApi, read: Reader, prefix: str) -> None:
-        self._read, self._prefix, self._line = read, prefix, api.line()
+    def __init__(self, reader: Reader) -> None:
+        self._reader, self._line = reader, reader.api.line()
 
     def confirm(self, topic: str | None, timeout_seconds: float) -> Route:
         """Have the leader answer, and say who that is: what polls that wait on the same route have
@@ -181,12 +197,12 @@ class Confirmer:
         agent who leads.  In that order: whoever led before and leads after the reading answered it.
         Raises Unavailable and Denied.
         """
-        folder = f"{self._prefix}/" if topic is None else topic_folder(self._prefix, topic)
-        ask, seconds = self._line.call, timeout_seconds
-        params = self._read.consistency()
-        path = _kv(folder + SENTINEL)
-        answer = ask("GET", path, params, accept=(404,), timeout_seconds=seconds)
-        said = ask("GET", "/v1/status/leader", at=answer.address, timeout_seconds=seconds)
+        path = kv_path(_folder_of(self._reader, topic) + SENTINEL)
+        ask = partial(
+            self._reader.api.call, "GET", timeout_seconds=timeout_seconds, line=self._line
+        )
+        answer = ask(path, self._reader.consistency, accept=(404,))
+        said = ask("/v1/status/leader", at=answer.address)
         leader = said.json()
         if not isinstance(leader, str):
             raise said.unexpected()
@@ -197,6 +213,10 @@ class Confirmer:
     def close(self) -> None:
         """End what is asked now, and every later question."""
         self._line.close()
+
+
+def _folder_of(reader: Reader, topic: str | None) -> str:
+    return f"{reader.prefix}/" if topic is None else topic_folder(reader.prefix, topic)
 
 
 def fingerprint(text: bytes) -> object:
@@ -268,9 +288,7 @@ def _compact(answer: Answer) -> bytes:
     body = answer.body
     if body[:2] == b'["' and body[-2:] == b'"]' and b'", "' not in body[:PIECE_BYTES]:
         return body
-    keys = answer.json()  # an agent in development mode writes a key a line
-    if not (isinstance(keys, list) and set(map(type, keys)) <= {str}):
-        raise answer.unexpected()
+    keys = keys_in(answer)  # an agent in development mode writes a key a line
     return json.dumps(keys, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
@@ -286,7 +304,3 @@ def _keys_of(folder: bytes) -> Iterator[str]:
             raise ValueError("not a list of texts")
         yield from keys
         start = end + 1
-
-
-def _kv(key: str) -> str:
-    return f"/v1/kv/{key}"
