@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from consul_matchmaker import Host, Matchmaker, Settings
-from consul_matchmaker.backends.dns.names import shard_of
+from consul_matchmaker.backends.dns.names import service_of
 from consul_matchmaker.backends.dns.resolver import DnsSrv
 from consul_matchmaker.testing.consul_probe import Node, request
 from integration.catalog import METADATA, instances, register, unregister
@@ -75,7 +75,7 @@ def hosts_of(made: Made) -> tuple[Host, ...]:
 def small_udp(resolver: DnsSrv) -> None:
     """As if the agent was on another machine: 1,232 bytes by UDP."""
     for channel in resolver._channels:
-        channel._is_local = False
+        channel._place = channel._resolved(time.monotonic())._replace(udp_limit=1_232)
 
 
 def tcp_first(resolver: DnsSrv) -> None:
@@ -131,7 +131,7 @@ def test_5000_hosts_by_shards_and_honestly_without(
     resolver: Callable[..., DnsSrv], catalog: Callable[..., Made], topic: str
 ) -> None:
     """Ten tags of some 500 each bring every host; without them time may run out, and it is said."""
-    made = instances(topic, 5_000, tags=lambda number: [shard_of(f"{topic}-{number}", 10)])
+    made = instances(topic, 5_000, tags=lambda number: [f"s{number % 10:02d}"])
     expected = hosts_of(catalog(made, METADATA))
     sharded, plain = resolver(shards=10), resolver(request_timeout_seconds=2.0)
     snapshot = sharded.lookup(topic)
@@ -237,8 +237,6 @@ def test_names_as_openstack_has_them(
     resolver: Callable[..., DnsSrv], agent: Node, name: str
 ) -> None:
     """The service that operators have to define is really found under the topic's name."""
-    from consul_matchmaker.backends.dns.names import service_of
-
     service = service_of(name, "{topic}", {})
     definition = {"Name": service, "ID": "named", "Address": "10.0.0.9", "Port": 9}
     tell(agent, "PUT", "/v1/agent/service/register", json.dumps(definition))
@@ -304,10 +302,10 @@ def test_consul_ends_connections_and_nobody_notices(
         assert len(dns_srv.lookup(topic)) == 1
 
     (channel,) = dns_srv._channels
-    (connection,) = channel._kept
-    readable, _, _ = select.select([connection._socket], [], [], 15)
+    (kept,) = channel._kept
+    readable, _, _ = select.select(channel._open, [], [], 15)
     assert readable, "Consul did not end an idle connection"
-    connection.last_used_at = time.monotonic()  # as if we did not know
+    kept.last_used_at = time.monotonic()  # as if we did not know
     assert len(dns_srv.lookup(topic)) == 1
 
 

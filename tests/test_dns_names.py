@@ -7,11 +7,10 @@ import pytest
 
 from consul_matchmaker.backends.dns.names import (
     Names,
-    is_translated,
+    address_of,
+    node_of,
     query_for,
     service_of,
-    shard_of,
-    shard_tag,
 )
 from consul_matchmaker.errors import InvalidTopic
 from tests.doubles import catalog
@@ -84,7 +83,6 @@ def test_the_error_says_whether_topic_or_map_is_to_be_mended() -> None:
 )
 def test_which_topics_are_translated(topic: str, template: str, is_other: bool) -> None:
     """Those with characters that a service cannot have; with strict names they are refused."""
-    assert is_translated(topic, template) is is_other
     if is_other:
         with pytest.raises(InvalidTopic, match="strict_names"):
             service_of(topic, template, {}, strict=True)
@@ -99,18 +97,6 @@ def test_prepared_queries() -> None:
     assert service_of("t", "{topic}", {"t": "near.by.query"}) == "near.by.query"
     assert service_of("T.1", "{topic}.query", {}) == "t-1.query"
     assert service_of("t.query", "{topic}", {}) == "t-query"
-
-
-def test_shards_are_stable_and_even() -> None:
-    """The same instance has the same shard everywhere, and none is crowded."""
-    assert shard_of("node7:9501", 10) == "s02"
-    assert [shard_tag(0), shard_tag(99)] == ["s00", "s99"]
-    counts: dict[str, int] = {}
-    for number in range(5_000):
-        shard = shard_of(f"node{number}:9501", 10)
-        counts[shard] = counts.get(shard, 0) + 1
-    assert len(counts) == 10
-    assert max(counts.values()) < 600  # what is left over fits into one answer
 
 
 def names(**settings: object) -> Names:
@@ -155,3 +141,25 @@ def test_a_query_says_how_much_room_its_reply_has() -> None:
     assert (message.edns, message.payload) == (0, 4096)
     with pytest.raises(InvalidTopic, match="cannot be asked for over DNS"):
         query_for("x" * 64 + ".consul.", "SRV", 1232)
+
+
+@pytest.mark.parametrize(
+    ("target", "node", "address"),
+    [
+        ("0a090905.addr.dc1.consul.", None, b"\x0a\x09\x09\x05"),
+        ("0A090905.Addr.consul.", None, b"\x0a\x09\x09\x05"),
+        (
+            "20010db8" + "0" * 23 + "7.addr.dc1.consul.",
+            None,
+            bytes.fromhex("20010db8" + "0" * 23 + "7"),
+        ),
+        ("n.with.dots.node.dc1.consul.", "n.with.dots", None),
+        ("zzzzzzzz.addr.dc1.consul.", None, None),
+        ("0a0001.addr.dc1.consul.", None, None),
+        ("0a000001ff.addr.dc1.consul.", None, None),
+        ("0a090905.example.", None, None),
+    ],
+)
+def test_what_a_targets_name_says(target: str, node: str | None, address: bytes | None) -> None:
+    """Of a node its name, of a service's address the address itself, if it is one."""
+    assert (node_of(target), address_of(target)) == (node, address)

@@ -1,4 +1,4 @@
-"""Which DNS names a topic is asked for, and the queries for them.
+"""The DNS names of Consul: which a topic is asked for, and what a target's name says by itself.
 
 A service is ``_<service>._<tag or tcp>.service[.<datacenter>].<domain>.``, RFC 2782's form, which
 every version of Consul answers alike; a prepared query ``<name>.query[.<datacenter>].<domain>.``.
@@ -6,8 +6,8 @@ every version of Consul answers alike; a prepared query ``<name>.query[.<datacen
 
 from __future__ import annotations
 
+import contextlib
 import re
-import zlib
 from collections.abc import Mapping
 
 import dns.exception
@@ -22,15 +22,6 @@ SERVICE_LABEL = re.compile(r"[a-z0-9_-]{1,62}\Z")
 them is the underscore before it (RFC 2782)."""
 _REPLACED = re.compile(r"[!-,./:-@\[-^`{-~ ]")  # the rest of printable ASCII
 _QUERY = ".query"
-
-
-def is_translated(topic: str, template: str) -> bool:
-    """Whether *topic* has characters that the name of its service cannot have, by *template*.
-
-    Capitals do not count: DNS does not tell them from small letters, and finds either service.
-    """
-    name = template.replace("{topic}", topic)
-    return bool(_REPLACED.search(name[: -len(_QUERY)] if template.endswith(_QUERY) else name))
 
 
 def service_of(
@@ -55,7 +46,7 @@ def service_of(
     if is_query:
         name = name[: -len(_QUERY)]
     label = (_REPLACED.sub("-", name) if mapped is None else name).lower()
-    if strict and mapped is None and is_translated(topic, template):
+    if strict and mapped is None and label != name.lower():
         raise InvalidTopic(
             f"topic {topic!r} cannot be the name of a Consul service: ask for {label!r} if that is "
             "the one, or name it with service_map (strict_names refuses to translate)"
@@ -74,26 +65,12 @@ def service_of(
     )
 
 
-def shard_of(instance: str, shards: int) -> str:
-    """The tag (``s00``, ``s01``...) that the instance named so has when its topic is sharded.
-
-    Any stable text that names the instance will do, such as node and port; whoever registers it
-    gives it this tag.  CRC-32, so that every language has it at hand.
-    """
-    return shard_tag(zlib.crc32(instance.encode("utf-8")) % shards)
-
-
-def shard_tag(number: int) -> str:
-    """The tag of shard *number*."""
-    return f"s{number:02d}"
-
-
 class Names:
     """The names to ask for, by *settings*, which has only what can be part of one."""
 
     def __init__(self, settings: Settings) -> None:
         self.domain = settings.domain.lower() + "."
-        shards = [shard_tag(number) for number in range(settings.shards)]
+        shards = [f"s{number:02d}" for number in range(settings.shards)]
         self._tags = shards or [settings.tag or "tcp"]
 
     def of_topic(self, service: str, datacenter: str) -> list[str]:
@@ -122,3 +99,18 @@ def query_for(name: str, kind: str, size: int) -> bytes:
         return dns.message.make_query(name, kind, payload=size).to_wire()
     except dns.exception.DNSException as error:
         raise InvalidTopic(f"{name!r} cannot be asked for over DNS: {error}") from None
+
+
+def node_of(target: str) -> str | None:
+    """The node's name in ``<node>.node.<datacenter>.<domain>.``; it may have dots itself."""
+    node, separator, _ = target.rpartition(".node.")
+    return node if separator else None
+
+
+def address_of(target: str) -> bytes | None:
+    """The address in ``0a090905.addr.<datacenter>.<domain>.``, None for other names."""
+    digits, _, rest = target.partition(".")
+    if len(digits) in (8, 32) and rest[:5].lower() == "addr.":
+        with contextlib.suppress(ValueError):  # no hex digits, or too few of them
+            return bytes.fromhex(digits)
+    return None
