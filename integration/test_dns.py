@@ -72,12 +72,6 @@ def hosts_of(made: Made) -> tuple[Host, ...]:
     )
 
 
-def small_udp(resolver: DnsSrv) -> None:
-    """As if the agent was on another machine: 1,232 bytes by UDP."""
-    for channel in resolver._channels:
-        channel._place = channel._resolved(time.monotonic())._replace(udp_limit=1_232)
-
-
 def tcp_first(resolver: DnsSrv) -> None:
     for channel in resolver._channels:
         channel.udp_is_silent()
@@ -120,7 +114,6 @@ def test_all_hosts_of_an_agent_elsewhere(
         catalog(instances(topic, count, by_node=True), {**METADATA, "consul-version": "1.8.7"})
     )
     dns_srv = resolver()
-    small_udp(dns_srv)
     for _ in range(3):
         snapshot = dns_srv.lookup(topic)
         assert snapshot.hosts == expected

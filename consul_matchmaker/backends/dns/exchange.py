@@ -12,14 +12,12 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
 
 from ...errors import Unavailable
 from ...fork import close_after_fork
 from ...model import Host
 from ..host_names import HostNames
 from ..traffic import Traffic
-from .coverage import UDP_LIMIT_LOCAL, UDP_LIMIT_REMOTE
 from .wire import NOERROR, NXDOMAIN, SERVFAIL, BadReply, ErrorReply, NotOurs, Reply, read
 
 UDP_SHARE = 0.2
@@ -43,12 +41,7 @@ LENGTH_BYTES = 2
 """Before each message on a TCP connection (RFC 1035, section 4.2.2)."""
 
 
-class _Place(NamedTuple):
-    """Where an agent is, its name resolved."""
-
-    family: socket.AddressFamily
-    address: tuple[object, ...]
-    udp_limit: int
+_Place = tuple[socket.AddressFamily, tuple[object, ...]]
 
 
 class Channel:
@@ -179,14 +172,14 @@ class Channel:
 
     def connect(self, kind: socket.SocketKind, until: float) -> socket.socket:
         """A socket connected to the agent, which `close` ends; for `disconnect` afterwards."""
-        place = self._resolved(until)
-        sock = socket.socket(place.family, kind)
+        family, address = self._resolved(until)
+        sock = socket.socket(family, kind)
         self._open.add(sock)
         close_after_fork(sock)
         try:
             self.raise_if_closed()  # after the add, so that `close` misses none
             _wait_no_longer_than(until, sock)
-            sock.connect(place.address)
+            sock.connect(address)
         except BaseException:
             self.disconnect(sock)
             raise
@@ -196,10 +189,6 @@ class Channel:
         self._open.discard(sock)
         sock.close()
 
-    def udp_limit(self, until: float) -> int:
-        """The EDNS size to ask for; resolves the agent's name if it has one."""
-        return self._resolved(until).udp_limit
-
     def _resolved(self, until: float) -> _Place:
         place = self._place  # another thread may forget it meanwhile
         if place is None:
@@ -207,10 +196,9 @@ class Channel:
             found = self._names.addresses(self.agent.address, until)
             if not found:
                 raise OSError(f"there is no host of the name {self.agent.address}")
-            address = found[self._useless_places % len(found)], self.agent.port
-            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-            limit = UDP_LIMIT_LOCAL if _is_local(family, address) else UDP_LIMIT_REMOTE
-            place = self._place = _Place(family, address, limit)
+            address = found[self._useless_places % len(found)]
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            place = self._place = (family, (address, self.agent.port))
         return place
 
     def unreachable(self) -> None:
@@ -330,13 +318,3 @@ def _wait_no_longer_than(until: float, sock: socket.socket) -> None:
     if left <= 0:
         raise TimeoutError("no time was left")
     sock.settimeout(left)
-
-
-def _is_local(family: socket.AddressFamily, address: tuple[object, ...]) -> bool:
-    """Whether *address* is this machine's."""
-    if address[0] == "::1" or str(address[0]).startswith("127."):
-        return True
-    # To an address of this machine the kernel sends from that very address.
-    with socket.socket(family, socket.SOCK_DGRAM) as udp:
-        udp.connect(address)
-        return bool(udp.getsockname()[0] == address[0])

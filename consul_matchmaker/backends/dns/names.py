@@ -16,6 +16,7 @@ import dns.message
 from ...errors import InvalidTopic
 from ...model import checked_topic
 from ...settings import Settings
+from .coverage import UDP_LIMIT
 
 SERVICE_LABEL = re.compile(r"[a-z0-9_-]{1,62}\Z")
 """A Consul service or tag that DNS can ask for: a label has 63 characters (RFC 1035), and one of
@@ -93,10 +94,10 @@ class Names:
         return f".{datacenter}.{self.domain}" if datacenter else f".{self.domain}"
 
 
-def query_for(name: str, kind: str, size: int) -> bytes:
-    """The query for *name*, whose reply may have *size* bytes by UDP; raises InvalidTopic."""
+def query_for(name: str, kind: str) -> bytes:
+    """The query for *name*, all but its id, which every sending makes anew; raises InvalidTopic."""
     try:
-        return dns.message.make_query(name, kind, payload=size).to_wire()
+        return dns.message.make_query(name, kind, payload=UDP_LIMIT).to_wire()
     except dns.exception.DNSException as error:
         raise InvalidTopic(f"{name!r} cannot be asked for over DNS: {error}") from None
 

@@ -22,7 +22,7 @@ from ...settings import Settings
 from ..agents import Agents
 from ..host_names import HostNames, resolve_by_system
 from ..traffic import Traffic
-from .coverage import MAX_ANSWERS, TCP_LIMIT, Union, may_be_cut, shorter
+from .coverage import TCP_LIMIT, UDP_LIMIT, Union, may_be_cut, shorter
 from .exchange import Channel, Stream
 from .names import Names, address_of, node_of, query_for, service_of
 from .wire import NXDOMAIN, SERVFAIL, BadReply, ErrorReply, Reply
@@ -136,7 +136,7 @@ class DnsSrv:
         who looks for a fault.  Raises OSError (TimeoutError) and BadReply."""
         until = time.monotonic() + self._timeout_seconds
         with contextlib.closing(self._channel(agent)) as channel:
-            query = self._query(f"{labels}.{self._names.domain}", kind, channel.udp_limit(until))
+            query = self._query(f"{labels}.{self._names.domain}", kind)
             return channel.ask_tcp(query, until) if by_tcp else channel.ask_udp(query, until)
 
     def close(self) -> None:
@@ -232,6 +232,7 @@ class _Lookup:
 
     def _ask(self, name: str) -> None:
         """Take what the first agent that can be asked says of *name*."""
+        query = self._resolver._query(name, "SRV")
         reasons: list[str] = []
         timed_out = True
         candidates = self._resolver._agents.candidates()
@@ -242,7 +243,7 @@ class _Lookup:
                 break
             channel = self._resolver._channels[candidate.index]
             try:
-                self._ask_agent(channel, name)
+                self._ask_agent(channel, name, query)
             except (OSError, BadReply) as error:
                 channel.raise_if_closed()
                 reason = _reason(error)
@@ -273,28 +274,26 @@ class _Lookup:
 
     # -- how to ask
 
-    def _ask_agent(self, channel: Channel, name: str) -> None:
+    def _ask_agent(self, channel: Channel, name: str, query: bytes) -> None:
         """Take what the agent says of *name*, completed if it could have been cut."""
-        limit = channel.udp_limit(self._exchange_until())
         asked_at = self._resolver._clock()
-        query = self._resolver._query(name, "SRV", limit)
         large = self._resolver._large
         reply, is_tcp = channel.ask(query, self._until, tcp_first=name in large)
         if reply.answers and not reply.records:
             raise BadReply("answered with records that were not asked for")
+        if may_be_cut(reply, UDP_LIMIT) and len(large) < self._resolver._max_remembered:
+            large.add(name)
+        else:
+            large.discard(name)
         union = Union()
         union.add(reply)
         by_tcp = is_tcp
-        if may_be_cut(reply, TCP_LIMIT if is_tcp else limit):
+        if may_be_cut(reply, TCP_LIMIT if is_tcp else UDP_LIMIT):
             by_tcp = True
-            if len(large) < self._resolver._max_remembered:
-                large.add(name)
             if not is_tcp:
                 union.restart()
             if not self._complete(channel, query, union):
                 self.is_complete = False
-        elif is_tcp and not may_be_cut(reply, limit):
-            large.discard(name)
         self.asked_at = min(self.asked_at, asked_at)
         self.ttl_seconds = shorter(self.ttl_seconds, union.ttl_seconds)
         self.asked.append(
@@ -320,7 +319,7 @@ class _Lookup:
             with channel.stream(self._until) as one, channel.stream(self._until) as other:
                 next_stream = itertools.cycle((one, other))
                 while not union.is_covered():
-                    if union.is_unshuffled or union.answers >= MAX_ANSWERS:
+                    if union.is_unshuffled:
                         return False
                     # No more than it takes if they bring nothing new: none is left over then.
                     while not waiting or (
@@ -393,9 +392,8 @@ class _Lookup:
         return [each for each in found if (":" in each) == (":" in found[0])]
 
     def _ask_addresses(self, name: str, channel: Channel) -> set[bytes]:
-        limit = channel.udp_limit(self._until)
         for kind in ("A", "AAAA"):
-            reply, _ = channel.ask(self._resolver._query(name, kind, limit), self._until)
+            reply, _ = channel.ask(self._resolver._query(name, kind), self._until)
             found = reply.addresses.get(name, set())
             if reply.answers and not found:
                 raise BadReply("answered with records that were not asked for")
