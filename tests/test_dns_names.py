@@ -41,10 +41,6 @@ def test_what_dns_cannot_carry_is_an_error_that_names_service_map(topic: str) ->
     """Nothing is cut short in silence: too long and not ASCII are errors with the remedy."""
     with pytest.raises(InvalidTopic, match="service_map"):
         service_of(topic, "{topic}", {})
-
-
-def test_an_empty_topic_is_invalid() -> None:
-    """There is no service without a name."""
     with pytest.raises(InvalidTopic):
         service_of("", "{topic}", {})
 
@@ -103,26 +99,23 @@ def names(**settings: object) -> Names:
     return Names(catalog(**settings))
 
 
-def test_a_topic_is_asked_for_in_rfc_2782s_form() -> None:
-    """The tag takes the place of the protocol; the datacenter stands before the domain."""
-    assert names().of_topic("cron", "") == ["_cron._tcp.service.consul."]
-    assert names(tag="Gold").of_topic("cron", "dc2") == ["_cron._Gold.service.dc2.consul."]
-    assert names(domain=".Corp.Example.").of_topic("cron", "") == [
-        "_cron._tcp.service.corp.example."
-    ]
-
-
-def test_a_sharded_topic_is_asked_for_shard_by_shard() -> None:
-    """Each shard is a tag; together they are the topic."""
-    assert names(shards=3).of_topic("cron", "dc1") == [
-        f"_cron._s0{number}.service.dc1.consul." for number in range(3)
-    ]
-
-
-def test_a_prepared_query_is_asked_for_by_its_name() -> None:
-    """It has neither tags nor shards."""
-    assert names(tag="gold").of_topic("near.by.query", "") == ["near.by.query.consul."]
-    assert names(shards=3).of_topic("cron.query", "dc2") == ["cron.query.dc2.consul."]
+@pytest.mark.parametrize(
+    ("settings", "service", "datacenter", "asked"),
+    [
+        ({}, "cron", "", "_cron._tcp.service.consul."),
+        ({"tag": "Gold"}, "cron", "dc2", "_cron._Gold.service.dc2.consul."),
+        ({"domain": ".Corp.Example."}, "cron", "", "_cron._tcp.service.corp.example."),
+        ({"shards": 2}, "cron", "d", "_cron._s00.service.d.consul. _cron._s01.service.d.consul."),
+        ({"tag": "gold"}, "near.by.query", "", "near.by.query.consul."),
+        ({"shards": 3}, "cron.query", "dc2", "cron.query.dc2.consul."),
+    ],
+)
+def test_the_names_of_a_topic(
+    settings: dict[str, object], service: str, datacenter: str, asked: str
+) -> None:
+    """RFC 2782's form, which every version answers alike, with the tag in place of the protocol, or
+    one name for each shard; a prepared query by its own name, which has neither tags nor shards."""
+    assert names(**settings).of_topic(service, datacenter) == asked.split()
 
 
 def test_a_server_is_asked_for_by_its_tag() -> None:
@@ -148,11 +141,7 @@ def test_a_query_says_how_much_room_its_reply_has() -> None:
     [
         ("0a090905.addr.dc1.consul.", None, b"\x0a\x09\x09\x05"),
         ("0A090905.Addr.consul.", None, b"\x0a\x09\x09\x05"),
-        (
-            "20010db8" + "0" * 23 + "7.addr.dc1.consul.",
-            None,
-            bytes.fromhex("20010db8" + "0" * 23 + "7"),
-        ),
+        ("20010db8" + "0" * 24 + ".addr.dc1.consul.", None, b"\x20\x01\x0d\xb8" + bytes(12)),
         ("n.with.dots.node.dc1.consul.", "n.with.dots", None),
         ("zzzzzzzz.addr.dc1.consul.", None, None),
         ("0a0001.addr.dc1.consul.", None, None),

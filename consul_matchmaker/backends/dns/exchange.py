@@ -41,7 +41,7 @@ LENGTH_BYTES = 2
 """Before each message on a TCP connection (RFC 1035, section 4.2.2)."""
 
 
-_Place = tuple[socket.AddressFamily, tuple[object, ...]]
+_SocketAddress = tuple[socket.AddressFamily, tuple[object, ...]]
 
 
 class Channel:
@@ -56,8 +56,8 @@ class Channel:
         self.udp, self.tcp = udp, tcp
         self._names = names
         self._timeout_seconds = timeout_seconds
-        self._place: _Place | None = None
-        self._useless_places = 0
+        self._socket_address: _SocketAddress | None = None
+        self._failed_addresses = 0
         self._tcp_first_until = 0.0
         self._open: set[socket.socket] = set()
         self._kept: list[Stream] = []
@@ -189,22 +189,22 @@ class Channel:
         self._open.discard(sock)
         sock.close()
 
-    def _resolved(self, until: float) -> _Place:
-        place = self._place  # another thread may forget it meanwhile
-        if place is None:
+    def _resolved(self, until: float) -> _SocketAddress:
+        known = self._socket_address  # another thread may forget it meanwhile
+        if known is None:
             # IPv4 first, where Consul listens by default, though `localhost` is IPv6 as well.
             found = self._names.addresses(self.agent.address, until)
             if not found:
                 raise OSError(f"there is no host of the name {self.agent.address}")
-            address = found[self._useless_places % len(found)]
+            address = found[self._failed_addresses % len(found)]
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            place = self._place = (family, (address, self.agent.port))
-        return place
+            known = self._socket_address = (family, (address, self.agent.port))
+        return known
 
     def unreachable(self) -> None:
         """Nothing came from the agent: resolve its name anew, and take its next address."""
-        self._useless_places += 1
-        self._place = None
+        self._failed_addresses += 1
+        self._socket_address = None
 
     def __repr__(self) -> str:
         return f"<Channel {self.agent}, {len(self._kept)} connections kept>"

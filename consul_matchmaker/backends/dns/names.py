@@ -33,9 +33,9 @@ def service_of(
     What *service_map* says of the topic, else *template* with the topic for ``{topic}``, in which
     capitals become small letters (DNS does not tell them apart) and every character but letters,
     digits, ``_`` and ``-`` becomes ``-``: ``notifications.info`` is the service
-    ``notifications-info``.  So two topics can meet on one service; whoever asks says so.  With
+    ``notifications-info``.  That may be another topic's, and the resolver says so in the log.  With
     *strict* such a topic is refused instead.  That is not the default, because topics of
-    oslo.messaging have dots (``notifications.info``) and its users cannot choose others.
+    oslo.messaging have dots and its users cannot choose others.
 
     Raises InvalidTopic where that cannot be asked for: longer than 62 characters, or not ASCII.
     Nothing is shortened or left out, because operators have to be able to tell the name.

@@ -308,9 +308,6 @@ class _Lookup:
         )
         self._take(union, channel, name)
 
-    def _exchange_until(self) -> float:
-        return min(time.monotonic() + self._resolver._timeout_seconds, self._until)
-
     def _complete(self, channel: Channel, query: bytes, union: Union) -> bool:
         """Ask again by TCP, and again, until every record was seen; whether that came in time."""
         failures = 0
@@ -388,7 +385,8 @@ class _Lookup:
             smallest = min(map(len, known[name]), default=0)
             return [_text(each) for each in sorted(known[name]) if len(each) == smallest]
         host_name = Host.parse(f"{name.rstrip('.')}:1").address
-        found = self._resolver._host_names.addresses(host_name, self._exchange_until())
+        until = min(time.monotonic() + self._resolver._timeout_seconds, self._until)
+        found = self._resolver._host_names.addresses(host_name, until)
         return [each for each in found if (":" in each) == (":" in found[0])]
 
     def _ask_addresses(self, name: str, channel: Channel) -> set[bytes]:
