@@ -142,7 +142,7 @@ def test_a_query_says_how_much_room_its_reply_has() -> None:
         ("0a090905.addr.dc1.consul.", None, b"\x0a\x09\x09\x05"),
         ("0A090905.Addr.consul.", None, b"\x0a\x09\x09\x05"),
         ("20010db8" + "0" * 24 + ".addr.dc1.consul.", None, b"\x20\x01\x0d\xb8" + bytes(12)),
-        ("n.with.dots.node.dc1.consul.", "n.with.dots", None),
+        ("n.with.node.dots.node.dc1.consul.", "n.with.node.dots", None),
         ("zzzzzzzz.addr.dc1.consul.", None, None),
         ("0a0001.addr.dc1.consul.", None, None),
         ("0a000001ff.addr.dc1.consul.", None, None),
