@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import ipaddress
+import itertools
 import random
-import selectors
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import dns.flags
 import dns.message
@@ -69,139 +70,102 @@ class DnsServer:
         self.connections = 0
         self.closing = threading.Event()
         self._serve_tcp = serve_tcp or DnsServer._serve_queries
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._udp, self._tcp, port = _bound(family, address)
-        self.address = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-        self.port = port
+        self._udp, self._tcp, self.port = _bound(address)
+        self.address = f"[{address}]:{self.port}" if ":" in address else f"{address}:{self.port}"
         self._threads: list[threading.Thread] = []
         self._streams: list[socket.socket] = []
         if udp:
-            self._start(self._run_udp)
+            self._start(self._repeat, self._answer_udp)
         else:
             self._udp.close()
         if tcp:
             self._tcp.listen(16)
-            self._start(self._run_tcp)
+            self._start(self._repeat, self._accept)
         else:
             self._tcp.close()
 
-    def _start(self, run: Callable[[], None]) -> None:
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        self._threads.append(thread)
+    def _start(self, run: Callable[..., None], *args: object) -> None:
+        self._threads.append(threading.Thread(target=run, args=args, daemon=True))
+        self._threads[-1].start()
 
     def __enter__(self) -> DnsServer:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def close(self) -> None:
         self.closing.set()
-        for each in (self._udp, self._tcp, *self._streams):
-            _end(each)
+        for stream in self._streams:
+            with contextlib.suppress(OSError):
+                stream.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(5)
             assert not thread.is_alive()
+        for each in (self._udp, self._tcp, *self._streams):
+            each.close()
 
     def names(self) -> list[str]:
         """What was asked for, in order."""
         return [asked.name for asked in self.asked]
 
-    def _run_udp(self) -> None:
+    def _repeat(self, serve_one: Callable[[], None]) -> None:
         while not self.closing.is_set():
-            if not _readable(self._udp):
-                continue
-            try:
-                wire, source = self._udp.recvfrom(65_535)
-                if source is None:  # shut down
-                    return
-                asked = Asked(wire, False, source[:2])
-                self.asked.append(asked)
-                for reply in self.answer(asked):
-                    self._udp.sendto(reply, source)
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):  # nothing came for a while, or who asked has gone
+                serve_one()
 
-    def _run_tcp(self) -> None:
-        while not self.closing.is_set():
-            if not _readable(self._tcp):
-                continue
-            try:
-                stream, _ = self._tcp.accept()
-            except OSError:
-                continue
-            self.connections += 1
-            self._streams.append(stream)
-            self._start(lambda stream=stream: self._run_stream(stream))
+    def _answer_udp(self) -> None:
+        wire, source = self._udp.recvfrom(65_535)
+        self.asked.append(Asked(wire, False, source[:2]))
+        for reply in self.answer(self.asked[-1]):
+            self._udp.sendto(reply, source)
+
+    def _accept(self) -> None:
+        stream, _ = self._tcp.accept()
+        self.connections += 1
+        self._streams.append(stream)
+        self._start(self._run_stream, stream)
 
     def _run_stream(self, stream: socket.socket) -> None:
-        try:
+        with contextlib.suppress(OSError), stream:
             self._serve_tcp(self, stream)
-        except OSError:
-            pass
-        finally:
-            _end(stream)
 
     def receive(self, stream: socket.socket) -> Asked | None:
         """The next query of a TCP connection; None at its end."""
-        head = _exactly(stream, 2)
-        wire = _exactly(stream, int.from_bytes(head, "big")) if head else b""
+        head = stream.recv(2, socket.MSG_WAITALL)
+        wire = stream.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL) if head else b""
         if not wire:
             return None
         asked = Asked(wire, True, stream.getpeername()[:2])
         self.asked.append(asked)
         return asked
 
+    def reply(self, stream: socket.socket, asked: Asked) -> None:
+        for reply in self.answer(asked):
+            stream.sendall(len(reply).to_bytes(2, "big") + reply)
+
     def _serve_queries(self, stream: socket.socket) -> None:
         while (asked := self.receive(stream)) is not None:
-            for reply in self.answer(asked):
-                stream.sendall(len(reply).to_bytes(2, "big") + reply)
+            self.reply(stream, asked)
 
 
-def _bound(family: socket.AddressFamily, address: str) -> tuple[socket.socket, socket.socket, int]:
-    """A UDP and a TCP socket on one free port."""
+def _bound(address: str) -> tuple[socket.socket, socket.socket, int]:
+    """A UDP and a TCP socket on one free port, of which nobody waits long."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     while True:
-        tcp = socket.socket(family, socket.SOCK_STREAM)
-        udp = socket.socket(family, socket.SOCK_DGRAM)
-        tcp.bind((address, 0))
+        udp, tcp = (socket.socket(family, kind) for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM))
+        for each in (udp, tcp):
+            each.settimeout(0.05)
         try:
+            tcp.bind((address, 0))
             udp.bind(tcp.getsockname()[:2])
-        except OSError:
+        except OSError as error:
             tcp.close()
             udp.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
             continue
         return udp, tcp, tcp.getsockname()[1]
-
-
-def _readable(each: socket.socket) -> bool:
-    with selectors.DefaultSelector() as selector:
-        try:
-            selector.register(each, selectors.EVENT_READ)
-        except (ValueError, OSError):
-            return False
-        return bool(selector.select(0.05))
-
-
-def _end(each: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        each.shutdown(socket.SHUT_RDWR)
-    each.close()
-
-
-def _exactly(stream: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        part = stream.recv(count - len(data))
-        if not part:
-            return b""
-        data += part
-    return data
 
 
 # -- messages
@@ -239,7 +203,23 @@ def rrset(text: str) -> dns.rrset.RRset:
     return dns.rrset.from_text(dns.name.from_text(name), ttl, "IN", first, rest)
 
 
-NOTHING: tuple[bytes, ...] = ()
+ASKED = b"\xc0\x0c"  # a pointer to the name in the question
+
+
+def header(asked: Asked, answers: int, additional: int = 0) -> bytes:
+    """A reply's header and question."""
+    question = asked.wire[12 : 12 + asked.wire[12:].index(b"\0") + 5]
+    return asked.wire[:2] + struct.pack("!BBHHHH", 0x84, 0, 1, answers, 0, additional) + question
+
+
+def record(name: bytes, kind: int, data: bytes, ttl: int = 0) -> bytes:
+    return name + struct.pack("!HHIH", kind, 1, ttl, len(data)) + data
+
+
+def name_bytes(name: str) -> bytes:
+    wire = dns.name.from_text(name).to_wire()
+    assert wire is not None
+    return wire
 
 
 # -- Consul
@@ -264,168 +244,84 @@ class FakeConsul:
     """
 
     services: dict[tuple[str, str], list[FakeInstance]] = field(default_factory=dict)
-    udp_limit: int | None = None
     is_shuffled: bool = True
     additional: bool = True
     ttl: int = 0
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
-        self._rendered: dict[tuple[int, str], tuple[bytes, bytes]] = {}
-        for (_, dc), instances in self.services.items():
-            for each in instances:
-                self._answer(each, dc or "dc1")
+        self._random = random.Random(0)
+        self._rendered: dict[tuple[int, str], tuple[bytes, bytes, bytes]] = {}
 
     def __call__(self, asked: Asked) -> list[bytes]:
-        question = asked.message.question[0]
-        labels = question.name.to_text().lower().removesuffix("." + DOMAIN).split(".")
+        """``_<service>._<tag or tcp>.service[.<datacenter>]`` and ``<node>.node.<datacenter>``."""
+        labels = asked.name.removesuffix("." + DOMAIN).split(".")
         if asked.kind != "SRV":
-            return [self._address(asked, labels)]
-        dc = ""
-        if labels[-1] not in ("service", "query"):
-            dc = labels.pop()
-        if labels[-1] == "query":
-            found = self.services.get((".".join(labels), dc), [])
-        elif len(labels) == 3 and labels[0][:1] == labels[1][:1] == "_":
-            tag = labels[1][1:]
-            found = [
-                each
-                for each in self.services.get((labels[0][1:], dc), [])
-                if tag == "tcp" or tag in each.tags
-            ]
-        else:
-            found = []
+            return [self._address(asked, ".".join(labels).partition(".node")[0])]
+        dc = "" if labels[-1] == "service" else labels.pop()
+        service, tag = labels[0][1:], labels[1][1:]
+        found = [
+            each
+            for each in self.services.get((service, dc), [])
+            if tag == "tcp" or tag in each.tags
+        ]
         if not found:
             return [reply_to(asked, rcode="NXDOMAIN")]
-        found = list(found)
         if self.is_shuffled:
             self._random.shuffle(found)
-        return [self._cut(asked, found, dc or "dc1")]
+        return [self._cut(asked, [self._answer(each, dc or "dc1") for each in found])]
 
-    def _address(self, asked: Asked, labels: list[str]) -> bytes:
-        node = ".".join(labels).partition(".node")[0]
-        for instances in self.services.values():
-            for each in instances:
-                if each.node == node:
-                    kind = "AAAA" if ":" in each.address else "A"
-                    return reply_to(asked, [f"{kind} {each.address}"] * (kind == asked.kind))
+    def _address(self, asked: Asked, node: str) -> bytes:
+        for each in itertools.chain.from_iterable(self.services.values()):
+            if each.node == node:
+                kind = "AAAA" if ":" in each.address else "A"
+                return reply_to(asked, [f"{kind} {each.address}"] * (kind == asked.kind))
         return reply_to(asked, rcode="NXDOMAIN")
 
-    def _cut(self, asked: Asked, found: list[FakeInstance], dc: str) -> bytes:
+    def _cut(self, asked: Asked, found: list[tuple[bytes, bytes, bytes]]) -> bytes:
         if asked.is_tcp:
             found, limit = found[:1_024], 65_523
         else:
             limit = max(512, asked.message.payload)
-            limit = min(limit, self.udp_limit or limit)
-        question = asked.wire[12 : 12 + asked.wire[12:].index(b"\0") + 5]
-        answers = [self._answer(each, dc) for each in found]
-        text = [_text_record(each.node or "n", each.text, dc) for each in found if each.text]
-        base = 12 + len(question)
-        sizes = [len(srv) + len(address) for srv, address in answers]
-        total = base + sum(sizes) + sum(map(len, text))
-        kept = len(answers)
-        if total > limit:
+        base = len(header(asked, 0))
+        texts = [text for _, _, text in found]
+        sizes = [len(srv) + len(address) for srv, address, _ in found]
+        over = base + sum(sizes) + sum(map(len, texts)) - limit
+        kept = len(found)
+        if over > 0:
             # Texts count until the first instance goes, and then all of them go (see METADATA).
-            if total - limit <= 100:
+            texts = []
+            kept -= over <= 100
+            while base + sum(sizes[:kept]) > limit:
                 kept -= 1
-            text, total = [], base + sum(sizes[:kept])
-            while total > limit:
-                kept -= 1
-                total -= sizes[kept]
-        answers = answers[:kept]
-        additional = [address for _, address in answers if address] + text
-        head = asked.wire[:2] + struct.pack("!BBHHHH", 0x85, 0, 1, len(answers), 0, len(additional))
-        return head + question + b"".join(srv for srv, _ in answers) + b"".join(additional)
+        additional = [address for _, address, _ in found[:kept] if address] + list(
+            filter(None, texts)
+        )
+        answers = [srv for srv, _, _ in found[:kept]]
+        return header(asked, kept, len(additional)) + b"".join(answers + additional)
 
-    def _answer(self, each: FakeInstance, dc: str) -> tuple[bytes, bytes]:
+    def _answer(self, each: FakeInstance, dc: str) -> tuple[bytes, bytes, bytes]:
+        """Its SRV record, its address record and its node's TXT record, the last two perhaps
+        empty."""
         if (id(each), dc) not in self._rendered:
             self._rendered[id(each), dc] = self._render(each, dc)
         return self._rendered[id(each), dc]
 
-    def _render(self, each: FakeInstance, dc: str) -> tuple[bytes, bytes]:
-        packed = _packed(each.address)
-        if packed is None:
-            target, record = dns.name.from_text(each.address).to_wire(), b""
+    def _render(self, each: FakeInstance, dc: str) -> tuple[bytes, bytes, bytes]:
+        address = text = b""
+        try:
+            packed = ipaddress.ip_address(each.address).packed
+        except ValueError:  # a host name
+            target = name_bytes(each.address)
         else:
             name = f"{each.node}.node" if each.node else f"{packed.hex()}.addr"
-            target = dns.name.from_text(f"{name}.{dc}.{DOMAIN}").to_wire()
-            kind = 1 if len(packed) == 4 else 28
-            record = target + struct.pack("!HHIH", kind, 1, self.ttl, len(packed)) + packed
-        assert target is not None
-        data = struct.pack("!HHH", 1, 1, each.port) + target
-        srv = b"\xc0\x0c" + struct.pack("!HHIH", 33, 1, self.ttl, len(data)) + data
-        return srv, record if self.additional else b""
-
-
-def _packed(address: str) -> bytes | None:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            return socket.inet_pton(family, address)
-        except OSError:
-            pass
-    return None
-
-
-def _text_record(node: str, text: str, dc: str) -> bytes:
-    name = dns.name.from_text(f"{node}.node.{dc}.{DOMAIN}").to_wire()
-    assert name is not None
-    data = bytes([len(text)]) + text.encode()
-    return name + struct.pack("!HHIH", 16, 1, 0, len(data)) + data
-
-
-# -- a bad network
-
-
-class LossyRelay:
-    """Carries UDP between clients and *server*, and loses each packet with *loss*, either way."""
-
-    def __init__(self, server: DnsServer, loss: float, seed: int) -> None:
-        self.lost = 0
-        self._random = random.Random(seed)
-        self._loss = loss
-        self._upstream: dict[tuple[str, int], socket.socket] = {}
-        self._server = ("127.0.0.1", server.port)
-        self._front = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._front.bind(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._front.getsockname()[1]}"
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> LossyRelay:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._closing.set()
-        self._thread.join(5)
-        for each in (self._front, *self._upstream.values()):
-            each.close()
-
-    def _run(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._front, selectors.EVENT_READ, None)
-            while not self._closing.is_set():
-                for key, _ in selector.select(0.05):
-                    self._carry(selector, key.data)
-
-    def _carry(self, selector: selectors.BaseSelector, client: tuple[str, int] | None) -> None:
-        if client is not None:
-            wire = self._upstream[client].recv(65_535)
-            if not self._is_lost():
-                self._front.sendto(wire, client)
-            return
-        wire, client = self._front.recvfrom(65_535)
-        if self._is_lost():
-            return
-        if client not in self._upstream:
-            upstream = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            upstream.connect(self._server)
-            self._upstream[client] = upstream
-            selector.register(upstream, selectors.EVENT_READ, client)
-        self._upstream[client].send(wire)
-
-    def _is_lost(self) -> bool:
-        is_lost = self._random.random() < self._loss
-        self.lost += is_lost
-        return is_lost
+            target = name_bytes(f"{name}.{dc}.{DOMAIN}")
+            if self.additional:
+                address = record(target, 1 if len(packed) == 4 else 28, packed, self.ttl)
+        if each.text:
+            data = bytes([len(each.text)]) + each.text.encode()
+            text = record(name_bytes(f"{each.node or 'n'}.node.{dc}.{DOMAIN}"), 16, data)
+        return (
+            record(ASKED, 33, struct.pack("!HHH", 1, 1, each.port) + target, self.ttl),
+            address,
+            text,
+        )

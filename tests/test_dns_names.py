@@ -7,11 +7,10 @@ import pytest
 
 from consul_matchmaker.backends.dns.names import (
     Names,
-    is_translated,
+    address_of,
+    node_of,
     query_for,
     service_of,
-    shard_of,
-    shard_tag,
 )
 from consul_matchmaker.errors import InvalidTopic
 from tests.doubles import catalog
@@ -42,10 +41,6 @@ def test_what_dns_cannot_carry_is_an_error_that_names_service_map(topic: str) ->
     """Nothing is cut short in silence: too long and not ASCII are errors with the remedy."""
     with pytest.raises(InvalidTopic, match="service_map"):
         service_of(topic, "{topic}", {})
-
-
-def test_an_empty_topic_is_invalid() -> None:
-    """There is no service without a name."""
     with pytest.raises(InvalidTopic):
         service_of("", "{topic}", {})
 
@@ -84,7 +79,6 @@ def test_the_error_says_whether_topic_or_map_is_to_be_mended() -> None:
 )
 def test_which_topics_are_translated(topic: str, template: str, is_other: bool) -> None:
     """Those with characters that a service cannot have; with strict names they are refused."""
-    assert is_translated(topic, template) is is_other
     if is_other:
         with pytest.raises(InvalidTopic, match="strict_names"):
             service_of(topic, template, {}, strict=True)
@@ -101,42 +95,27 @@ def test_prepared_queries() -> None:
     assert service_of("t.query", "{topic}", {}) == "t-query"
 
 
-def test_shards_are_stable_and_even() -> None:
-    """The same instance has the same shard everywhere, and none is crowded."""
-    assert shard_of("node7:9501", 10) == "s02"
-    assert [shard_tag(0), shard_tag(99)] == ["s00", "s99"]
-    counts: dict[str, int] = {}
-    for number in range(5_000):
-        shard = shard_of(f"node{number}:9501", 10)
-        counts[shard] = counts.get(shard, 0) + 1
-    assert len(counts) == 10
-    assert max(counts.values()) < 600  # what is left over fits into one answer
-
-
 def names(**settings: object) -> Names:
     return Names(catalog(**settings))
 
 
-def test_a_topic_is_asked_for_in_rfc_2782s_form() -> None:
-    """The tag takes the place of the protocol; the datacenter stands before the domain."""
-    assert names().of_topic("cron", "") == ["_cron._tcp.service.consul."]
-    assert names(tag="Gold").of_topic("cron", "dc2") == ["_cron._Gold.service.dc2.consul."]
-    assert names(domain=".Corp.Example.").of_topic("cron", "") == [
-        "_cron._tcp.service.corp.example."
-    ]
-
-
-def test_a_sharded_topic_is_asked_for_shard_by_shard() -> None:
-    """Each shard is a tag; together they are the topic."""
-    assert names(shards=3).of_topic("cron", "dc1") == [
-        f"_cron._s0{number}.service.dc1.consul." for number in range(3)
-    ]
-
-
-def test_a_prepared_query_is_asked_for_by_its_name() -> None:
-    """It has neither tags nor shards."""
-    assert names(tag="gold").of_topic("near.by.query", "") == ["near.by.query.consul."]
-    assert names(shards=3).of_topic("cron.query", "dc2") == ["cron.query.dc2.consul."]
+@pytest.mark.parametrize(
+    ("settings", "service", "datacenter", "asked"),
+    [
+        ({}, "cron", "", "_cron._tcp.service.consul."),
+        ({"tag": "Gold"}, "cron", "dc2", "_cron._Gold.service.dc2.consul."),
+        ({"domain": ".Corp.Example."}, "cron", "", "_cron._tcp.service.corp.example."),
+        ({"shards": 2}, "cron", "d", "_cron._s00.service.d.consul. _cron._s01.service.d.consul."),
+        ({"tag": "gold"}, "near.by.query", "", "near.by.query.consul."),
+        ({"shards": 3}, "cron.query", "dc2", "cron.query.dc2.consul."),
+    ],
+)
+def test_the_names_of_a_topic(
+    settings: dict[str, object], service: str, datacenter: str, asked: str
+) -> None:
+    """RFC 2782's form, which every version answers alike, with the tag in place of the protocol, or
+    one name for each shard; a prepared query by its own name, which has neither tags nor shards."""
+    assert names(**settings).of_topic(service, datacenter) == asked.split()
 
 
 def test_a_server_is_asked_for_by_its_tag() -> None:
@@ -150,8 +129,26 @@ def test_a_server_is_asked_for_by_its_tag() -> None:
 
 def test_a_query_says_how_much_room_its_reply_has() -> None:
     """One question of class IN, and EDNS with that size; what does not fit DNS is InvalidTopic."""
-    message = dns.message.from_wire(query_for("_cron._tcp.service.consul.", "SRV", 4096))
+    message = dns.message.from_wire(query_for("_cron._tcp.service.consul.", "SRV"))
     assert [str(each) for each in message.question] == ["_cron._tcp.service.consul. IN SRV"]
-    assert (message.edns, message.payload) == (0, 4096)
+    assert (message.edns, message.payload) == (0, 1232)
     with pytest.raises(InvalidTopic, match="cannot be asked for over DNS"):
-        query_for("x" * 64 + ".consul.", "SRV", 1232)
+        query_for("x" * 64 + ".consul.", "SRV")
+
+
+@pytest.mark.parametrize(
+    ("target", "node", "address"),
+    [
+        ("0a090905.addr.dc1.consul.", None, b"\x0a\x09\x09\x05"),
+        ("0A090905.Addr.consul.", None, b"\x0a\x09\x09\x05"),
+        ("20010db8" + "0" * 24 + ".addr.dc1.consul.", None, b"\x20\x01\x0d\xb8" + bytes(12)),
+        ("n.with.node.dots.node.dc1.consul.", "n.with.node.dots", None),
+        ("zzzzzzzz.addr.dc1.consul.", None, None),
+        ("0a0001.addr.dc1.consul.", None, None),
+        ("0a000001ff.addr.dc1.consul.", None, None),
+        ("0a090905.example.", None, None),
+    ],
+)
+def test_what_a_targets_name_says(target: str, node: str | None, address: bytes | None) -> None:
+    """Of a node its name, of a service's address the address itself, if it is one."""
+    assert (node_of(target), address_of(target)) == (node, address)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from consul_matchmaker.backends.dns import wire as dns_wire
 from consul_matchmaker.backends.dns.wire import BadReply, NotOurs, Reply, Srv
+from tests.dns_servers import ASKED, name_bytes, record
 
 CASES = int(os.environ.get("CONSUL_MATCHMAKER_WIRE_CASES", "300"))
 """Of each property below; 50,000 for the 100,000 that were run once."""
@@ -186,150 +187,35 @@ def test_noise_is_refused(noise: bytes) -> None:
 
 # -- single cases
 
+TARGET = b"\x01n\x04node\x03dc1\x06consul\x00"
+NAMED = "n.node.dc1.consul."
+
 
 def message(
-    *records: bytes, flags: int = 0x8400, counts: tuple[int, int, int] = (1, 0, 0)
+    *records: bytes, counts: tuple[int, int, int] = (1, 0, 0), flags: int = 0x8400
 ) -> bytes:
-    head = QUERY[:2] + struct.pack("!HHHHH", flags, 1, *counts)
-    return (
-        head
-        + QUERY[12 : 12 + len(dns.name.from_text(NAME).to_wire() or b"") + 4]
-        + b"".join(records)
-    )
+    """The reply to QUERY: its header and question, and whatever *records* are."""
+    question = QUERY[12 : 12 + len(name_bytes(NAME)) + 4]
+    return QUERY[:2] + struct.pack("!HHHHH", flags, 1, *counts) + question + b"".join(records)
 
 
-def record(name: bytes, kind: int, data: bytes, ttl: int = 0) -> bytes:
-    return name + struct.pack("!HHIH", kind, 1, ttl, len(data)) + data
-
-
-ASKED = b"\xc0\x0c"
-TARGET = b"\x01n\x04node\x03dc1\x06consul\x00"
-
-
-def test_another_id_is_not_ours() -> None:
-    """A reply with another id is told apart from a damaged one, so that waiting can go on."""
-    with pytest.raises(NotOurs):
-        dns_wire.read(b"\x00\x00" + message()[2:], QUERY)
-
-
-def test_another_question_is_not_ours() -> None:
-    """The same id for another name is somebody else's answer."""
-    other = dns.message.make_query("_other._tcp.service.consul.", "SRV", id=4711)
-    with pytest.raises(NotOurs):
-        dns_wire.read(dns.message.make_response(other).to_wire(), QUERY)
-
-
-def test_a_query_is_not_a_reply() -> None:
-    """Our own query, sent back, is no answer."""
-    with pytest.raises(NotOurs):
-        dns_wire.read(QUERY, QUERY)
-
-
-def test_the_question_may_come_back_in_other_case() -> None:
-    """Consul from 1.19 on lower-cases the name it gives back."""
-    query = dns.message.make_query(NAME.upper(), "SRV", id=4711).to_wire()
-    wire = message(record(ASKED, 33, struct.pack("!HHH", 1, 1, 80) + TARGET))
-    assert dns_wire.read(wire, query).records == [Srv(1, 1, 80, "n.node.dc1.consul.")]
-
-
-def test_an_error_may_leave_the_question_out() -> None:
-    """REFUSED and its like are believed without a question; an answer without one is not."""
-    assert dns_wire.read(QUERY[:2] + b"\x84\x05" + bytes(8), QUERY).rcode == dns_wire.REFUSED
-    with pytest.raises(NotOurs):
-        dns_wire.read(QUERY[:2] + b"\x84\x00" + bytes(8), QUERY)
-
-
-@pytest.mark.parametrize(
-    ("name", "wire"),
-    [
-        ("itself", message(record(b"\xc0" + bytes([len(message())]), 33, b""))),
-        ("forward", message(record(b"\xc0\xff", 33, b""))),
-        (
-            "loop",
-            message(record(ASKED, 33, bytes(6) + b"\x01a\xc0" + bytes([len(message()) + 18]))),
-        ),
-        ("label type", message(record(b"\x40a\x00", 33, b""))),
-        ("past the end", message(record(ASKED, 33, b"")[:-2])),
-        ("length past the end", message(record(ASKED, 16, b"")[:-2] + b"\xff\xff")),
-        ("short SRV", message(record(ASKED, 33, bytes(6)))),
-        ("long SRV", message(record(ASKED, 33, bytes(6) + TARGET + b"x"))),
-        ("5-byte A", message(record(ASKED, 1, bytes(5)))),
-        ("more than counted", message(b"x", counts=(0, 0, 0))),
-        ("less than counted", message(counts=(9, 0, 0))),
-    ],
-)
-def test_every_kind_of_damage_is_one_error(name: str, wire: bytes) -> None:
-    """Pointer loops, lengths past the end and wrong counts are all BadReply."""
-    with pytest.raises(BadReply):
-        dns_wire.read(wire, QUERY)
-
-
-def test_records_of_other_names_are_not_ours() -> None:
-    """An SRV record for another name in the answer names no host of this one."""
-    wire = message(record(TARGET, 33, struct.pack("!HHH", 1, 1, 80) + TARGET))
-    reply = dns_wire.read(wire, QUERY)
-    assert (reply.records, reply.answers) == ([], 1)
-
-
-def test_a_name_is_at_most_255_bytes() -> None:
-    """Pointers cannot make a name longer than DNS allows."""
-    long = (
-        b"".join(b"\x3f" + bytes([97 + i]) * 63 for i in range(3)) + b"\x3c" + b"d" * 60 + b"\x00"
-    )
-    first = record(ASKED, 33, bytes(6) + long)
-    dns_wire.read(message(first), QUERY)
-    start = len(message()) + 12 + 6
-    longer = record(ASKED, 33, bytes(6) + b"\x01e" + struct.pack("!H", 0xC000 | start))
-    with pytest.raises(BadReply):
-        dns_wire.read(message(first, longer, counts=(2, 0, 0)), QUERY)
-
-
-def test_a_pointer_into_its_own_name_is_refused() -> None:
-    """A name that leads back into data before it, and from there over itself, is no name: where it
-    ends is a matter of taste (found by the cases above: dnspython goes on after the last byte)."""
-    first = record(ASKED, 16, b"\x01a\x0bx")
-    back = struct.pack("!H", 0xC000 | len(message()) + 12 + 2)
-    wire = message(first, record(b"\x01b" + back, 1, bytes(4)), counts=(2, 0, 0))
-    with pytest.raises(BadReply):
-        dns_wire.read(wire + b"\0", QUERY)
-
-
-def test_a_chain_of_pointers_costs_little() -> None:
-    """A message of pointers to pointers is refused instead of followed thousands of times."""
-    start = len(message()) + 12
-    chain = ASKED + b"".join(
-        struct.pack("!H", 0xC000 | start + 2 * i) for i in range((0x3FFF - start) // 2 - 4)
-    )
-    owner = struct.pack("!H", 0xC000 | start + len(chain) - 2)
-    wire = message(record(ASKED, 16, chain), record(owner, 33, bytes(6) + TARGET), counts=(2, 0, 0))
-    with pytest.raises(BadReply):
-        dns_wire.read(wire, QUERY)
-
-
-@pytest.mark.parametrize(("ttl", "seconds"), [(0, 0), (7, 7), (2**31 - 1, 2**31 - 1), (2**31, 0)])
-def test_a_ttl_with_its_highest_bit_set_is_zero(ttl: int, seconds: int) -> None:
-    """RFC 2181, section 8."""
-    wire = message(record(ASKED, 33, struct.pack("!HHH", 1, 1, 80) + TARGET, ttl))
-    assert dns_wire.read(wire, QUERY).ttl_seconds == seconds
-
-
-def test_a_denial_lasts_as_its_soa_says() -> None:
-    """The TTL of "no such name" is the smaller of the SOA's own and its minimum (RFC 2308)."""
-    soa = b"\x00\x00" + struct.pack("!IIIII", 1, 2, 3, 4, 9)
-    wire = message(record(b"\x00", 6, soa, ttl=30), flags=0x8403, counts=(0, 1, 0))
-    assert dns_wire.read(wire, QUERY).ttl_seconds == 9
-
-
-# -- the header, bit by bit
-
-
-def srv(target: bytes, name: bytes = ASKED, ttl: int = 0, port: int = 80) -> bytes:
+def srv(target: bytes, name: bytes = ASKED, ttl: int = 0) -> bytes:
     """An SRV record."""
-    return record(name, 33, struct.pack("!HHH", 1, 2, port) + target, ttl)
+    return record(name, 33, struct.pack("!HHH", 1, 2, 80) + target, ttl)
+
+
+def pointer(place: int) -> bytes:
+    return struct.pack("!H", 0xC000 | place)
 
 
 def read_all(*records: bytes, counts: tuple[int, int, int], flags: int = 0x8400) -> Reply:
     return dns_wire.read(message(*records, flags=flags, counts=counts), QUERY)
+
+
+def not_ours(wire: bytes) -> None:
+    """*wire* is somebody else's: the reply may still come."""
+    with pytest.raises(NotOurs):
+        dns_wire.read(wire, QUERY)
 
 
 def refused(wire: bytes) -> None:
@@ -339,20 +225,63 @@ def refused(wire: bytes) -> None:
     assert not isinstance(caught.value, NotOurs)
 
 
-@pytest.mark.parametrize("length", [0, 1, 2, 3, 11])
-def test_less_than_a_header_is_not_ours(length: int) -> None:
-    """Even with our id and the bit of a reply: what is so short says nothing about the query."""
-    with pytest.raises(NotOurs):
-        dns_wire.read(message()[:length], QUERY)
+@pytest.mark.parametrize(
+    "wire",
+    [
+        pytest.param(message(record(pointer(len(message())), 33, b"")), id="pointer to itself"),
+        pytest.param(message(record(pointer(0xFF), 33, b"")), id="pointer ahead"),
+        pytest.param(message(srv(b"\x01a" + pointer(len(message()) + 18))), id="pointer loop"),
+        pytest.param(message(record(ASKED, 33, b"")[:-2]), id="past the end"),
+        pytest.param(message(record(ASKED, 16, b"")[:-2] + b"\xff\xff"), id="length past the end"),
+        pytest.param(message(srv(TARGET + b"x")), id="long SRV"),
+    ],
+)
+def test_every_kind_of_damage_is_one_error(wire: bytes) -> None:
+    """Pointer loops and lengths past the end are all BadReply."""
+    refused(wire)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_both_bytes_of_the_id_count(place: int) -> None:
-    """An id that differs in one byte only is another id."""
-    wire = bytearray(message(srv(TARGET)))
-    wire[place] ^= 1
-    with pytest.raises(NotOurs):
-        dns_wire.read(bytes(wire), QUERY)
+def test_a_pointer_into_its_own_name_is_refused() -> None:
+    """A name that leads back into data before it, and from there over itself, is no name: where it
+    ends is a matter of taste (found by the cases above: dnspython goes on after the last byte).
+    What a pointer leads to ends before the name that led there begins, to the byte."""
+    first = record(ASKED, 16, b"\x01a\x0bx")
+    back = pointer(len(message()) + 12 + 2)
+    refused(message(first, record(b"\x01b" + back, 1, bytes(4)), b"\0", counts=(2, 0, 0)))
+    first = record(ASKED, 16, b"\xc0")
+    owner = b"\x0c" + b"a" * 12 + pointer(len(message()) + 12)
+    refused(message(first, record(owner, 1, bytes(4)), counts=(2, 0, 0)))
+
+
+def test_a_chain_of_pointers_costs_little() -> None:
+    """A message of pointers to pointers is refused instead of followed thousands of times."""
+    start = len(message()) + 12
+    chain = ASKED + b"".join(pointer(start + 2 * i) for i in range((0x3FFF - start) // 2 - 4))
+    owner = pointer(start + len(chain) - 2)
+    refused(message(record(ASKED, 16, chain), srv(TARGET, owner), counts=(2, 0, 0)))
+
+
+# -- the header, bit by bit
+
+
+def test_what_is_no_reply_to_this_query_is_not_ours() -> None:
+    """Less than a header, another id, another question or not exactly one: somebody else's."""
+    wire = message(srv(TARGET))
+    not_ours(QUERY)
+    for length in (0, 1, 2, 3, 11):
+        not_ours(wire[:length])
+    end = len(message())
+    for reply in (wire, message(flags=0x8405, counts=(0, 0, 0))):
+        for place in (0, 1, 14, end - 3, end - 1):  # the id, the name, type and class
+            not_ours(reply[:place] + bytes([reply[place] ^ 1]) + reply[place + 1 :])
+    for questions in (0, 2):
+        not_ours(wire[:5] + bytes([questions]) + wire[6:])
+
+
+def test_the_question_may_come_back_in_other_case() -> None:
+    """Consul from 1.19 on lower-cases the name it gives back."""
+    query = dns.message.make_query(NAME.upper(), "SRV", id=4711).to_wire()
+    assert dns_wire.read(message(srv(TARGET)), query).records == [Srv(1, 2, 80, NAMED)]
 
 
 @pytest.mark.parametrize("opcode", [0x0800, 0x1000, 0x2000, 0x4000])
@@ -387,26 +316,7 @@ def test_which_errors_may_leave_the_question_out(rcode: int) -> None:
         reply = dns_wire.read(wire, QUERY)
         assert (reply.rcode, reply.length, reply.is_truncated) == (rcode, 12, True)
     else:
-        with pytest.raises(NotOurs):
-            dns_wire.read(wire, QUERY)
-
-
-@pytest.mark.parametrize("questions", [0, 2])
-def test_exactly_one_question_comes_back(questions: int) -> None:
-    """With none or two it is the reply to something else."""
-    wire = bytearray(message(srv(TARGET)))
-    wire[5] = questions
-    with pytest.raises(NotOurs):
-        dns_wire.read(bytes(wire), QUERY)
-
-
-def test_an_error_with_another_question_is_not_ours() -> None:
-    """A question that is there must be the right one, type and class included."""
-    for place in (len(message()) - 3, len(message()) - 1, 14):
-        wire = bytearray(message(flags=0x8405, counts=(0, 0, 0)))
-        wire[place] ^= 1
-        with pytest.raises(NotOurs):
-            dns_wire.read(bytes(wire), QUERY)
+        not_ours(wire)
 
 
 def test_a_reply_without_records_says_nothing() -> None:
@@ -422,7 +332,6 @@ def test_a_reply_without_records_says_nothing() -> None:
 ADDRESS = record(TARGET, 1, bytes([10, 0, 0, 5]))
 ADDRESS6 = record(TARGET, 28, bytes(15) + b"\x01")
 TEXT = record(TARGET, 16, b"\x01x")
-NAMED = "n.node.dc1.consul."
 
 
 def test_an_srv_record_counts_in_the_answer_only() -> None:
@@ -458,11 +367,11 @@ def test_addresses_are_found_by_lower_case_name() -> None:
     assert read_all(shouted, counts=(0, 0, 1)).addresses == {NAMED: {bytes(4)}}
 
 
-def test_an_srv_record_of_the_name_in_other_letters_counts() -> None:
-    """DNS does not tell capitals apart."""
-    upper = dns.name.from_text(NAME.upper()).to_wire()
-    assert upper is not None
-    assert len(read_all(srv(TARGET, upper), counts=(1, 0, 0)).records) == 1
+def test_an_srv_record_is_of_the_name_that_was_asked_for() -> None:
+    """In whatever letters, as DNS does not tell capitals apart; another name's names no host."""
+    for name, count in ((name_bytes(NAME.upper()), 1), (TARGET, 0)):
+        reply = read_all(srv(TARGET, name), counts=(1, 0, 0))
+        assert (len(reply.records), reply.answers) == (count, 1)
 
 
 def test_text_counts_in_the_additional_section_only() -> None:
@@ -526,6 +435,12 @@ def test_the_smallest_ttl_of_our_records_counts() -> None:
     assert read_all(*records, counts=(4, 1, 0)).ttl_seconds == 7
 
 
+@pytest.mark.parametrize(("ttl", "seconds"), [(0, 0), (7, 7), (2**31 - 1, 2**31 - 1), (2**31, 0)])
+def test_a_ttl_with_its_highest_bit_set_is_zero(ttl: int, seconds: int) -> None:
+    """RFC 2181, section 8."""
+    assert read_all(srv(TARGET, ttl=ttl), counts=(1, 0, 0)).ttl_seconds == seconds
+
+
 @pytest.mark.parametrize(
     ("minimum", "ttl", "seconds"), [(9, 30, 9), (30, 9, 9), (0, 9, 0), (2**31 - 1,) * 3]
 )
@@ -557,10 +472,6 @@ def name_of(length: int, start: int = 97) -> bytes:
         labels.append(bytes([size]) + bytes([start + len(labels)]) * size)
         rest -= size + 1
     return b"".join(labels) + b"\x00"
-
-
-def pointer(place: int) -> bytes:
-    return struct.pack("!H", 0xC000 | place)
 
 
 def spelled(name: bytes) -> str:
@@ -648,13 +559,6 @@ def test_a_name_has_as_many_pointers_as_it_could_have_labels(hops: int, is_good:
         assert dns_wire.read(wire, QUERY).addresses == {NAMED: {bytes(4)}}
     else:
         refused(wire)
-
-
-def test_a_pointer_that_shares_a_byte_with_the_name_before_is_refused() -> None:
-    """What a pointer leads to ends before the name that led there begins, to the byte."""
-    first = record(ASKED, 16, b"\xc0")
-    owner = b"\x0c" + b"a" * 12 + pointer(len(message()) + 12)
-    refused(message(first, record(owner, 1, bytes(4)), counts=(2, 0, 0)))
 
 
 def test_a_name_ends_with_its_record() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import consul
+import dns.message
 import dns.resolver
 
 from consul_matchmaker.backends.dns.resolver import DnsSrv
@@ -106,7 +107,7 @@ def ways(agent: Node, service: str, count: int) -> dict[str, Callable[[], int | 
     http_address, _, http_port = agent.http.rpartition(":")
     name = f"_{service}._tcp.service.consul."
     ours = DnsSrv(Settings(mode="catalog", addresses=(Host(*place),)))
-    query = ours._query(name, "SRV", 65_000)  # the same bytes
+    query = dns.message.make_query(name, "SRV", payload=65_000).to_wire()
     resolver = dns.resolver.Resolver(configure=False)
     resolver.nameservers, resolver.port = [address], int(port)
     client = consul.Consul(http_address, int(http_port))

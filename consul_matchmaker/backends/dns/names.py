@@ -1,4 +1,4 @@
-"""Which DNS names a topic is asked for, and the queries for them.
+"""The DNS names of Consul: which a topic is asked for, and what a target's name says by itself.
 
 A service is ``_<service>._<tag or tcp>.service[.<datacenter>].<domain>.``, RFC 2782's form, which
 every version of Consul answers alike; a prepared query ``<name>.query[.<datacenter>].<domain>.``.
@@ -6,8 +6,8 @@ every version of Consul answers alike; a prepared query ``<name>.query[.<datacen
 
 from __future__ import annotations
 
+import contextlib
 import re
-import zlib
 from collections.abc import Mapping
 
 import dns.exception
@@ -16,21 +16,13 @@ import dns.message
 from ...errors import InvalidTopic
 from ...model import checked_topic
 from ...settings import Settings
+from .coverage import UDP_LIMIT
 
 SERVICE_LABEL = re.compile(r"[a-z0-9_-]{1,62}\Z")
 """A Consul service or tag that DNS can ask for: a label has 63 characters (RFC 1035), and one of
 them is the underscore before it (RFC 2782)."""
 _REPLACED = re.compile(r"[!-,./:-@\[-^`{-~ ]")  # the rest of printable ASCII
 _QUERY = ".query"
-
-
-def is_translated(topic: str, template: str) -> bool:
-    """Whether *topic* has characters that the name of its service cannot have, by *template*.
-
-    Capitals do not count: DNS does not tell them from small letters, and finds either service.
-    """
-    name = template.replace("{topic}", topic)
-    return bool(_REPLACED.search(name[: -len(_QUERY)] if template.endswith(_QUERY) else name))
 
 
 def service_of(
@@ -41,9 +33,9 @@ def service_of(
     What *service_map* says of the topic, else *template* with the topic for ``{topic}``, in which
     capitals become small letters (DNS does not tell them apart) and every character but letters,
     digits, ``_`` and ``-`` becomes ``-``: ``notifications.info`` is the service
-    ``notifications-info``.  So two topics can meet on one service; whoever asks says so.  With
+    ``notifications-info``.  That may be another topic's, and the resolver says so in the log.  With
     *strict* such a topic is refused instead.  That is not the default, because topics of
-    oslo.messaging have dots (``notifications.info``) and its users cannot choose others.
+    oslo.messaging have dots and its users cannot choose others.
 
     Raises InvalidTopic where that cannot be asked for: longer than 62 characters, or not ASCII.
     Nothing is shortened or left out, because operators have to be able to tell the name.
@@ -55,7 +47,7 @@ def service_of(
     if is_query:
         name = name[: -len(_QUERY)]
     label = (_REPLACED.sub("-", name) if mapped is None else name).lower()
-    if strict and mapped is None and is_translated(topic, template):
+    if strict and mapped is None and label != name.lower():
         raise InvalidTopic(
             f"topic {topic!r} cannot be the name of a Consul service: ask for {label!r} if that is "
             "the one, or name it with service_map (strict_names refuses to translate)"
@@ -74,26 +66,12 @@ def service_of(
     )
 
 
-def shard_of(instance: str, shards: int) -> str:
-    """The tag (``s00``, ``s01``...) that the instance named so has when its topic is sharded.
-
-    Any stable text that names the instance will do, such as node and port; whoever registers it
-    gives it this tag.  CRC-32, so that every language has it at hand.
-    """
-    return shard_tag(zlib.crc32(instance.encode("utf-8")) % shards)
-
-
-def shard_tag(number: int) -> str:
-    """The tag of shard *number*."""
-    return f"s{number:02d}"
-
-
 class Names:
     """The names to ask for, by *settings*, which has only what can be part of one."""
 
     def __init__(self, settings: Settings) -> None:
         self.domain = settings.domain.lower() + "."
-        shards = [shard_tag(number) for number in range(settings.shards)]
+        shards = [f"s{number:02d}" for number in range(settings.shards)]
         self._tags = shards or [settings.tag or "tcp"]
 
     def of_topic(self, service: str, datacenter: str) -> list[str]:
@@ -116,9 +94,24 @@ class Names:
         return f".{datacenter}.{self.domain}" if datacenter else f".{self.domain}"
 
 
-def query_for(name: str, kind: str, size: int) -> bytes:
-    """The query for *name*, whose reply may have *size* bytes by UDP; raises InvalidTopic."""
+def query_for(name: str, kind: str) -> bytes:
+    """The query for *name*, all but its id, which every sending makes anew; raises InvalidTopic."""
     try:
-        return dns.message.make_query(name, kind, payload=size).to_wire()
+        return dns.message.make_query(name, kind, payload=UDP_LIMIT).to_wire()
     except dns.exception.DNSException as error:
         raise InvalidTopic(f"{name!r} cannot be asked for over DNS: {error}") from None
+
+
+def node_of(target: str) -> str | None:
+    """The node's name in ``<node>.node.<datacenter>.<domain>.``; it may have dots itself."""
+    node, separator, _ = target.rpartition(".node.")
+    return node if separator else None
+
+
+def address_of(target: str) -> bytes | None:
+    """The address in ``0a090905.addr.<datacenter>.<domain>.``, None for other names."""
+    digits, _, rest = target.partition(".")
+    if len(digits) in (8, 32) and rest[:5].lower() == "addr.":
+        with contextlib.suppress(ValueError):  # no hex digits, or too few of them
+            return bytes.fromhex(digits)
+    return None

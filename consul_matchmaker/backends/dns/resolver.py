@@ -1,32 +1,30 @@
 """Answer lookups by SRV records over Consul DNS.  Never speaks HTTP, never writes.
 
-What is asked is in `names`, how it travels in `exchange`, what bytes mean in `wire`, when an answer
-is whole in `coverage`, and where a target is in `targets`.
+What is asked is in `names`, how it travels in `exchange`, what bytes mean in `wire`, and when an
+answer is whole in `coverage`.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import logging
 import math
 import random
-import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-from ...errors import ConfigurationError, InvalidTopic, TimedOut, Unavailable
-from ...model import Host, Instance, Snapshot
+from ...errors import ConfigurationError, TimedOut, Unavailable
+from ...model import Host, Instance, Snapshot, ipv6_text
 from ...settings import Settings
 from ..agents import Agents
 from ..host_names import HostNames, resolve_by_system
 from ..traffic import Traffic
-from .coverage import MAX_ANSWERS, TCP_LIMIT, Union, may_be_cut
-from .exchange import SERVFAIL_TRIES, Channel, Stream
-from .names import Names, is_translated, query_for, service_of
-from .targets import Targets, node_of
+from .coverage import TCP_LIMIT, UDP_LIMIT, Union, may_be_cut, shorter
+from .exchange import Channel, Stream
+from .names import Names, address_of, node_of, query_for, service_of
 from .wire import NXDOMAIN, SERVFAIL, BadReply, ErrorReply, Reply
 
 logger = logging.getLogger(__name__)
@@ -37,29 +35,8 @@ MAX_OUTSTANDING = 4
 """How many repeated queries wait for an answer, on two connections: Consul answers those of one
 connection one by one, and those of two at the same time.  Measured with 1,000 hosts on two busy
 cores: 6.5-7.2 bare exchanges for all of them, where one connection took 8.0."""
-
-
-@dataclass(slots=True)
-class _Found:
-    """What DNS said of one name, or of several put together."""
-
-    instances: dict[Instance, None] = field(default_factory=dict)
-    is_complete: bool = True
-    ttl_seconds: int = 0
-    asked: list[dict[str, object]] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Targets whose records name no usable host, and why."""
-    asked_at: float = math.inf
-    """When the agent that answered was first asked, of several names the earliest."""
-
-    def add(self, other: _Found) -> None:
-        self.asked_at = min(self.asked_at, other.asked_at)
-        self.instances.update(other.instances)
-        self.asked += other.asked
-        self.left_out.update(other.left_out)
-        self.is_complete = self.is_complete and other.is_complete
-        both = [ttl for ttl in (self.ttl_seconds, other.ttl_seconds) if ttl]
-        self.ttl_seconds = min(both, default=0)
+FAILURES_IN_A_ROW = 2 * MAX_OUTSTANDING
+"""Each of them may fail twice, as while Consul elects a leader (fact A9)."""
 
 
 class DnsSrv:
@@ -86,10 +63,13 @@ class DnsSrv:
         self._timeout_seconds = settings.request_timeout_seconds
         self.longest_lookup_seconds = EXCHANGES_PER_LOOKUP * settings.request_timeout_seconds
         self._names = Names(settings)
-        # Names whose query bytes, size, addresses and log lines are remembered: two of each topic
-        # in use, so that none is made anew for each lookup.
+        # Two names of each topic in use, so that nothing is made or said anew for each lookup.
         self._max_remembered = 2 * settings.max_topics
-        self._queries: dict[tuple[str, str, int], bytes] = {}
+        remembered = functools.lru_cache(self._max_remembered)
+        self._service = remembered(self._chosen_service)
+        self._query = remembered(query_for)
+        self._warn_once = remembered(logger.warning)
+        self._large: set[str] = set()  # names whose answer did not fit UDP the last time
         self._host_names = HostNames(
             ttl_seconds=settings.ttl_seconds,
             empty_ttl_seconds=settings.empty_ttl_seconds,
@@ -102,16 +82,9 @@ class DnsSrv:
         self._agents = Agents(
             settings.addresses, "Consul DNS at", self._timeout_seconds, clock=clock, jitter=jitter
         )
-        self._forget_topics()
 
     def _channel(self, agent: Host) -> Channel:
-        return Channel(agent, self._host_names, self._udp, self._tcp)
-
-    def _forget_topics(self) -> None:
-        self._lock = threading.Lock()
-        self._topic_of: dict[str, str] = {}
-        self._said: set[tuple[str, str]] = set()
-        self._large: set[str] = set()  # names whose answer did not fit UDP the last time
+        return Channel(agent, self._host_names, self._timeout_seconds, self._udp, self._tcp)
 
     def lookup(
         self, topic: str, server: str | None = None, *, timeout_seconds: float | None = None
@@ -130,12 +103,12 @@ class DnsSrv:
             timeout_seconds = self.longest_lookup_seconds
         until = time.monotonic() + timeout_seconds
         service = self._service(topic)
-        found, failure = _Found(), None
+        failure = None
         asked_at = math.inf
         for datacenter in self._settings.datacenters or ("",):
-            lookup = _Lookup(self, service, datacenter, until)
+            found = _Lookup(self, service, datacenter, until)
             try:
-                found = lookup.topic() if server is None else lookup.server(server)
+                found.topic() if server is None else found.server(server)
             except Unavailable as error:
                 failure = failure or error
                 continue
@@ -144,7 +117,7 @@ class DnsSrv:
             if found.instances:
                 break
             if found.left_out and not found.is_complete:  # an outage, and not "nobody"
-                failure = failure or _unusable(service, found)
+                failure = failure or found.unusable()
         if failure is not None and not found.instances:
             raise failure
         return Snapshot(
@@ -161,25 +134,10 @@ class DnsSrv:
     def probe(self, agent: Host, labels: str, kind: str, *, by_tcp: bool) -> Reply:
         """What *agent* says of *labels* in the domain by one transport, whatever it is worth: for
         who looks for a fault.  Raises OSError (TimeoutError) and BadReply."""
-        channel = self._channel(agent)
         until = time.monotonic() + self._timeout_seconds
-        try:
-            query = self._query(f"{labels}.{self._names.domain}", kind, channel.udp_limit(until))
-            if by_tcp:
-                return channel.ask_tcp(query, until)
-            return channel.ask_udp(query, self._timeout_seconds, until)
-        finally:
-            channel.close()
-
-    def forget(self) -> None:
-        """Drop every connection without touching the network: this is a forked child now."""
-        self._udp.forget()
-        self._tcp.forget()
-        self._host_names.forget()
-        for channel in self._channels:
-            channel.forget()
-        self._agents.forget()
-        self._forget_topics()
+        with contextlib.closing(self._channel(agent)) as channel:
+            query = self._query(f"{labels}.{self._names.domain}", kind)
+            return channel.ask_tcp(query, until) if by_tcp else channel.ask_udp(query, until)
 
     def close(self) -> None:
         """Close every connection for ever; a lookup under way, or later, raises Unavailable."""
@@ -197,14 +155,14 @@ class DnsSrv:
     def __repr__(self) -> str:
         return f"<DnsSrv {self._agents!r}>"
 
-    def _service(self, topic: str) -> str:
+    def _chosen_service(self, topic: str) -> str:
+        """The service of *topic*; says where it may be another topic's.  `_service` remembers."""
         settings = self._settings
         service = service_of(
             topic, settings.service_template, settings.service_map, strict=settings.strict_names
         )
-        if topic in settings.service_map:
-            return service  # whoever mapped two topics to one service meant it
-        if is_translated(topic, settings.service_template) and self._is_first("name", topic):
+        untranslated = settings.service_template.replace("{topic}", topic).lower()
+        if topic not in settings.service_map and service != untranslated:
             logger.warning(
                 "topic %r is asked for as the Consul service %r, as DNS cannot carry its name: "
                 "are that service's hosts meant? service_map says which service a topic has, and "
@@ -212,90 +170,69 @@ class DnsSrv:
                 topic,
                 service,
             )
-        other = self._topic_of.get(service)
-        if other is None:
-            if len(self._topic_of) < self._max_remembered:
-                self._topic_of[service] = topic
-        elif other != topic and self._is_first("service", service):
-            logger.warning(
-                "topics %r and %r are both the Consul service %r: tell them apart with service_map",
-                other,
-                topic,
-                service,
-            )
         return service
-
-    def _is_first(self, what: str, name: str) -> bool:
-        """Whether this is the first time to say *what* about *name*; the caller says it then."""
-        with self._lock:
-            if (what, name) in self._said or len(self._said) >= self._max_remembered:
-                return False
-            self._said.add((what, name))
-            return True
-
-    def _query(self, name: str, kind: str, size: int) -> bytes:
-        """The query for *name*, all but its id, which every sending makes anew."""
-        query = self._queries.get((name, kind, size))
-        if query is None:
-            query = query_for(name, kind, size)
-            while len(self._queries) >= self._max_remembered:
-                with contextlib.suppress(StopIteration, RuntimeError):  # another thread was faster
-                    self._queries.pop(next(iter(self._queries)), None)
-            self._queries[name, kind, size] = query
-        return query
 
 
 class _Lookup:
-    """One lookup in one datacenter, until its deadline."""
+    """One lookup in one datacenter, until its deadline, and what it found."""
 
     def __init__(self, resolver: DnsSrv, service: str, datacenter: str, until: float) -> None:
+        self.instances: dict[Instance, None] = {}
+        self.is_complete = True
+        self.ttl_seconds = 0
+        self.asked: list[dict[str, object]] = []
+        self.left_out: dict[str, str] = {}
+        """Targets whose records name no usable host, and why."""
+        self.asked_at = math.inf
+        """When the agent that answered was first asked, of several names the earliest."""
         self._resolver = resolver
-        self._timeout_seconds = resolver._timeout_seconds
-        self._until = until
         self._service, self._datacenter = service, datacenter
-        self._targets = Targets(resolver._names.domain, resolver._host_names)
+        self._until = until
 
     # -- what to ask
 
-    def topic(self) -> _Found:
-        found = _Found()
+    def topic(self) -> None:
         for name in self._resolver._names.of_topic(self._service, self._datacenter):
             try:
-                found.add(self._ask(name))
+                self._ask(name)
             except Unavailable:
-                if not found.instances:
+                if not self.instances:
                     raise
-                found.is_complete = False  # what was found is worth more than an error
+                self.is_complete = False  # what was found is worth more than an error
                 break
-        return found
 
-    def server(self, server: str) -> _Found:
+    def server(self, server: str) -> None:
         """By tag; when no instance has it, by node name and address out of the topic's answer."""
-        tagged = _Found()
-        name = self._resolver._names.of_server(self._service, server, self._datacenter)
+        resolver = self._resolver
+        name = resolver._names.of_server(self._service, server, self._datacenter)
         if name is not None:
-            tagged = self._ask(name)
-            if tagged.instances and self._resolver._settings.tag is None:
-                return _named(server, tagged, tagged.instances)
-        whole = self.topic()
-        whole.asked_at = min(whole.asked_at, tagged.asked_at)
-        hosts = {instance.host for instance in tagged.instances}
-        return _named(
-            server,
-            whole,
-            [
-                instance
-                for instance in whole.instances
-                # DNS can ask for one tag only: what has both is what is in both answers.
-                if instance.host in hosts
-                or server in (instance.server, instance.host.address, str(instance.host))
-            ],
+            self._ask(name)
+        if not self.instances or resolver._settings.tag is not None:
+            # DNS can ask for one tag only: what has both is what is in both answers.
+            tagged = {instance.host for instance in self.instances}
+            self.instances = {}
+            self.topic()
+            self.instances = {
+                each: None
+                for each in self.instances
+                if each.host in tagged or server in (each.server, each.host.address, str(each.host))
+            }
+        self.instances = {
+            Instance(each.host, server, each.priority, each.weight): None for each in self.instances
+        }
+
+    def unusable(self) -> Unavailable:
+        reasons = [f"{target} ({reason})" for target, reason in sorted(self.left_out.items())]
+        return Unavailable(
+            f"{self._service} has instances, and none can be used now: {', '.join(reasons[:3])}: "
+            "retry"
         )
 
     # -- whom to ask
 
-    def _ask(self, name: str) -> _Found:
-        """What the first agent that can be asked says of *name*."""
+    def _ask(self, name: str) -> None:
+        """Take what the first agent that can be asked says of *name*."""
+        query = self._resolver._query(name, "SRV")
         reasons: list[str] = []
         timed_out = True
         candidates = self._resolver._agents.candidates()
@@ -306,8 +243,9 @@ class _Lookup:
                 break
             channel = self._resolver._channels[candidate.index]
             try:
-                found = self._ask_agent(channel, name)
+                self._ask_agent(channel, name, query)
             except (OSError, BadReply) as error:
+                channel.raise_if_closed()
                 reason = _reason(error)
                 reasons.append(f"{candidate.address} {reason}")
                 timed_out = timed_out and isinstance(error, TimeoutError)
@@ -325,7 +263,7 @@ class _Lookup:
                 raise
             else:
                 candidate.worked()
-                return found
+                return
         if timed_out:
             tried = "; ".join(reasons) or "no time was left"
             raise TimedOut(
@@ -336,30 +274,29 @@ class _Lookup:
 
     # -- how to ask
 
-    def _ask_agent(self, channel: Channel, name: str) -> _Found:
-        """What the agent says of *name*, completed if it could have been cut."""
-        limit = channel.udp_limit(self._exchange_until())
+    def _ask_agent(self, channel: Channel, name: str, query: bytes) -> None:
+        """Take what the agent says of *name*, completed if it could have been cut."""
         asked_at = self._resolver._clock()
-        query = self._resolver._query(name, "SRV", limit)
         large = self._resolver._large
-        reply, is_tcp = channel.ask(
-            query, self._timeout_seconds, self._until, tcp_first=name in large
-        )
+        reply, is_tcp = channel.ask(query, self._until, tcp_first=name in large)
         if reply.answers and not reply.records:
             raise BadReply("answered with records that were not asked for")
+        if may_be_cut(reply, UDP_LIMIT) and len(large) < self._resolver._max_remembered:
+            large.add(name)
+        else:
+            large.discard(name)
         union = Union()
         union.add(reply)
         by_tcp = is_tcp
-        if may_be_cut(reply, TCP_LIMIT if is_tcp else limit, is_tcp=is_tcp):
-            if len(large) < self._resolver._max_remembered:
-                large.add(name)
-            self._complete(channel, query, union, is_tcp=is_tcp)
+        if may_be_cut(reply, TCP_LIMIT if is_tcp else UDP_LIMIT):
             by_tcp = True
-        elif is_tcp and not may_be_cut(reply, limit, is_tcp=False):
-            large.discard(name)
-        found = _Found(is_complete=union.is_complete, ttl_seconds=union.ttl_seconds)
-        found.asked_at = asked_at
-        found.asked.append(
+            if not is_tcp:
+                union.restart()
+            if not self._complete(channel, query, union):
+                self.is_complete = False
+        self.asked_at = min(self.asked_at, asked_at)
+        self.ttl_seconds = shorter(self.ttl_seconds, union.ttl_seconds)
+        self.asked.append(
             {
                 "name": name,
                 "agent": str(channel.agent),
@@ -369,118 +306,102 @@ class _Lookup:
                 "records": len(union.records),
             }
         )
-        self._take_instances(found, name, channel, union)
-        return found
+        self._take(union, channel, name)
 
-    def _exchange_until(self) -> float:
-        return min(time.monotonic() + self._timeout_seconds, self._until)
-
-    def _complete(self, channel: Channel, query: bytes, union: Union, *, is_tcp: bool) -> None:
-        """Ask again by TCP, and again, until every record was seen, or the time is over."""
-        union.is_complete = False
+    def _complete(self, channel: Channel, query: bytes, union: Union) -> bool:
+        """Ask again by TCP, and again, until every record was seen; whether that came in time."""
+        failures = 0
+        waiting: collections.deque[Stream] = collections.deque()
         try:
-            with Stream(channel, self._until) as one, Stream(channel, self._until) as other:
-                if not is_tcp:
-                    one.send(query)
-                    reply = _with_records(one, query)
-                    is_cut = may_be_cut(reply, TCP_LIMIT, is_tcp=True)
-                    if not is_cut or len(reply.records) > len(union.records):
-                        union.restart()
-                    union.add(reply)
-                    if not is_cut:
-                        union.is_complete = True
-                        return
+            with channel.stream(self._until) as one, channel.stream(self._until) as other:
                 next_stream = itertools.cycle((one, other))
-                waiting: collections.deque[Stream] = collections.deque()
                 while not union.is_covered():
-                    if union.is_unshuffled or union.answers >= MAX_ANSWERS:
-                        return
+                    if union.is_unshuffled:
+                        return False
                     # No more than it takes if they bring nothing new: none is left over then.
-                    while len(waiting) < MAX_OUTSTANDING and not union.is_covered(len(waiting)):
+                    while not waiting or (
+                        union.answers
+                        and len(waiting) < MAX_OUTSTANDING
+                        and not union.is_covered(len(waiting))
+                    ):
                         waiting.append(next(next_stream))
                         waiting[-1].send(query)
-                    union.add(_with_records(waiting.popleft(), query))
-                union.is_complete = not union.is_unshuffled
+                    reply = waiting.popleft().receive()
+                    if reply.records:
+                        failures = 0
+                        union.add(reply)
+                        if not may_be_cut(reply, TCP_LIMIT):
+                            return True
+                    elif (failures := failures + 1) > FAILURES_IN_A_ROW:
+                        raise ErrorReply(reply.rcode)
+                return not union.is_unshuffled
         except (OSError, BadReply) as error:
             # What was found is worth more than an error, and the snapshot says what it is.
             logger.debug("%s: incomplete, %s", channel.agent, error)
+            return False
 
     # -- what it means
 
-    def _take_instances(self, found: _Found, name: str, channel: Channel, union: Union) -> None:
-        """Put into *found* what *union* has of *name*, and what it lacks."""
-
-        def ask(target: str, kind: str) -> Reply:
-            try:
-                query = self._resolver._query(target, kind, channel.udp_limit(self._until))
-            except InvalidTopic as error:  # the target is longer than a name may be
-                raise BadReply(str(error)) from None
-            return channel.ask(query, self._timeout_seconds, self._until)[0]
-
+    def _take(self, union: Union, channel: Channel, name: str) -> None:
+        """Take the instances that *union* has of *name*, and what it lacks."""
         for record in union.records.values():
-            if record.target == ".":
-                found.left_out["."] = "the service is declared to be absent"
-                continue  # RFC 2782: decidedly not available at this domain
-            if not record.port:
-                if self._resolver._is_first("port 0", name):
-                    logger.warning(
-                        "%s: an instance at %s has port 0 and is left out: "
-                        "register it with a port of its own",
-                        name,
-                        record.target,
-                    )
-                found.left_out[record.target] = "port 0"
-                continue
+            addresses, reason = [], "no address"
             try:
-                addresses = self._targets.addresses(
-                    record.target, union.addresses, ask, self._exchange_until()
-                )
+                if record.port:
+                    addresses = self._addresses(record.target, union.addresses, channel)
+                else:
+                    reason = "port 0"
+                    self._resolver._warn_once(
+                        "%s: instances with port 0 are left out: register them with a port", name
+                    )
             except ConfigurationError:
-                if self._resolver._is_first("target", name):
-                    logger.warning("%s: %s is no host name, left out", name, record.target)
-                found.left_out[record.target] = "no host name"
-                continue
+                reason = "no host name"
+                self._resolver._warn_once("%s: targets that are no host name are left out", name)
             except (OSError, BadReply) as error:
                 logger.debug("%s: no address of %s: %s", name, record.target, error)
-                found.left_out[record.target] = f"no address: {error}"
-                found.is_complete = False
-                continue
+                reason = f"no address: {error}"
+                self.is_complete = False
             if not addresses:
-                found.left_out[record.target] = "no address"
+                self.left_out[record.target] = reason
             server = node_of(record.target)
             for address in addresses:
                 host = Host(address, record.port)
-                found.instances[Instance(host, server, record.priority, record.weight)] = None
+                self.instances[Instance(host, server, record.priority, record.weight)] = None
+
+    def _addresses(self, target: str, known: dict[str, set[bytes]], channel: Channel) -> list[str]:
+        """The addresses of *target*: IPv4, or IPv6 where there are none; [] when it has none.
+
+        They are in its name, or *known* as they came beside the record; Consul is asked for names
+        in its domain, and the system for others.  Raises OSError and BadReply when nobody can tell
+        in time, and ConfigurationError for what is no host name.
+        """
+        packed = address_of(target)
+        if packed is not None:
+            return [_text(packed)]
+        name = target.lower()
+        if name not in known and name.endswith("." + self._resolver._names.domain):
+            known[name] = self._ask_addresses(name, channel)
+        if name in known:
+            smallest = min(map(len, known[name]), default=0)
+            return [_text(each) for each in sorted(known[name]) if len(each) == smallest]
+        host_name = Host.parse(f"{name.rstrip('.')}:1").address
+        until = min(time.monotonic() + self._resolver._timeout_seconds, self._until)
+        found = self._resolver._host_names.addresses(host_name, until)
+        return [each for each in found if (":" in each) == (":" in found[0])]
+
+    def _ask_addresses(self, name: str, channel: Channel) -> set[bytes]:
+        for kind in ("A", "AAAA"):
+            reply, _ = channel.ask(self._resolver._query(name, kind), self._until)
+            found = reply.addresses.get(name, set())
+            if reply.answers and not found:
+                raise BadReply("answered with records that were not asked for")
+            if found:
+                break
+        return found
 
 
-def _with_records(stream: Stream, query: bytes) -> Reply:
-    """The next reply of *stream* that has records; one that fails is asked for again."""
-    for tries_left in range(SERVFAIL_TRIES - 1, -1, -1):
-        reply = stream.receive()
-        if reply.records:
-            break
-        if not tries_left:
-            raise ErrorReply(reply.rcode)
-        stream.send(query)
-    return reply
-
-
-def _named(server: str, found: _Found, instances: Iterable[Instance]) -> _Found:
-    """Those *instances* of *found*, all going by the name *server*."""
-    named = {
-        Instance(instance.host, server, instance.priority, instance.weight): None
-        for instance in instances
-    }
-    return _Found(
-        named, found.is_complete, found.ttl_seconds, found.asked, found.left_out, found.asked_at
-    )
-
-
-def _unusable(service: str, found: _Found) -> Unavailable:
-    reasons = [f"{target} ({reason})" for target, reason in sorted(found.left_out.items())]
-    return Unavailable(
-        f"{service} has instances, and none can be used now: {', '.join(reasons[:3])}: retry"
-    )
+def _text(packed: bytes) -> str:
+    return ".".join(map(str, packed)) if len(packed) == 4 else ipv6_text(packed)
 
 
 def _reason(error: Exception) -> str:

@@ -82,8 +82,8 @@ def read(wire: bytes, query: bytes) -> Reply:
     """Read *wire* as the reply to *query*.  Raises BadReply, and of that NotOurs when it is not."""
     try:
         return _read(wire, query)
-    except (IndexError, struct.error):
-        raise BadReply("the message ends early") from None
+    except (IndexError, struct.error, RecursionError):  # the last deep in a caller's own recursion
+        raise BadReply("the message ends early, or its names lead too far") from None
 
 
 def _read(wire: bytes, query: bytes) -> Reply:
@@ -104,7 +104,7 @@ def _read(wire: bytes, query: bytes) -> Reply:
         raise NotOurs("another question")
 
     names = _Names(wire)
-    asked, asked_end = names.at(_HEADER_LENGTH, len(wire))
+    asked, _, asked_end = names.at(_HEADER_LENGTH, len(wire))
     if asked_end + 4 != position:
         raise BadReply("a name runs out of the question")
     asked = asked.lower()
@@ -117,7 +117,7 @@ def _read(wire: bytes, query: bytes) -> Reply:
     first_authority = answers
     first_additional = answers + authorities
     for number in range(answers + authorities + additionals):
-        name, position = names.at(position, length)
+        name, _, position = names.at(position, length)
         kind, group, ttl, size = _RECORD.unpack_from(wire, position)
         position += 10
         end = position + size
@@ -128,7 +128,7 @@ def _read(wire: bytes, query: bytes) -> Reply:
         elif kind == _SRV:
             if size < 7:
                 raise BadReply("an SRV record is too short")
-            target, target_end = names.at(position + 6, end)
+            target, _, target_end = names.at(position + 6, end)
             if target_end != end:
                 raise BadReply("an SRV record is too long")
             if number < first_authority and name.lower() == asked:
@@ -163,72 +163,59 @@ def _question(query: bytes) -> bytes:
     return query[_HEADER_LENGTH : position + 5]
 
 
+_Name = tuple[str, int, int]
+
+
 class _Names:
     """The names of one message.  Remembers them by place, as most are pointers to earlier ones."""
 
     def __init__(self, wire: bytes) -> None:
         self._wire = wire
-        self._known: dict[int, tuple[str, int]] = {}  # where it begins -> text, length on the wire
+        self._known: dict[int, _Name] = {}
         self._labels: dict[bytes, str] = {}  # Consul leaves `addr.dc1.consul` in every target
 
-    def at(self, position: int, end: int) -> tuple[str, int]:
-        """The name at *position*, none of it at or after *end*, and the place after it."""
-        wire = self._wire
-        if wire[position] >= 0xC0:  # nothing but a pointer: nearly every owner of a record
-            start = (wire[position] & 0x3F) << 8 | wire[position + 1]
-            known = self._known.get(start)
-            if known is not None and start < position and position + 2 <= end:
-                return known[0], position + 2
-        text, length, after = self._decode(position, end)
-        self._known[position] = text, length
-        return text, after
+    def at(self, start: int, end: int, pointers: int = 0) -> _Name:
+        """The name at *start*, none of it at or after *end*, to which *pointers* led: its text, its
+        length when written in full, and the place after it."""
+        known = self._known.get(start)
+        if known is None:
+            known = self._known[start] = self._read(start, end, pointers)
+        if known[2] > end:
+            raise BadReply("a name runs past the end")
+        return known
 
-    def _decode(self, position: int, end: int) -> tuple[str, int, int]:
+    def _read(self, start: int, end: int, pointers: int) -> _Name:
         wire = self._wire
         labels: list[str] = []
-        total = 0
-        after = -1
-        # Every pointer must go back further than the one before, so no loop is possible; and what
-        # it leads to must end before, as all that was written before does.
-        lowest = position
-        pointers = 0
-        while True:
-            if position >= end:
-                raise BadReply("a name runs past the end")
-            size = wire[position]
-            if size == 0:
-                total += 1
-                position += 1
-                break
+        length, position = 1, start
+        while size := wire[position]:
+            position += 1
             if size < 64:
-                position += 1 + size
-                total += 1 + size
-                if position > end or total >= _NAME_LENGTH:
-                    raise BadReply("a name is too long")
-                label = wire[position - size : position]
+                label = wire[position : position + size]
+                position += size
+                length += 1 + size
                 shown = self._labels.get(label)
                 if shown is None:
                     shown = self._labels[label] = _text(label)
                 labels.append(shown)
-                continue
-            if size < 0xC0 or position + 2 > end:
-                raise BadReply("not a label")
-            start = (size & 0x3F) << 8 | wire[position + 1]
-            pointers += 1
-            if start >= lowest or pointers > _POINTERS:
-                raise BadReply("a pointer does not go back")
-            if after < 0:
-                after = position + 2
-            known = self._known.get(start)
-            if known is not None:
-                total += known[1]
-                if total > _NAME_LENGTH:
-                    raise BadReply("a name is too long")
-                labels.append(known[0].removesuffix("."))
+            elif size >= 0xC0 and pointers < _POINTERS:
+                target = (size & 0x3F) << 8 | wire[position]
+                # Every pointer goes back further than the one before, so no loop is possible; and
+                # what it leads to ends before, as all that was written before does.
+                if target >= start:
+                    raise BadReply("a pointer does not go back")
+                rest = self.at(target, start, pointers + 1)
+                length += rest[1] - 1
+                if rest[0] != ".":
+                    labels.append(rest[0][:-1])
                 break
-            lowest, position, end = start, start, lowest
-        text = ".".join(filter(None, labels)) + "."
-        return text, total, after if after >= 0 else position
+            else:
+                raise BadReply("not a label")
+            if position >= end:
+                raise BadReply("a name runs past the end")
+        if length > _NAME_LENGTH:
+            raise BadReply("a name is too long")
+        return ".".join(labels) + ".", length, position + 1
 
 
 def _text(label: bytes) -> str:
