@@ -22,7 +22,7 @@ from integration.bench.outside import CountingRelay, Process, pid_of, raft_index
 from integration.fleet_process import FleetProcess
 
 NOW = Path(__file__).resolve().parents[2]
-TOPICS, TOPICS_IN_USE = 200, 3
+TOPICS = 200
 SETTLE_SECONDS = 15.0
 METRICS_SECONDS = 10.0  # the intervals in which Consul counts
 READERS, REGISTRATIONS = "readers' agent", "registrations' agent"
@@ -36,8 +36,8 @@ Costs = dict[str, float]
 class Fleet:
     """Readers and registrations in a few processes, with the package of *checkout*."""
 
-    def __init__(self, relays: Relays, checkout: Path, processes: int) -> None:
-        prefix = f"fleet-{uuid.uuid4().hex[:8]}"
+    def __init__(self, relays: Relays, checkout: Path, processes: int, query: str) -> None:
+        prefix = f"fleet-{uuid.uuid4().hex[:8]}?{query}"
         self._stack = contextlib.ExitStack()
         self._reading, self._registering = (
             [
@@ -59,15 +59,15 @@ class Fleet:
     def __exit__(self, *exc_info: object) -> None:
         self._stack.close()
 
-    def start(self, readers: int, registrations: int) -> None:
+    def start(self, readers: int, in_use: int, registrations: int) -> None:
         for number in range(registrations):
             owner = self._registering[number % len(self._registering)]
             self._register(owner, f"topic{number % TOPICS}")
         for owner in self._registering:
             owner.said()  # all is published
         for number in range(readers):
-            first = number * TOPICS_IN_USE
-            topics = [f"topic{(first + each) % TOPICS}" for each in range(TOPICS_IN_USE)]
+            first = number * in_use
+            topics = [f"topic{(first + each) % TOPICS}" for each in range(in_use)]
             self._reading[number % len(self._reading)].tell("read", *topics)
             self._asked += topics
         self.wire()
@@ -179,8 +179,8 @@ def run(
             what: stack.enter_context(CountingRelay(cluster.nodes[name].http))
             for what, name in AGENTS.items()
         }
-        fleet = stack.enter_context(Fleet(relays, checkout, options.processes))
-        fleet.start(readers, options.registrations)
+        fleet = stack.enter_context(Fleet(relays, checkout, options.processes, options.query))
+        fleet.start(readers, options.in_use, options.registrations)
         for rate in options.rates:
             time.sleep(SETTLE_SECONDS)
             found[rate] = phase(cluster, relays, fleet, rate, options.seconds)
@@ -194,6 +194,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m integration.bench fleet", description=__doc__)
     parser.add_argument("--readers", type=int, default=200)
     parser.add_argument("--registrations", type=int, default=2_000)
+    parser.add_argument("--in-use", type=int, default=3, help="topics in use of each reader")
+    parser.add_argument("--query", default="", help="settings, as after the ? of a URL")
     parser.add_argument("--processes", type=int, default=4, help="of readers, and of registrations")
     parser.add_argument("--seconds", type=float, default=60.0, help="of each rate; 30 at least")
     parser.add_argument("--rates", default="0,1,10", help="keys that change a second")

@@ -13,6 +13,8 @@ import statistics
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from consul_matchmaker import Matchmaker, aio
@@ -43,75 +45,70 @@ LINEAR = 2.5
 # -- topics held -----------------------------------------------------------------------------------
 
 
-class Holder:
-    """A Matchmaker that holds *count* topics and has room for no more; some of them are in use."""
+def held(url: str, count: int, thread: str) -> dict[str, float]:
+    """What a process that holds *count* topics, and has room for no more, uses of a processor: for
+    each answer that its *thread* has, and for a topic that is new."""
 
-    def __init__(self, node: Node, prefix: str, count: int, watch: str) -> None:
-        before = set(threading.enumerate())
-        query = f"max_topics={count}&ttl_seconds=1&watch={watch}"
-        self.matchmaker = Matchmaker.from_url(f"consul+kv://{node.http}/{prefix}?{query}")
-        for number in range(count):
-            self.matchmaker.hosts(f"topic{number}")
-        for _ in range(10):  # by then all its threads run
-            self.look_up()
-            time.sleep(1)
-        self._threads = set(threading.enumerate()) - before
-
-    def look_up(self) -> None:
-        for number in range(IN_USE):
-            self.matchmaker.hosts(f"topic{number}")
-
-    def used(self) -> tuple[int, float]:
-        """How many answers its watch has had, or else its refresher, and what those took."""
-        status = self.matchmaker.status()
+    def used() -> tuple[int, float]:
+        status = matchmaker.status()
         watcher, cache = status["watcher"], status["cache"]
         assert isinstance(cache, dict)
         answers = (
             watcher["answers"] if isinstance(watcher, dict) else cache["questions"]["answered"]
         )
-        name = "refresher" if watcher is None else "poll"
-        threads = [each for each in self._threads if name in each.name and each.is_alive()]
+        threads = [each for each in threading.enumerate() if thread in each.name]
         clocks = [time.pthread_getcpuclockid(each.ident or 0) for each in threads]
         return answers, sum(map(time.clock_gettime, clocks))
+
+    def use(seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for number in range(IN_USE):
+                matchmaker.hosts(f"topic{number}")
+            time.sleep(0.1)
+
+    with Matchmaker.from_url(f"{url}&max_topics={count}") as matchmaker:
+        for number in range(count):
+            matchmaker.hosts(f"topic{number}")
+        use(UNUSED_SECONDS)
+        answers, cpu = used()
+        use(MEASURE_SECONDS)
+        answers_now, cpu_now = used()
+        new = []
+        for number in range(NEW):
+            before = time.thread_time()
+            matchmaker.hosts(f"new{number}")
+            new.append(time.thread_time() - before)
+    each = (cpu_now - cpu) / (answers_now - answers)
+    return {"each answer": each, "a new topic": statistics.median(new)}
 
 
 def topics(node: Node) -> bool:
     """The same topics in use, and ten times as many that are only held."""
-    prefix, costs = new_prefix(), {}
-    with Strangers(node, prefix, 200):
-        ways = [(watch, count) for watch in ("true", "false") for count in (FEW, MANY)]
-        holders = {way: Holder(node, prefix, way[1], way[0]) for way in ways}
-        for _ in range(int(UNUSED_SECONDS)):
-            for holder in holders.values():
-                holder.look_up()
-            time.sleep(1)
-        for (watch, count), holder in holders.items():
-            answers, cpu = holder.used()
-            began = time.monotonic()
-            while (passed := time.monotonic() - began) < MEASURE_SECONDS:
-                tell(node, "PUT", f"/v1/kv/{prefix}/strange", str(passed))  # the same keys
-                holder.look_up()
-                time.sleep(0.1)
-            answers_now, cpu_now = holder.used()
-            what = "an unchanged answer of the watch" if watch == "true" else "a topic refreshed"
-            costs[what, count] = (cpu_now - cpu) / (answers_now - answers)
-        for (watch, count), holder in holders.items():
-            took = []
-            for number in range(NEW if watch == "false" else 0):
-                before = time.thread_time()
-                holder.matchmaker.hosts(f"new{number}")
-                took.append(time.thread_time() - before)
-            if took:
-                costs["a new topic", count] = statistics.median(took)
-            holder.matchmaker.close()
+    prefix = new_prefix()
+    url = f"consul+kv://{node.http}/{prefix}?ttl_seconds=1"
+    ways = {
+        "an unchanged answer of the watch": ("true", "poll"),
+        "a refresh": ("false", "refresher"),
+    }
+    with Strangers(node, prefix, 200), ProcessPoolExecutor(4, get_context("spawn")) as processes:
+        costs = {
+            (what, count): processes.submit(held, f"{url}&watch={watch}", count, thread)
+            for what, (watch, thread) in ways.items()
+            for count in (FEW, MANY)
+        }
+        while not all(each.done() for each in costs.values()):
+            tell(node, "PUT", f"/v1/kv/{prefix}/strange", str(time.monotonic()))  # the same keys
+            time.sleep(0.1)
     print(f"\n{FEW:,} and {MANY:,} topics held, {IN_USE} of them in use; processor time")
     is_good = True
-    for what in dict.fromkeys(what for what, _ in costs):
-        few, many = costs[what, FEW], costs[what, MANY]
-        is_good &= many <= FLAT * few
-        print(
-            f"  {what:34}{1e6 * few:6.0f} us {1e6 * many:6.0f} us: {many / few:.2f} x of {FLAT:g}"
-        )
+    for what in ways:
+        few, many = (costs[what, count].result() for count in (FEW, MANY))
+        for each in few:
+            ratio = many[each] / few[each]
+            is_good &= ratio <= FLAT
+            name = f"{what}: {each}" if "new" in each else what
+            print(f"  {name:44}{1e6 * few[each]:6.0f} us {1e6 * many[each]:6.0f} us: {ratio:.2f} x")
     return is_good
 
 

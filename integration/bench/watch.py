@@ -100,6 +100,7 @@ class Reader:
     def __enter__(self) -> Reader:
         for each in (self._reader, self._idle):
             each.tell("tick")
+            each.said()  # it runs
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -116,8 +117,8 @@ class Reader:
             # Both have the loop that measures; what is left is the library's.
             "cpu": Process.look(self._reader.pid).cpu_seconds
             - Process.look(self._idle.pid).cpu_seconds,
-            "stall": said["stalls"][-1],
-            "idle stall": idle["stalls"][-1],
+            "stall": said["longest_stall_seconds"],
+            "idle stall": idle["longest_stall_seconds"],
         }
 
 
