@@ -154,11 +154,13 @@ def phase(
         costs[f"{agent}: kB/s in"] = moved[1] / passed / 1000
         costs[f"{agent}: kB/s out"] = moved[2] / passed / 1000
         costs[f"{agent}: % of a processor"] = used[agent].cpu_seconds / passed * 100
+        costs[f"{agent}: MB of memory"] = Process.look(pids[agent]).memory_bytes / 1e6
         costs[f"{agent}: connections"] = relay.connections
     costs["leader: requests/s"] = rpcs.per_second
     costs["leader: kB/s in"] = used["leader"].read_bytes / passed / 1000
     costs["leader: kB/s out"] = used["leader"].written_bytes / passed / 1000
     costs["leader: % of a processor"] = used["leader"].cpu_seconds / passed * 100
+    costs["leader: MB of memory"] = Process.look(pids["leader"]).memory_bytes / 1e6
     costs["leader: Raft entries/s"] = (raft_index(cluster) - entries) / passed
     wire_now = fleet.wire()
     costs["readers' status()['wire']: queries/s"] = (wire_now - wire)["queries"] / passed

@@ -14,7 +14,7 @@ from consul_matchmaker.testing.consul_probe import read_json
 from consul_matchmaker.testing.local_consul import LocalCluster
 
 CHUNK_BYTES = 1 << 18
-TICKS = os.sysconf("SC_CLK_TCK")
+TICKS, PAGE_BYTES = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 
 
 def pid_of(cluster: LocalCluster, name: str) -> int:
@@ -41,19 +41,22 @@ class Process:
     read_bytes: int
     """By read(), from files and sockets: in Consul not gossip, which comes by recvfrom()."""
     written_bytes: int
+    memory_bytes: int = 0
 
     @classmethod
     def look(cls, pid: int) -> Process:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
         io = {name: int(value) for name, _, value in (line.partition(":") for line in lines)}
-        return cls((int(fields[11]) + int(fields[12])) / TICKS, io["rchar"], io["wchar"])
+        cpu_seconds, memory_bytes = (int(fields[11]) + int(fields[12])) / TICKS, int(fields[21])
+        return cls(cpu_seconds, io["rchar"], io["wchar"], memory_bytes * PAGE_BYTES)
 
     def __sub__(self, before: Process) -> Process:
         return Process(
             self.cpu_seconds - before.cpu_seconds,
             self.read_bytes - before.read_bytes,
             self.written_bytes - before.written_bytes,
+            self.memory_bytes - before.memory_bytes,
         )
 
 
