@@ -93,16 +93,18 @@ class Fleet:
             time.sleep(ASK_SECONDS)
 
     def tick(self) -> None:
-        """Have a loop like an application's own measure how long it is held up."""
+        """Have a loop like an application's own measure how long it is held up in this process."""
         threading.Thread(target=self._tick, daemon=True).start()
 
     def _tick(self) -> None:
-        last = time.perf_counter()
+        last, waited = time.perf_counter(), waited_seconds()
         while True:
             time.sleep(TICK_SECONDS)
             now = time.perf_counter()
-            self._longest_stall = max(self._longest_stall, now - last - TICK_SECONDS)
-            last = now
+            if now - last - TICK_SECONDS > self._longest_stall:
+                stall = now - last - TICK_SECONDS - (waited_seconds() - waited)
+                self._longest_stall = max(self._longest_stall, stall)
+            last, waited = time.perf_counter(), waited_seconds()
 
     def register(self, topic: str, host: str) -> None:
         self._owner = self._owner or self._made()
@@ -132,6 +134,11 @@ class Fleet:
         }
         self._longest_stall = 0.0
         print(json.dumps(said), flush=True)
+
+
+def waited_seconds() -> float:
+    """How long this thread was ready to run so far, and had no processor: the machine's doing."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
 def main(url: str) -> None:
