@@ -13,21 +13,19 @@ import json
 import logging
 import random
 import statistics
-import subprocess
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 from consul_matchmaker import Matchmaker, Settings
 from consul_matchmaker.backends.http.api import ConsulApi
-from consul_matchmaker.backends.kv.store import Kv
-from consul_matchmaker.model import Host, Registration
+from consul_matchmaker.model import Host
 from consul_matchmaker.testing.consul_probe import Node, NotReady, read_json, request
 from consul_matchmaker.testing.local_consul import LocalCluster
 from integration.bench.kv_herd import Herd
+from integration.bench.outside import Process, pid_of, raft_index
 from integration.crowd import Crowd
 
 TTL = 10.0
@@ -188,11 +186,6 @@ def exchange(cluster: LocalCluster, rounds: int) -> bool:
     return ratio <= EXCHANGE
 
 
-def raft_index(cluster: LocalCluster) -> int:
-    leader = cluster.nodes[cluster.leader()]
-    return int(read_json(leader, "/v1/agent/self")["Stats"]["raft"]["last_log_index"])
-
-
 def rest(cluster: LocalCluster, n: int, seconds: float) -> bool:
     """Raft entries while n registrations rest, beside the idle cluster before and after."""
     print(f"\nRaft entries in {seconds:g} s: {n} registrations at rest, and the idle cluster")
@@ -233,6 +226,8 @@ def herd(cluster: LocalCluster, n: int, seconds: float) -> bool:
         with Herd(node.http, prefix, TTL, n, jitter) as clients:
             clients.start()
             until(lambda: is_whole(node, prefix, n), 120, "all are published")  # noqa: B023
+            if jitter == "jitter":
+                print(f"  {at_rest(cluster, clients)}")
             cluster.pause("agent1")
             time.sleep(2 * INTERVAL)  # by now all of them are waiting for it
             cluster.kill("agent1")  # ... and all hear at once that it is gone
@@ -266,6 +261,18 @@ def herd(cluster: LocalCluster, n: int, seconds: float) -> bool:
     return ratio <= 0.5 and took["jitter"] <= INTERVAL + SLACK
 
 
+def at_rest(cluster: LocalCluster, clients: Herd) -> str:
+    """What renewals cost Consul."""
+    nodes = {"the agent": "agent1", "the leader": cluster.leader()}
+    pids = {who: pid_of(cluster, name) for who, name in nodes.items()}
+    before, count = {who: Process.look(pid) for who, pid in pids.items()}, len(clients.log())
+    time.sleep(TTL)
+    used = {who: (Process.look(pid) - before[who]).cpu_seconds for who, pid in pids.items()}
+    count = len(clients.log()) - count
+    costs = [f"{who} {used[who] / count * 1e6:.0f} us" for who in used]
+    return f"at rest {count / TTL:.0f} requests a second, each takes {', '.join(costs)}"
+
+
 def busiest(moments: Sequence[float], seconds: float) -> int:
     """How many of *moments* are at most within any *seconds*."""
     ordered = sorted(moments)
@@ -295,63 +302,6 @@ def is_whole(node: Node, prefix: str, n: int) -> bool:
     return status == 200 and sum(key != f"{prefix}/_" for key in json.loads(text)) == n
 
 
-# -- churn -----------------------------------------------------------------------------------------
-
-
-def churn(cluster: LocalCluster, n: int, per_second: float, seconds: float) -> bool:
-    """One watching reader, in a process of its own, while registrations come and go."""
-    print(f"\n{n} registrations, {per_second:g} of them replaced each second, for {seconds:g} s")
-    node, prefix = cluster.nodes["agent1"], new_prefix()
-    settings = Settings.from_mapping(
-        {"mode": "kv", "prefix": prefix, "addresses": (node.http,)}, {}
-    )
-    kv = Kv(ConsulApi(settings), settings)
-    lease = kv.open()
-    present = [
-        Registration(f"topic{port % 20}", Host("10.0.0.1", port)) for port in range(1, n + 1)
-    ]
-    for each in present:
-        kv.publish(lease, each)
-    kv.renew(lease)
-    command = [sys.executable, "-m", "integration.bench.kv_reader", url_of(node, prefix)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as reader:
-        assert reader.stdin is not None and reader.stdout is not None
-        reader.stdout.readline()  # it has its first answer
-        began, changes, renewed = time.monotonic(), 0, time.monotonic()
-        while (now := time.monotonic()) < began + seconds:
-            if now - renewed > TTL / 3:
-                kv.renew(lease)
-                renewed = now
-            if changes >= (now - began) * per_second:
-                time.sleep(0.002)
-                continue
-            old = present.pop(0)
-            new = Registration(old.topic, Host("10.0.0.2", n + changes % 60_000))
-            kv.withdraw(lease, old)
-            kv.publish(lease, new)
-            present.append(new)
-            changes += 1
-        reader.stdin.close()
-        said: Mapping[str, float] = json.loads(reader.stdout.readline())
-    kv.release(lease)
-    kv.close()
-    answer = said["bytes"] / max(1, said["answers"])
-    uncoalesced = answer * 2 * changes / seconds
-    print(
-        f"  {changes / seconds:.0f} replaced a second; reader: "
-        f"{said['cpu_share'] * 100:.1f} % of a processor, "
-        f"{said['answers'] / seconds:.1f} answers/s of {answer / 1000:.0f} kB, "
-        f"{said['bytes'] / seconds / 1000:.0f} kB/s"
-    )
-    print(
-        f"  an answer for each change would be {uncoalesced / 1000:.0f} kB/s: "
-        f"{said['bytes'] / seconds / uncoalesced:.2f} of that"
-    )
-    return said["cpu_share"] <= 0.15 and said["bytes"] / seconds <= 1.1 * 1_000_000
-
-
 # -- which of them ---------------------------------------------------------------------------------
 
 
@@ -361,12 +311,11 @@ def parts(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[LocalC
     yield "seen", lambda cluster: seen(cluster, arguments.rounds)
     yield "rest", lambda cluster: rest(cluster, 100, arguments.seconds)
     yield "herd", lambda cluster: herd(cluster, arguments.leases, arguments.seconds)
-    yield "churn", lambda cluster: churn(cluster, 2_000, 50, arguments.seconds / 3)
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m integration.bench kv", description=__doc__)
-    parser.add_argument("only", nargs="*", help="exchange, crash, seen, rest, herd, churn; all")
+    parser.add_argument("only", nargs="*", help="exchange, crash, seen, rest, herd; all")
     parser.add_argument("--crashes", type=int, default=20, help="processes killed a liveness")
     parser.add_argument("--rounds", type=int, default=500, help="registrations, and calls, timed")
     parser.add_argument("--leases", type=int, default=1_000, help="of the herd")
