@@ -124,7 +124,7 @@ def test_a_refused_token_does_not_end_a_command() -> None:
 
     command = [sys.executable, "-c", "import signal; signal.pause()"]
     assert holder(owner, say, *command, when_listening=False).run() == 128 + signal.SIGTERM
-    assert said == ["not registered yet, trying on: no"]
+    assert said == ["not registered yet, still trying: no"]
 
 
 def test_an_outage_is_said_once_and_its_end_too() -> None:
@@ -139,7 +139,7 @@ def test_an_outage_is_said_once_and_its_end_too() -> None:
 
     assert holder(owner, say).run() == 0
     assert said == [
-        "not registered yet, trying on: away",
+        "not registered yet, still trying: away",
         "registered scheduler at 10.0.0.1:9501 as node1",
     ]
 
@@ -205,7 +205,7 @@ def test_a_withdrawal_that_consul_does_not_confirm_is_said() -> None:
     owner.drain_error = TimedOut("away")
     said: list[str] = []
     assert holder(owner, said.append, drain_seconds=1.0).run() == 0
-    assert "stopping all the same: away" in said
+    assert "stopping anyway: away" in said
 
 
 @pytest.mark.finding("B2")
