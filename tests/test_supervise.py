@@ -15,6 +15,7 @@ import pytest
 from consul_matchmaker.cli.supervise import Holder
 from consul_matchmaker.errors import Denied, TimedOut
 from consul_matchmaker.model import Host, Registration
+from consul_matchmaker.testing.local_consul import free_ports
 
 WAIT_SECONDS = 20.0
 LISTEN = (
@@ -80,16 +81,10 @@ def holder(
     )
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.mark.system
 def test_the_command_listens_before_anybody_is_sent_to_it() -> None:
     """The registration is made only once the port accepts connections."""
-    port, connected = free_port(), []
+    (port,), connected = free_ports("127.0.0.1", 1), []
     owner = Owner(None, then=terminate_ourselves)
 
     def register() -> Registration:

@@ -48,7 +48,7 @@ MakeMatchmaker = Callable[[Settings], Matchmaker]
 
 
 def main(argv: Sequence[str] | None = None, *, make_matchmaker: MakeMatchmaker = Matchmaker) -> int:
-    """Run the command that *argv* (default: the process's arguments) names; return its exit code."""
+    """Run the command in *argv* (default: the process's arguments); return its exit code."""
     try:
         arguments = _parse(list(sys.argv[1:] if argv is None else argv))
         with _logging_to_stderr(arguments):
