@@ -20,11 +20,11 @@ from typing import Any, TypeVar, cast
 from . import matchmaker, model
 from .answers.belief import is_same
 from .errors import Closed, TimedOut, Unavailable
+from .fork import call_after_fork
 from .matchmaker import ASK_AGAIN_SECONDS, GRACE_SECONDS, nobody_came
 from .model import Host, Snapshot, Standing
 from .registrations.keeper import Change
 from .settings import Settings
-from .worker import forget_in_child
 
 T = TypeVar("T")
 
@@ -121,7 +121,12 @@ class Matchmaker:
         self.settings = self.sync.settings
         self._threads = _Threads()
         self._running: dict[_Call, asyncio.Future[Any]] = {}
-        forget_in_child(self._threads)
+        call_after_fork(self)
+
+    def after_fork(self) -> None:
+        """In a forked child; called by itself."""
+        self._threads = _Threads()
+        self._running = {}
 
     @classmethod
     def from_url(cls, url: str) -> Matchmaker:
@@ -348,10 +353,6 @@ class _Threads:
     """
 
     def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """In a forked child: there are none."""
         self._lock = threading.Lock()
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
         self._count = 0

@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
@@ -21,10 +21,11 @@ from .answers.selection import Quarantine, Selector
 from .backends import Registrar, Resolver
 from .backends.kv.keys import checked_registration
 from .errors import Closed, ConfigurationError, Denied, NoLiveHosts, TimedOut, Unavailable
+from .fork import call_after_fork
 from .model import Host, Registration, Snapshot, Standing, checked_topic, warning_of
 from .registrations.keeper import Change, Keeper
 from .settings import Settings
-from .worker import forget_in_child, seconds_since_boot
+from .worker import seconds_since_boot
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
     from .answers.watcher import Watcher
@@ -64,25 +65,43 @@ class Matchmaker:
                 "Matchmaker(...) takes Settings(...); for a URL there is Matchmaker.from_url(url)"
             )
         self.settings = settings
+        self._backend = backend
         self._clock = clock
+        self._jitter = jitter
+        self._keeper: Keeper | None = None
+        self._is_told_that_nothing_is_registered = False
+        self._build()
+        call_after_fork(self)
+
+    def _build(self, cache: Cache | None = None, quarantine: Quarantine | None = None) -> None:
+        """Make every part.  *cache*, *quarantine*: in a forked child, what its parent had."""
+        settings, clock, jitter = self.settings, self._clock, self._jitter
         self._lock = threading.RLock()
         self._closing = threading.Event()
-        self._is_told_that_nothing_is_registered = False
-        self._resolver = _resolver(settings, clock) if backend is None else backend
+        self._resolver = _resolver(settings, clock) if self._backend is None else self._backend
         self._registrar = _registrar(settings, self._resolver)
-        self._cache = Cache(self._resolver, settings, clock=clock, jitter=jitter)
-        self._quarantine = Quarantine(settings, clock=clock, jitter=jitter)
+        self._cache = Cache(self._resolver, settings, clock=clock, jitter=jitter, before=cache)
+        self._quarantine = Quarantine(settings, clock=clock, jitter=jitter, before=quarantine)
         self._selector = Selector(self._quarantine)
-        self._keeper: Keeper | None = None
         self._watcher: Watcher | None = None
-        if self._registrar is not None:
-            # Consul's clocks go on while this machine is suspended: so must that of the leases.
-            lasting = seconds_since_boot if clock is time.monotonic else clock
-            self._keeper = Keeper(self._registrar, settings, clock=lasting, jitter=jitter)
-        if settings.watch and backend is None:
+        if settings.watch and self._backend is None:
             self._watcher = _watcher(self._resolver, self._cache, settings, clock, jitter)
             self._cache.on_topic_used = self._watch_topics
-        forget_in_child(self)
+        if self._registrar is None:
+            return
+        if self._keeper is not None:
+            self._keeper.begin(self._registrar)
+            return
+        # Consul's clocks go on while this machine is suspended: so must that of the leases.
+        lasting = seconds_since_boot if clock is time.monotonic else clock
+        self._keeper = Keeper(self._registrar, settings, clock=lasting, jitter=jitter)
+
+    def after_fork(self) -> None:
+        """In a forked child, called by itself: make every part anew.  What was known stays."""
+        was_closed = self._closing.is_set()
+        self._build(self._cache, self._quarantine)
+        if was_closed:
+            self._close(0.0)
 
     @classmethod
     def from_url(cls, url: str) -> Matchmaker:
@@ -186,12 +205,19 @@ class Matchmaker:
         checked_topic(topic)
         return self._cache.peek(topic, server)
 
+    @contextmanager
     def telling(
         self, topic: str, wake: Callable[[], object], server: str | None = None
-    ) -> AbstractContextManager[object]:
+    ) -> Iterator[None]:
         """As long as the returned context is entered, *wake* is called when the hosts of *topic*
         may be others, and at `close`, on a thread of the library: it has to return at once."""
-        return self._cache.telling(topic, server, wake)
+        cache = self._cache
+        cache.tell(topic, server, wake)
+        try:
+            yield
+        finally:
+            if cache is self._cache:  # else this is a forked child
+                cache.stop_telling(topic, server, wake)
 
     def next_change(
         self, seen: Snapshot, *, timeout_seconds: float, server: str | None = None
@@ -406,24 +432,6 @@ class Matchmaker:
         has_ended &= self._cache.close(max(remaining(), GRACE_SECONDS))
         if not has_ended:
             logger.warning("closed within %g s although Consul did not answer", timeout_seconds)
-
-    def forget(self) -> None:
-        """Start clean in a forked child; called by itself."""
-        was_closed = self._closing.is_set()
-        self._lock = threading.RLock()
-        self._closing = threading.Event()
-        if was_closed:
-            self._closing.set()
-        for part in (
-            self._resolver,
-            self._cache,
-            self._quarantine,
-            self._selector,
-            self._keeper,
-            self._watcher,
-        ):
-            if part is not None:
-                part.forget()
 
     def __enter__(self) -> Matchmaker:
         return self

@@ -1,18 +1,11 @@
-"""Run one step again and again on one named thread that can be woken, stopped and joined.
-
-Also the one place that knows about fork: a child starts with no thread, so whatever registered with
-`forget_in_child` is told to forget its parent's threads, locks and sockets.
-"""
+"""Run one step again and again on one named thread that can be woken, stopped and joined."""
 
 from __future__ import annotations
 
 import logging
-import os
 import threading  # never `from threading import ...`: eventlet may patch it after our import
 import time
-import weakref
 from collections.abc import Callable
-from typing import Protocol
 
 from .errors import Unavailable
 
@@ -32,31 +25,6 @@ if hasattr(time, "CLOCK_BOOTTIME"):
     _LASTING_CLOCK = time.CLOCK_BOOTTIME
 else:
     seconds_since_boot = time.monotonic
-
-
-class Forgetful(Protocol):
-    def forget(self) -> None:
-        """Start clean in a forked child: new locks, no threads, no sockets.  Must not block."""
-
-
-_forgetful: weakref.WeakSet[Forgetful] = weakref.WeakSet()
-
-
-def forget_in_child(owner: Forgetful) -> None:
-    """Have ``owner.forget()`` called in every forked child, as long as *owner* lives."""
-    _forgetful.add(owner)
-
-
-def _forget_all() -> None:
-    for owner in list(_forgetful):
-        try:
-            owner.forget()
-        except Exception:  # the others have their own locks and threads to forget
-            logger.exception("%r could not start clean in this forked child", owner)
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
-    os.register_at_fork(after_in_child=_forget_all)
 
 
 class Worker:

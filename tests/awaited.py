@@ -38,8 +38,5 @@ class Awaited:
     def wire(self) -> dict[str, dict[str, int]]:
         return {}
 
-    def forget(self) -> None:
-        self._mm.forget()
-
     def close(self) -> None:
         run(aio.Matchmaker(self._mm).close())

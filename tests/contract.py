@@ -134,12 +134,6 @@ class ResolverContract:
         with pytest.raises(Unavailable):
             away.lookup(topic, timeout_seconds=5)
 
-    def test_it_works_after_a_fork_was_handled(self, resolver: Resolver, topic: str) -> None:
-        """After forget() it connects anew by itself."""
-        resolver.lookup(topic, timeout_seconds=5)
-        resolver.forget()
-        assert resolver.lookup(topic, timeout_seconds=5).hosts == ()
-
 
 class RegistrarContract(ResolverContract):
     """What a backend that can also register does beside."""

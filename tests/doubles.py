@@ -103,8 +103,6 @@ class FakeResolver:
     def wire(self) -> dict[str, dict[str, int]]:
         return {}
 
-    def forget(self) -> None: ...
-
     def close(self) -> None:
         """As every resolver does: what is under way ends."""
         self._is_closed = True

@@ -54,6 +54,15 @@ from .doubles import (
 A, B, C, D, E = (f"10.0.0.{number}:5000" for number in range(1, 6))
 
 
+@contextlib.contextmanager
+def telling(
+    cache: Cache, topic: str, wake: Callable[[], object], server: str | None = None
+) -> Iterator[None]:
+    cache.tell(topic, server, wake)
+    yield
+    cache.stop_telling(topic, server, wake)
+
+
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()
@@ -1350,7 +1359,7 @@ def test_a_watcher_is_told_which_topics_are_in_use(
     cache.lookup("two")
     assert (cache.topics_in_use(), told) == (("one", "two"), 2)
     freshness = offer(cache, {}, 8)
-    with cache.telling("two", None, lambda: None):
+    with telling(cache, "two", lambda: None):
         for _ in range(20):
             clock.advance(4)
             freshness.confirm(clock(), clock() + 8)
@@ -1604,8 +1613,8 @@ def test_an_answer_wakes_only_those_who_wait_for_its_topic(
     cache.lookup("scheduler")
     woken: list[str] = []
     with (
-        cache.telling("scheduler", None, lambda: woken.append("scheduler")),
-        cache.telling("other", None, lambda: woken.append("other")),
+        telling(cache, "scheduler", lambda: woken.append("scheduler")),
+        telling(cache, "other", lambda: woken.append("other")),
     ):
         for _ in range(20):
             cache.refresh("scheduler")
@@ -1628,7 +1637,7 @@ def test_who_waits_for_a_server_is_told_though_it_is_asked_for_only_later(
     consul.say("scheduler", f"{A}=node1")
     cache.lookup("scheduler", "node1")
     woken: list[None] = []
-    with cache.telling("scheduler", "node1", lambda: woken.append(None)):
+    with telling(cache, "scheduler", lambda: woken.append(None), "node1"):
         consul.say("scheduler", B)
         consul.say("scheduler", C, server="node1")
         cache.refresh("scheduler", "node1")
@@ -1777,12 +1786,13 @@ def test_a_forked_child_keeps_the_answers_only(
     asking = in_thread(lambda: cache.refresh("scheduler"))
     consul.wait_until_asked("scheduler")
     cache._lock.acquire()  # as when another thread held it at the moment of the fork
-    cache.forget()
-    assert shown(cache.lookup("scheduler")) == [A]
+    child = Cache(consul, kv(), clock=clock, before=cache)
+    assert shown(child.lookup("scheduler")) == [A]
     consul.say("scheduler", B)
     parents = consul.stop_holding("scheduler")
-    assert shown(cache.refresh("scheduler")) == [B]
+    assert shown(child.refresh("scheduler")) == [B]
     assert consul.count("scheduler") == 3
+    cache._lock.release()
     parents.set()
     asking.result(DEADLINE_SECONDS)
 

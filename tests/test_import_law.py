@@ -40,6 +40,7 @@ LAYERS = {
         "backends.dns.names",
     ),
     "outside": (
+        "fork",
         "worker",
         "backends",
         "backends.*",

@@ -599,6 +599,7 @@ def run_python(script: str) -> list[str]:
         # Leaving may take as long as the machine stops meanwhile.
         at_exit, module.SECONDS_AT_EXIT = module.SECONDS_AT_EXIT, 10.0
         from consul_matchmaker.backends.memory import Memory
+        from consul_matchmaker import Matchmaker
         from consul_matchmaker.registrations.keeper import Keeper
         from consul_matchmaker.model import Host, Registration
         from consul_matchmaker.settings import Settings
@@ -612,7 +613,8 @@ def run_python(script: str) -> list[str]:
                 say(f"release {'parent' if os.getpid() == parent else 'child'}")
                 super().release(lease)
         parent = os.getpid()
-        keeper = Keeper(Telling(), Settings(mode="kv"))
+        matchmaker = Matchmaker(Settings(mode="kv"), backend=Telling())
+        keeper = matchmaker._keeper
         A = Registration("scheduler", Host("10.0.0.5", 9501))
     """
     done = subprocess.run(
@@ -705,7 +707,6 @@ def test_a_forked_child_may_register_by_itself() -> None:
         keeper.register(A).wait_until_published(timeout_seconds=10)
         child = os.fork()
         if child == 0:
-            keeper._registrar.forget()
             keeper.register(A).wait_until_published(timeout_seconds=10)
             sys.exit(0)
         os.waitpid(child, 0)
@@ -737,21 +738,12 @@ def test_forking_while_the_keeper_is_busy_does_not_hang_the_child() -> None:
         locked.wait()
         child = os.fork()
         if child == 0:
-            keeper._registrar.forget()
             keeper.register(A).wait_until_published(timeout_seconds=10)
             say("published")
             sys.exit(0)
         os.waitpid(child, 0)
         fork_now.set(); go_on.set()
     """) == ["open parent", "open child", "published", "release child", "release parent"]
-
-
-def test_a_child_of_a_closed_keeper_is_closed(by_hand: ByHand) -> None:
-    """Closed means for ever, also after a fork."""
-    by_hand.keeper.close(LONG)
-    by_hand.keeper.forget()
-    with pytest.raises(Closed):
-        by_hand.keeper.register(A)
 
 
 # --- what people see

@@ -416,6 +416,37 @@ def test_a_child_is_not_its_parent(memory: Memory) -> None:
             mm.hosts("jobs")
 
 
+def test_a_child_of_a_closed_one_is_closed(memory: Memory) -> None:
+    """Closed means for ever, also after a fork."""
+    mm = Matchmaker(kv(), backend=memory)
+    mm.hosts("scheduler")
+    mm.close()
+    mm.after_fork()
+    with pytest.raises(errors.Closed):
+        mm.hosts("scheduler")
+    with pytest.raises(errors.Closed):
+        mm.register("scheduler", ONE)
+
+
+def test_a_child_has_its_parents_wishes_no_more(memory: Memory) -> None:
+    """Who waited in the parent is nobody in the child, whatever its locks were; a host that was
+    rejected still is."""
+    with Matchmaker(kv(), backend=memory) as mm:
+        memory.declare("jobs", [ONE, TWO])
+        mm.hosts("jobs")
+        mm.reject("jobs", ONE)
+        woken: list[bool] = []
+        with mm.telling("jobs", lambda: woken.append(True)):
+            for part in (mm._cache, mm._quarantine, mm._selector):
+                part._lock.acquire()  # as when another thread held it at the moment of the fork
+            mm.after_fork()
+            memory.declare("jobs", [TWO])
+            assert mm.expire("jobs", ONE) == 0  # asks anew
+        assert woken == []
+        assert mm.hosts("jobs").hosts == (TWO,)
+        assert mm.status()["quarantine"] == {"jobs": [str(ONE)]}
+
+
 def test_no_thread_before_the_first_call() -> None:
     """The constructor starts nothing; looking up starts nothing while answers are fresh."""
     before = set(threading.enumerate())

@@ -384,17 +384,6 @@ def test_of_many_threads_one_has_the_trial() -> None:
     assert sum(counts.values()) == 2400
 
 
-def test_a_forked_child_knows_what_its_parent_learnt() -> None:
-    """Bad hosts are still bad, no lock is inherited, and the round robin begins elsewhere."""
-    bench = Bench()
-    bench.reject()
-    bench.quarantine._lock.acquire()
-    bench.chooser._lock.acquire()
-    bench.quarantine.forget()
-    bench.chooser.forget()
-    assert bench.round()[bench.bad] == 0
-
-
 # -- what others can ask of a quarantine
 
 

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import os
-import subprocess
-import sys
-import textwrap
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 
 import pytest
 
-from consul_matchmaker import worker
 from consul_matchmaker.errors import Unavailable
-from consul_matchmaker.worker import Worker, forget_in_child, seconds_since_boot
+from consul_matchmaker.worker import Worker, seconds_since_boot
 
 from .doubles import no_thread_to_be_had
 
@@ -205,22 +198,6 @@ def test_stop_meets_a_start_that_is_under_way() -> None:
         assert not raced.is_running
 
 
-def test_what_is_not_used_any_more_is_not_kept_for_children() -> None:
-    """forget_in_child does not keep its owner alive."""
-
-    class Owner:
-        def forget(self) -> None:
-            raise AssertionError("dead owners are not asked")
-
-    owner = Owner()
-    forget_in_child(owner)
-    gone = weakref.ref(owner)
-    del owner
-    gc.collect()
-    assert gone() is None
-    worker._forget_all()
-
-
 def test_a_forgotten_worker_was_never_started(resting: Worker, steps: Steps) -> None:
     """In the child it can be started again, with a thread of its own."""
     parents_thread = resting._thread
@@ -237,60 +214,6 @@ def test_a_forgotten_worker_was_never_started(resting: Worker, steps: Steps) -> 
     parents_wake.set()
     parents_thread.join(LONG)
     assert not parents_thread.is_alive()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
-@pytest.mark.system
-def test_a_real_fork_leaves_threads_locks_and_stops_behind() -> None:
-    """The fork comes while the start lock is held; the child's worker starts, the parent's runs."""
-    script = """
-        import os, threading
-        from consul_matchmaker.worker import Worker, forget_in_child
-        ran = threading.Event()
-        class Owner:
-            def __init__(self):
-                self.worker = Worker("w", ran.set)
-            def forget(self):
-                global ran
-                ran = threading.Event()
-                self.worker.forget()
-                self.worker._step = ran.set
-        owner = Owner()
-        forget_in_child(owner)
-        owner.worker.start()
-        assert ran.wait(10)
-        locked, forked = threading.Event(), threading.Event()
-        def hold():
-            with owner.worker._own_lock():
-                locked.set()
-                forked.wait()
-        threading.Thread(target=hold).start()
-        locked.wait()
-        child = os.fork()
-        if child == 0:
-            assert threading.active_count() == 1
-            assert not owner.worker.is_running
-            assert owner.worker.stop(0) or True
-            owner.worker.forget()
-            owner.worker.start()
-            assert ran.wait(10)
-            assert owner.worker.is_running
-            assert owner.worker.stop(10)
-            os._exit(7)
-        forked.set()
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-        assert owner.worker.is_running
-        assert owner.worker.stop(10)
-        print("fine")
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert (done.stdout, done.returncode) == ("fine\n", 0), done.stderr
 
 
 class Cancelled(BaseException):
@@ -358,24 +281,6 @@ def test_no_thread_to_be_had_is_an_error_of_ours(steps: Steps) -> None:
     starved.start()
     assert steps.wait_for(1)
     assert starved.stop(LONG)
-
-
-@pytest.mark.finding("D7")
-def test_one_that_cannot_forget_keeps_no_other_from_it(caplog: pytest.LogCaptureFixture) -> None:
-    """In a forked child each starts clean, whatever the others do; the error is logged."""
-    forgot = []
-
-    class Owner:
-        def forget(self) -> None:
-            forgot.append(self)
-            raise ZeroDivisionError
-
-    owners = [Owner(), Owner()]
-    for owner in owners:
-        forget_in_child(owner)
-    worker._forget_all()
-    assert set(forgot) == set(owners)
-    assert "ZeroDivisionError" in caplog.text
 
 
 @pytest.mark.finding("D6")

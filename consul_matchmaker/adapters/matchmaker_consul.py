@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from .. import Host, Matchmaker, Registration, Settings
 from ..errors import ConfigurationError, MatchmakerError, NoLiveHosts
-from ..worker import forget_in_child
+from ..fork import call_after_fork
 
 PUBLICATION_SECONDS = 5.0
 WITHDRAWAL_SECONDS = 1.0
@@ -75,10 +75,10 @@ class MatchMakerConsul:
         self.add_binding(FanoutBinding(), _Fanout(self._matchmaker))
         self.add_binding(DirectBinding(), _Direct())
         self.add_binding(TopicBinding(), _Topic(self._matchmaker))
-        self.forget()
-        forget_in_child(self)
+        self.after_fork()
+        call_after_fork(self)
 
-    def forget(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: nothing is registered here."""
         self._lock = threading.Lock()
         self._never = threading.Event()

@@ -18,8 +18,8 @@ from typing import Any, NoReturn, TypeVar
 
 from .. import Host, Matchmaker, Registration, Settings
 from ..errors import Closed, MatchmakerError, NoLiveHosts
+from ..fork import call_after_fork
 from ..matchmaker import GRACE_SECONDS
-from ..worker import forget_in_child
 from .extras import extra
 from .oslo_config import read_settings
 from .oslo_enable import disable, enable
@@ -81,10 +81,12 @@ class MatchmakerConsul:
             conf.set_default("zmq_target_update", seconds, group="oslo_messaging_zmq")
         self._max_targets = settings.max_topics
         self._crash_seconds = 2 * settings.session_ttl_seconds  # fact B1
-        self._make_clean()
-        forget_in_child(self)
+        self.after_fork()
+        call_after_fork(self)
 
-    def _make_clean(self) -> None:
+    def after_fork(self) -> None:
+        """Nothing is registered or known: upstream builds this before it forks, and registers
+        after."""
         self._lock = threading.Lock()
         self._held: dict[Registration, _Held] = {}
         self._ended: dict[Registration, _Ended] = {}
@@ -93,10 +95,6 @@ class MatchmakerConsul:
         self._keys: OrderedDict[str, Where] = OrderedDict()
         self._asked_before: OrderedDict[Where, None] = OrderedDict()  # by `ask_before_send`
         self._told_expire = False
-
-    def forget(self) -> None:
-        """In a forked child: upstream builds this before it forks, and registers after."""
-        self._make_clean()
 
     # -- servers
 

@@ -311,8 +311,9 @@ class Belief:
         self.had_no_time = True
         self.refresh_at = now
 
-    def start_clean(self) -> None:
+    def start_anew(self, rules: Rules) -> None:
         """In a forked child only the answer stays; the watch was the parent's."""
+        self.rules = rules
         self.freshness = None
         self.usable_until = -NEVER
         self.refresh_at = NEVER

@@ -16,8 +16,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -101,6 +100,13 @@ class _Entry(Belief):
         self.question: _Question | None = None
         self.waiters: list[Callable[[], object]] = []
 
+    def start_anew(self, rules: Rules) -> None:
+        """In a forked child: only the answer stays."""
+        super().start_anew(rules)
+        self.queued_at = NEVER
+        self.question = None
+        self.waiters = []
+
     @property
     def key(self) -> _Key:
         return self.topic if self.server is None else (self.topic, self.server)
@@ -164,7 +170,9 @@ class Cache:
         jitter: Callable[[], float] = random.random,
         wall_clock: Callable[[], float] = time.time,
         make_worker: MakeWorker = Worker,
+        before: Cache | None = None,
     ) -> None:
+        """*before*: in a forked child, its parent's, whose answers stay."""
         self.finds_servers = resolver.finds_servers
         self.longest_lookup_seconds = resolver.longest_lookup_seconds
         self._resolver = resolver
@@ -194,6 +202,9 @@ class Cache:
         self._in_use: dict[str, float] = {}  # when it was seen to be; the oldest first
         self.on_topic_used: Callable[[], object] | None = None
         """Called, without a lock, when `topics_in_use` has one more; set by who watches them."""
+        for entry in () if before is None else list(before._by_key.values()):
+            entry.start_anew(self._rules)
+            self._entries[entry.key] = entry
 
     # -- what callers ask
 
@@ -272,7 +283,8 @@ class Cache:
         *timeout_seconds*.  Raises Unavailable or Denied like `lookup`, and Closed."""
         deadline = self._clock() + timeout_seconds
         changed = threading.Event()
-        with self.telling(topic, server, changed.set):
+        self.tell(topic, server, changed.set)
+        try:
             while True:
                 changed.clear()
                 snapshot = self.lookup(topic, server)
@@ -284,17 +296,17 @@ class Cache:
                 changed.wait(min(remaining, threading.TIMEOUT_MAX))
                 if self._is_closed:
                     raise Closed("the matchmaker was closed while waiting")
+        finally:
+            self.stop_telling(topic, server, changed.set)
 
-    @contextmanager
-    def telling(self, topic: str, server: str | None, wake: Callable[[], object]) -> Iterator[None]:
-        """Meanwhile *wake* is called, on whatever thread, when the hosts of *topic* may be others,
-        or asking for them failed and there are none; the topic is kept fresh.  *wake* must not
-        wait, nor raise.  Raises InvalidTopic and Closed."""
+    def tell(self, topic: str, server: str | None, wake: Callable[[], object]) -> None:
+        """From now on *wake* is called, on whatever thread, when the hosts of *topic* may be
+        others, or asking for them failed and there are none; the topic is kept fresh.  *wake* must
+        not wait, nor raise.  Raises InvalidTopic and Closed."""
         self._entry(topic)
-        keys: list[_Key] = [topic] if server is None else [topic, (topic, server)]
         with self._lock:
             now = self._clock()
-            for key in keys:
+            for key in _keys(topic, server):
                 self._waiters.setdefault(key, []).append(wake)
                 entry = self._by_key.get(key)  # or else it finds who waits when it is made
                 if entry is None:
@@ -304,17 +316,17 @@ class Cache:
                     entry.refresh_at = min(entry.refresh_at, max(now, entry.held.fresh_until))
                     self._refresher.schedule(entry)
         self._refresher.start()
-        try:
-            yield
-        finally:
-            with self._lock:
-                for key in keys:
-                    entry = self._entries.get(key)
-                    for waiters in (self._waiters.get(key, []), entry.waiters if entry else []):
-                        with contextlib.suppress(ValueError):  # this is a forked child
-                            waiters.remove(wake)
-                    if not self._waiters.get(key, True):
-                        del self._waiters[key]
+
+    def stop_telling(self, topic: str, server: str | None, wake: Callable[[], object]) -> None:
+        """Undo one `tell`."""
+        with self._lock:
+            for key in _keys(topic, server):
+                entry = self._by_key.get(key)
+                if entry is not None:
+                    entry.waiters.remove(wake)
+                self._waiters[key].remove(wake)
+                if not self._waiters[key]:
+                    del self._waiters[key]
 
     def explain(self, topic: str, server: str | None = None) -> dict[str, object]:
         """What is held of *topic*, how it came, what is under way.  Asks nobody; fit for json."""
@@ -409,27 +421,6 @@ class Cache:
                 "longest_question_seconds": self._longest_question,
                 "refresher": "running" if self._refresher.is_running else "not running",
             }
-
-    def forget(self) -> None:
-        """In a forked child: new locks, no thread, nothing under way; the answers stay."""
-        self._lock = threading.RLock()  # a signal handler may look up on top of a lookup
-        self._outbox.clear()
-        self._waiters.clear()
-        self._in_use.clear()
-        self._refresher.forget()
-        if self._state_files is not None:
-            self._state_files.forget()
-        before, self._entries = (
-            self._entries.by_key,
-            _Entries(self._settings.max_topics, self._evicted),
-        )
-        for key, entry in before.items():
-            entry.start_clean()
-            entry.question, entry.queued_at = None, NEVER
-            entry.waiters = []
-            self._entries[key] = entry
-        if not self._is_closed:
-            self._by_key = self._entries.by_key
 
     def stop(self) -> None:
         """Begin to close: wake whoever waits for a change, tell the threads to end."""
@@ -744,6 +735,11 @@ class Cache:
         self._outbox.extend(entry.waiters)  # they look again, and make another entry
         if self._state_files is not None:
             self._outbox.append(partial(self._state_files.drop, entry.topic, entry.server))
+
+
+def _keys(topic: str, server: str | None) -> list[_Key]:
+    """The entries that may say where *topic*, or *server* of it, is."""
+    return [topic] if server is None else [topic, (topic, server)]
 
 
 def _explained(answer: Snapshot) -> dict[str, object]:

@@ -48,13 +48,15 @@ class Quarantine:
         *,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
+        before: Quarantine | None = None,
     ) -> None:
+        """*before*: in a forked child, its parent's; what was learnt of the hosts stays true."""
         self._backoff = Backoff(settings.quarantine_seconds, settings.quarantine_max_seconds)
         self._clock = clock
         self._jitter = jitter
         self._panic_fraction = settings.panic_fraction
         self._memory_seconds = settings.quarantine_max_seconds
-        self._records: dict[str, dict[Host, _Record]] = {}
+        self._records: dict[str, dict[Host, _Record]] = {} if before is None else before._records
         self._lock = threading.Lock()
         self.begun = 0  # quarantines, since the start
 
@@ -128,10 +130,6 @@ class Quarantine:
             }
         return {topic: hosts for topic, hosts in bad.items() if hosts}
 
-    def forget(self) -> None:
-        """In a forked child: a new lock.  What was learnt of the hosts stays true."""
-        self._lock = threading.Lock()
-
     def _drop_old(self, now: float) -> None:
         for topic in list(self._records):
             for host, record in list(self._records[topic].items()):
@@ -187,12 +185,6 @@ class Selector:
             if host in avoided or self._quarantine.begin_trial(topic, host):
                 return host
             avoided |= {host}  # another thread rejected or tries this very host since we looked
-
-    def forget(self) -> None:
-        """In a forked child: a new lock, and round robins that begin at hosts of their own."""
-        self._lock = threading.Lock()
-        self._turns = {}
-        self._chance = random.Random()
 
     def _pick(
         self,

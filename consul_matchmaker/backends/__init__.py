@@ -37,9 +37,6 @@ class Resolver(Protocol):
     def wire(self) -> dict[str, dict[str, int]]:
         """What was said to agents and heard from them, by transport; see `Traffic`."""
 
-    def forget(self) -> None:
-        """Drop every connection without touching the network: this is a forked child now."""
-
     def close(self) -> None:
         """Close every connection for ever; a lookup under way, or later, raises Unavailable."""
 
@@ -77,9 +74,6 @@ class Registrar(Protocol):
 
     def topics(self) -> list[str]:
         """Every topic that has a registration, sorted."""
-
-    def forget(self) -> None:
-        """Drop every connection and the memory of every lease, without touching the network."""
 
     def close(self) -> None:
         """Close every connection; leases are left alone."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ..errors import Denied, LeaseLost, Unavailable
+from ..fork import call_after_fork
 from ..model import Host, Instance, Lease, Registration, Snapshot, checked_topic
 from . import OnDoubt
 
@@ -47,6 +48,7 @@ class Memory:
         self._lock = threading.Lock()
         self._leases: dict[str, _HeldLease] = {}
         self._declared: dict[str, tuple[Instance, ...]] = {}
+        call_after_fork(self)
 
     # -- Resolver
 
@@ -132,7 +134,7 @@ class Memory:
             }
             return sorted(found | {topic for topic, hosts in self._declared.items() if hosts})
 
-    def forget(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: a new lock.  What it holds stays, as it would in Consul."""
         self._lock = threading.Lock()
 

@@ -20,7 +20,7 @@ from ..backends import Registrar
 from ..errors import Closed, ConfigurationError, Denied, MatchmakerError, TimedOut, Unavailable
 from ..model import Host, Registration, Standing
 from ..settings import Settings
-from ..worker import Worker, forget_in_child, seconds_since_boot
+from ..worker import Worker, seconds_since_boot
 from .reconciler import (
     Call,
     Kind,
@@ -86,18 +86,19 @@ class Keeper:
         jitter: Callable[[], float] = random.random,
         threaded: bool = True,
     ) -> None:
-        self._registrar = registrar
         self._settings = settings
         self._clock = clock
         self._jitter = jitter
         self._threaded = threaded
         self._listeners: list[Listener] = []
-        self._worker = Worker("consul-matchmaker-keeper", self.step)
-        self._make_clean()
-        forget_in_child(self)
+        self.begin(registrar)
         _keepers.add(self)
 
-    def _make_clean(self) -> None:
+    def begin(self, registrar: Registrar) -> None:
+        """Hold nothing, and register with *registrar*: also in a forked child, where registrations
+        of the parent refer to this very object."""
+        self._registrar = registrar
+        self._worker = Worker("consul-matchmaker-keeper", self.step)
         self._changed = threading.Condition()
         self._reconciler = Reconciler(self._settings.session_ttl_seconds, self._jitter)
         self._events: collections.deque[tuple[float, Note]] = collections.deque(
@@ -324,7 +325,7 @@ class Keeper:
             renewal = "" if seconds is None else f", renews in {seconds:.1f}s"
             return f"<Keeper {reconciler.state}, {count} published{renewal}>"
 
-    # Its end, and its child
+    # Its end
 
     def close(self, timeout_seconds: float) -> bool:
         """Take everything back at once, end the thread; return whether that was done in time.
@@ -373,14 +374,6 @@ class Keeper:
     @property
     def _is_closed(self) -> bool:
         return self._reconciler.state is State.CLOSED
-
-    def forget(self) -> None:
-        """In a forked child: nothing is registered here, and the lease is the parent's."""
-        was_closing = self._is_closing
-        self._worker.forget()
-        self._make_clean()
-        if was_closing:
-            self._reconciler.close()
 
     # The thread
 

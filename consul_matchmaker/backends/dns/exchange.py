@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 
 from ...errors import Unavailable
+from ...fork import close_after_fork
 from ...model import Host
 from ..host_names import HostNames
 from ..traffic import Traffic
@@ -106,6 +107,7 @@ class Channel:
     def opening(self, sock: socket.socket) -> Iterator[None]:
         """Have `close` end what is done with *sock*."""
         self._open.add(sock)
+        close_after_fork(sock)
         try:
             self.raise_if_closed()  # after the add, so that `close` misses none
             yield

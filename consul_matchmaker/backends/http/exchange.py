@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import consul.base
 
+from ...fork import close_after_fork
 from ..host_names import HostNames
 from ..traffic import Traffic
 
@@ -226,6 +227,7 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
 
     def _opened(self, sock: socket.socket) -> None:
         self._open.add(sock)
+        close_after_fork(sock)
         if self.is_aborted:  # looked at after the add, so that `abort` misses none
             raise ConnectionAbortedError("the connection was given up")
 
