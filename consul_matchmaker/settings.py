@@ -255,7 +255,7 @@ class Settings:
         # RFC 5861's name.  3 TTLs: a topic asked for at least so often never waits, and what a
         # caller gets without a wait is no older than a peer's answer may be while it changes.
         _seconds(0, 31536000),
-        "how old an answer may be given at once while Consul can be asked; then it is asked first",
+        "up to this age a stale answer is returned at once; after it, Consul is asked first",
         15.0,
     )
     confirm_empty_seconds: float = _setting(
@@ -280,32 +280,32 @@ class Settings:
     )
     strict_names: bool = _setting(
         _yes_or_no,
-        "refuse a topic that cannot be the name of its Consul service (such as one with a dot) "
-        "instead of asking for the service with '-' in place of what cannot be there",
+        "refuse a topic that cannot be the name of a Consul service (such as one with a dot); "
+        "off: ask for the service with '-' in place of each such character",
         False,
     )
     shards: int = _setting(
         _whole(0, 100),
-        "for topics of thousands: how many tags s00, s01... to ask for one by one; 0 asks for none",
+        "for topics of thousands of hosts: how many tags s00, s01... to ask for; 0: none",
         0,
     )
     prefix: str = _setting(_key_prefix, "root of the KV keys", "matchmaker")
     session_ttl_seconds: float = _setting(
         # Consul's floor is 10 unless the servers' session_ttl_min lowers it; its roof is 24 h (B1).
         _seconds(1, 86400),
-        "lease TTL; a crashed process's keys leave after 2 x this at the latest; "
+        "TTL of the lease; the keys of a crashed process are removed after 2 x this at the latest; "
         "below 10 the servers' session_ttl_min must allow it",
         10.0,
     )
     liveness: str = _setting(
         _one_of("session", "node", "check"),
         "what ends a lease beside its TTL: session (nothing), node (the agent's node dies), "
-        "check (also the process itself, within about check_ttl_seconds)",
+        "check (also the death of the process, within about check_ttl_seconds)",
         "session",
     )
     check_ttl_seconds: float = _setting(
         _seconds(0.5, 60),
-        "with liveness=check: how long a process may go without a beat before it counts as dead; "
+        "with liveness=check: a process that has not beaten for this long counts as dead; "
         "5 keeps its registrations through an ordinary election",
         1.0,
     )
@@ -314,8 +314,8 @@ class Settings:
     )
     max_watches: int = _setting(
         _whole(0, 100),
-        "with so many topics in use, or fewer, each is watched over a connection of its own, and "
-        "what others register costs nothing; with more, one watches all topics there are",
+        "up to this many topics in use are each watched over a connection of their own, so that "
+        "changes of other topics cost nothing; with more, one query watches all topics",
         4,
     )
     consistency: str = _setting(
@@ -329,20 +329,19 @@ class Settings:
     )
     panic_fraction: float = _setting(
         _number(0, 1),
-        "in a topic of 10 hosts or more, rejections are ignored when this fraction of them or more "
-        "is rejected, as the few that are left would be overloaded; in a smaller one only when all "
-        "are",
+        "in a topic of 10 hosts or more, rejections are ignored when at least this fraction of "
+        "them is rejected, as the others would be overloaded; in a smaller one when all are",
         0.5,
     )
     max_topics: int = _setting(
         _whole(1, 1_000_000),
-        "topics kept in memory; beyond it, those nobody asked for lately make room",
+        "topics kept in memory; beyond it, topics that nobody asked for lately are dropped",
         10_000,
     )
     state_path: str | None = _setting(
         _path,
-        "folder for last-known-good answers, read at a cold start while Consul is away; "
-        "only this program's user may be able to write there",
+        "folder for the last good answers, read at a start while Consul is away; "
+        "only this program's user may have write access to it",
         None,
     )
     token: str | None = _setting(
@@ -359,7 +358,7 @@ class Settings:
     )
     ca_cert: str | None = _setting(
         _path,
-        "file of the CA that signs Consul; without it those of the system count",
+        "file of the CA that signs Consul's certificate; default: the CAs of the system",
         None,
         variables=("CONSUL_CACERT",),
     )

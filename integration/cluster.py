@@ -4,13 +4,9 @@
 machine (`LocalTestCluster`).  In both the nodes are `server1`, `server2`, `server3` and `agent1`.
 """
 
-import atexit
 import contextlib
 import json
-import os
 import random
-import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -143,31 +139,18 @@ def join_again(cluster: Cluster, name: str) -> None:
 
 
 class LocalTestCluster(LocalCluster):
-    """A LocalCluster that can also cut a node off (Linux): as root by firewall rules.
+    """A LocalCluster that can also cut a node off (Linux): a relay process joins the nodes."""
 
-    With `relayed`, which anybody else gets, a relay process stands between the nodes instead.
-    """
-
-    FIRST_GROUP = 52001  # any ids nobody else runs under: the rules tell the processes apart by it
-
-    def __init__(self, *, relayed: bool | None = None, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         self.is_disturbed = False
-        if relayed is None:
-            relayed = os.geteuid() != 0
-        self._relay = NodeRelay() if relayed and sys.platform == "linux" else None
-        self._has_firewall = not relayed and sys.platform == "linux"
-        self._cut_off: dict[str, LoopbackPartition | RelayPartition] = {}
-        super().__init__(group_of=self._group if self._has_firewall else None, **options)
+        self._relay = NodeRelay() if sys.platform == "linux" else None
+        self._cut_off: set[str] = set()
+        super().__init__(**options)
 
     def close(self, *, keep_logs: bool = False) -> None:
-        for name in list(self._cut_off):
-            self._cut_off.pop(name).remove()
         super().close(keep_logs=keep_logs)
         if self._relay is not None:
             self._relay.close()
-
-    def _group(self, name: str) -> int:
-        return self.FIRST_GROUP + list(self.nodes).index(name)
 
     def _advertised(self, name: str, address: str, ports: Mapping[str, int]) -> str:
         if self._relay is None:
@@ -187,20 +170,16 @@ class LocalTestCluster(LocalCluster):
         super().pause(name)
 
     def partition(self, name: str) -> None:
-        if not self._has_firewall and self._relay is None:
+        if self._relay is None:
             raise ClusterError("cutting off a local node needs Linux: use --cluster=docker")
         self.is_disturbed = True
-        if name in self._cut_off:
-            return
-        if self._relay is not None:
-            self._cut_off[name] = RelayPartition(self._relay, name)
-        else:
-            address = self.nodes[name].rpc.rpartition(":")[0]
-            self._cut_off[name] = LoopbackPartition(address, self._group(name))
+        self._cut_off.add(name)
+        self._relay.tell(f"cut {name}")
 
     def heal(self, name: str) -> None:
-        if name in self._cut_off:
-            self._cut_off.pop(name).remove()
+        if self._relay is not None and name in self._cut_off:
+            self._cut_off.discard(name)
+            self._relay.tell(f"heal {name}")
             join_again(self, name)
 
     def mend(self) -> None:
@@ -249,88 +228,6 @@ class NodeRelay:
         """Idempotent."""
         self._process.kill()
         self._process.communicate()
-
-
-class RelayPartition:
-    """One node, cut off from construction until `remove()`."""
-
-    def __init__(self, relay: NodeRelay, name: str) -> None:
-        self._relay, self._name = relay, name
-        relay.tell(f"cut {name}")
-
-    def remove(self) -> None:
-        self._relay.tell(f"heal {self._name}")
-
-
-class LoopbackPartition:
-    """Firewall rules that drop what one node and all others of its network say to each other.
-
-    They stand from construction until `remove()`, the end of this process, or, after it was
-    killed, the next partition any process makes.
-    """
-
-    CHAIN_PREFIX = "CMM"
-
-    def __init__(self, address: str, group: int) -> None:
-        self._pid = os.getpid()
-        self._network = address.rpartition(".")[0] + ".0/24"
-        self._name = f"{self.CHAIN_PREFIX}-{self._pid}-{group}"
-        self._remove_stale()
-        atexit.register(self.remove)
-        for hook in ("INPUT", "OUTPUT"):
-            _iptables("-N", f"{self._name}-{hook}")
-            _iptables("-I", hook, "-d", self._network, "-j", f"{self._name}-{hook}")
-        # Dropped on arrival: were they dropped on departure, the sender would be told, and gossip
-        # takes such an error as its own and suspects nobody.
-        for side in ("-s", "-d"):
-            self._drop("INPUT", ("tcp", "udp"), [side, address])
-        # Gossip over TCP leaves from 127.0.0.1: only the sending process tells which node it is.
-        self._drop("OUTPUT", ("tcp",), ["-m", "owner", "--gid-owner", str(group)])
-
-    def _drop(self, hook: str, protocols: Sequence[str], match: Sequence[str]) -> None:
-        for protocol in protocols:
-            for ports in ("--sport", "--dport"):
-                rule = ["-p", protocol, ports, CLUSTER_PORTS, *match, "-j", "DROP"]
-                _iptables("-A", f"{self._name}-{hook}", *rule)
-
-    def remove(self) -> None:
-        """Let everything pass again.  Idempotent."""
-        atexit.unregister(self.remove)
-        if os.getpid() == self._pid:  # not from a forked child
-            for hook in ("INPUT", "OUTPUT"):
-                self._remove_chain(hook, self._network, f"{self._name}-{hook}")
-
-    @staticmethod
-    def _remove_chain(hook: str, network: str, chain: str) -> None:
-        for command in (["-D", hook, "-d", network, "-j", chain], ["-F", chain], ["-X", chain]):
-            with contextlib.suppress(ClusterError):
-                _iptables(*command)
-
-    def _remove_stale(self) -> None:
-        """Remove the rules of processes that ended without doing so."""
-        jump = re.compile(
-            rf"-A (\S+) -d (\S+) -j ({self.CHAIN_PREFIX}-(\d+)-\d+-\1)$", re.MULTILINE
-        )
-        for hook, network, chain, pid in jump.findall(_iptables("-S")):
-            if not _is_alive(int(pid)):
-                self._remove_chain(hook, network, chain)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _iptables(*words: str) -> str:
-    program = shutil.which("iptables") or shutil.which("iptables", path="/usr/sbin:/sbin")
-    if program is None:
-        raise ClusterError("cutting off a local node needs the program iptables: install it")
-    return _run([program, "--wait", "5", *words])
 
 
 # --- containers ----------------------------------------------------------------------------------

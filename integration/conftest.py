@@ -34,10 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("consul cluster")
     group.addoption(
         "--cluster",
-        choices=("docker", "local", "relayed", "auto"),
+        choices=("docker", "local", "auto"),
         default="auto",
-        help="where the Consul cluster runs; relayed: locally, with a relay between the nodes, as "
-        "local is where the user is not root; auto: in Docker when an engine answers, else locally",
+        help="where the Consul cluster runs; auto: in Docker when an engine answers, else locally",
     )
 
 
@@ -52,7 +51,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def cluster_kind(pytestconfig: pytest.Config) -> str:
-    """`docker`, `local` or `relayed`: where this run's cluster is."""
+    """`docker` or `local`: where this run's cluster is."""
     kind = str(pytestconfig.getoption("--cluster"))
     if kind == "auto":
         return "docker" if compose_command() else "local"
@@ -108,9 +107,7 @@ def cluster(cluster_kind: str, request: pytest.FixtureRequest) -> Iterator[Clust
             docker_cluster.close()
         return
     try:
-        local_cluster = LocalTestCluster(
-            relayed=True if cluster_kind == "relayed" else None, config=SHORT_LEASES
-        )
+        local_cluster = LocalTestCluster(config=SHORT_LEASES)
         local_cluster.__enter__()
     except ConsulNotFound as error:
         pytest.fail(str(error))

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from consul_matchmaker.testing.consul_probe import Node
+from consul_matchmaker.testing.local_consul import free_ports
 from integration.access_rules import MANAGEMENT
-from integration.cluster import Cluster, ask, keys, tell
+from integration.cluster import Cluster, keys, tell
 from integration.command_line import WAIT_SECONDS, cli, running, said
 from integration.waiting import until
 
@@ -23,6 +24,11 @@ LISTEN = (
     "with socket.create_server(('127.0.0.1', int(sys.argv[1]))) as listener:\n"
     "    while True: listener.accept()[0].close()"
 )
+
+
+@pytest.fixture
+def free_port() -> int:
+    return free_ports("127.0.0.1", 1)[0]
 
 
 @pytest.fixture
@@ -111,13 +117,6 @@ def test_however_many_signals_come_leaving_is_finished(
         assert keys(agent, prefix) == []
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def test_watch_prints_every_change(kv: str, topic: str) -> None:
     """A line now and one after each change, each within a second of it."""
     with running("watch", topic, "--url", kv) as watch:
@@ -178,47 +177,6 @@ def test_explain_says_who_was_asked_over_dns(agent: Node, service: str) -> None:
     assert f"name _{service}._tcp.service.consul., agent {agent.dns}" in out
     code, out, _ = cli("explain", f"not-{service}"[:63], "--url", url)
     assert (code, "NXDOMAIN" in out) == (3, True)
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["register", "scheduler", "10.0.0.5"],
-        ["register", "scheduler", "10.0.0.5:0"],
-        ["register", "scheduler", "10.0.0.5:65536"],
-        ["register", "", "10.0.0.5:9501"],
-        ["register", "scheduler", "10.0.0.5:9501", "--", "/nonexistent/command"],
-        ["expire", "scheduler", "nonsense"],
-        ["hosts", ""],
-    ],
-)
-def test_bad_input_writes_nothing(kv: str, agent: Node, prefix: str, argv: list[str]) -> None:
-    """Refused before Consul hears of it: one line, exit 2 (127 for a command that is not there)."""
-    code, out, err = cli("--url", kv, *argv)
-    assert (code, out) == (127 if "--" in argv else 2, "")
-    assert err.count("\n") == 1
-    assert "Traceback" not in err
-    assert ask(agent, f"/v1/kv/{prefix}/?keys") is None
-
-
-def test_an_unknown_setting_is_told_the_nearest(kv: str) -> None:
-    """In the URL as in the environment."""
-    code, _, err = cli("topics", "--url", f"{kv}?session_ttl_second=10")
-    assert (code, "session_ttl_seconds" in err) == (2, True)
-    code, _, err = cli("topics", "--url", kv, CONSUL_MATCHMAKER_PREFX="x")
-    assert (code, "CONSUL_MATCHMAKER_PREFIX" in err) == (2, True)
-
-
-@pytest.mark.parametrize("mode", ["kv", "catalog"])
-def test_an_agent_that_is_not_there(mode: str, free_port: int) -> None:
-    """Exit 4, one line that names the address asked."""
-    where = f"127.0.0.1:{free_port}"
-    url = f"consul+{mode}://{where}?request_timeout_seconds=1"
-    code, out, err = cli("hosts", "scheduler", "--url", url)
-    assert (code, out, err.count("\n")) == (4, "", 1)
-    assert where in err
-    code, out, _ = cli("explain", "scheduler", "--url", url)
-    assert (code, where in out) == (4, True)
 
 
 def test_an_agent_that_went_away(cluster: Cluster, agent: Node, kv: str, topic: str) -> None:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.cli import main
 from consul_matchmaker.errors import Unavailable
 from consul_matchmaker.model import Host, Instance
+from consul_matchmaker.testing.local_consul import free_ports
 
 KV, CATALOG = "consul+kv://", "consul+catalog://"
 NOBODY_LISTENS = "127.0.0.1:1"  # tcpmux: refused at once on every machine without it
@@ -376,9 +376,10 @@ def test_a_real_agent_that_is_not_there(capsys: Captured) -> None:
         url = f"consul+{mode}://{NOBODY_LISTENS}?request_timeout_seconds=0.5"
         assert main(["hosts", "scheduler", "--url", url]) == 4
         captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.count("\n") == 1
+        assert (captured.out, captured.err.count("\n")) == ("", 1)
         assert NOBODY_LISTENS in captured.err
+        assert main(["explain", "scheduler", "--url", url]) == 4
+        assert NOBODY_LISTENS in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -561,46 +562,17 @@ def test_register_holds_until_a_signal_and_withdraws(number: int) -> None:
         assert (started.returncode, out, err) == (0, LEFT, "")
 
 
-@pytest.mark.system
-def test_register_drains_until_the_next_signal() -> None:
-    """Withdrawn at once, and still there; the second signal is the end, exit 0."""
-    with process("register", "scheduler", "10.0.0.1:9501", "--drain", "3600") as started:
-        said(started, "registered")
-        started.terminate()
-        said(started, "draining for 3600 s")
-        assert started.stdout is not None
-        assert started.stdout.readline() == LEFT
-        assert started.poll() is None
-        started.terminate()
-        out, err = started.communicate()
-        assert (started.returncode, out, err) == (0, "", "")
-
-
-@pytest.mark.system
-def test_register_does_not_need_consul_to_be_up() -> None:
-    """It goes on trying, says so, and still ends on a signal."""
-    with process("register", "scheduler", "10.0.0.1:9501", state="away") as started:
-        said(started, "not registered yet")
-        started.terminate()
-        assert started.wait() == 0
-
-
-@pytest.mark.parametrize(("command", "code"), [("exit(0)", 0), ("exit(7)", 7)])
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("exit(0)", 0), ("exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)],
+)
 @pytest.mark.system
 def test_register_ends_with_its_command(command: str, code: int) -> None:
-    """With the same exit code, and withdrawn."""
+    """With the same exit code; 128 + n when signal n killed it, as in every shell."""
     argv = ["register", "scheduler", "10.0.0.1:9501", "--at-once", "--", *python(command)]
     with process(*argv) as started:
         started.communicate()
         assert started.returncode == code
-
-
-@pytest.mark.system
-def test_a_command_killed_by_a_signal_has_the_shells_code() -> None:
-    """128 + n, as in every shell."""
-    command = python("import os; os.kill(os.getpid(), 9)")
-    with process("register", "scheduler", "10.0.0.1:9501", "--", *command) as started:
-        assert started.wait() == 128 + 9
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -650,16 +622,16 @@ def test_a_command_may_survive_a_hangup() -> None:
         assert (started.returncode, out) == (128 + 15, LEFT)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.mark.system
 def test_a_command_that_ends_before_it_listens_was_never_registered() -> None:
     """Nothing was said of it, and its code is passed on."""
-    argv = ["register", "scheduler", f"127.0.0.1:{free_port()}", "--", *python("exit(9)")]
+    argv = [
+        "register",
+        "scheduler",
+        f"127.0.0.1:{free_ports('127.0.0.1', 1)[0]}",
+        "--",
+        *python("exit(9)"),
+    ]
     with process(*argv) as started:
         out, err = started.communicate()
         assert (started.returncode, out, err) == (9, "", "")
@@ -684,32 +656,23 @@ def test_in_catalog_mode_the_command_just_runs(capfd: pytest.CaptureFixture[str]
     assert "registers nothing" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["declared"], "10.0.0.1:9501 10.0.0.2:9501\n"),
+        (["nobody"], "\n"),
+        (["declared", "-o", "json"], '"hosts": ["10.0.0.1:9501", "10.0.0.2:9501"]'),
+    ],
+)
 @pytest.mark.system
-def test_watch_prints_at_once_and_ends_on_ctrl_c() -> None:
-    """One flushed line a change; Ctrl-C is 130, without a traceback."""
-    with process("watch", "declared") as started:
+def test_watch_prints_at_once_and_ends_on_ctrl_c(argv: list[str], line: str) -> None:
+    """One flushed line per change, empty for no hosts; Ctrl-C is 130, without a traceback."""
+    with process("watch", *argv) as started:
         assert started.stdout is not None
-        assert started.stdout.readline() == "10.0.0.1:9501 10.0.0.2:9501\n"
+        assert line in started.stdout.readline()
         started.send_signal(signal.SIGINT)
         out, err = started.communicate()
         assert (started.returncode, out, err) == (130, "", "")
-
-
-@pytest.mark.system
-def test_watch_says_none_with_an_empty_line() -> None:
-    """So every change is a line."""
-    with process("watch", "nobody") as started:
-        assert started.stdout is not None
-        assert started.stdout.readline() == "\n"
-
-
-@pytest.mark.system
-def test_watch_as_json_is_one_object_a_line() -> None:
-    """The same object as that of `hosts`."""
-    with process("watch", "declared", "-o", "json") as started:
-        assert started.stdout is not None
-        answer = json.loads(started.stdout.readline())
-        assert answer["hosts"] == ["10.0.0.1:9501", "10.0.0.2:9501"]
 
 
 @pytest.mark.system
@@ -722,13 +685,3 @@ def test_a_closed_pipe_is_no_error() -> None:
         assert started.stderr is not None
         assert started.stderr.read() == ""
         assert started.wait() == 141
-
-
-@pytest.mark.system
-def test_the_module_is_the_command() -> None:
-    """`python -m consul_matchmaker` works as the console script does."""
-    done = subprocess.run(
-        [sys.executable, "-m", "consul_matchmaker", "--version"], capture_output=True, text=True
-    )
-    assert done.returncode == 0
-    assert done.stdout.startswith("consul-matchmaker ")

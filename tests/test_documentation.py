@@ -133,6 +133,17 @@ def test_every_error_is_documented() -> None:
     assert [name for name in errors.__all__ if f"`{name}`" not in text] == []
 
 
+def test_every_module_is_in_the_architecture() -> None:
+    """Its table has a place for each module, the folders of the edges apart, and for no other."""
+    named = re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "architecture.md").read_text())
+    package = ROOT / "consul_matchmaker"
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    assert set(named) <= modules | {"tests/test_import_law.py"}
+    whole = ("adapters/", "cli/")
+    needed = {each for each in modules if not each.startswith(whole) and "__" not in each}
+    assert needed <= set(named)
+
+
 def test_the_first_screen_has_the_two_commands() -> None:
     """`make demo` and `make test`, and nothing to do before."""
     first_screen = "\n".join(PAGES[0].read_text().splitlines()[:30])

@@ -55,7 +55,7 @@ LAYERS = {
 OWNERS = {
     "cachetools": {"answers.topics"},
     "consul": {"backends.http.exchange"},
-    "dns": {"backends.dns.names"},
+    "dns": {"backends.dns.names", "testing.consul_probe"},
 }
 # What a rule has no business with: clocks, chance drawn by itself, locks, threads, the network.
 NOT_FOR_RULES = {

@@ -15,6 +15,7 @@ import pytest
 from consul_matchmaker.cli.supervise import Holder
 from consul_matchmaker.errors import Denied, TimedOut
 from consul_matchmaker.model import Host, Registration
+from consul_matchmaker.testing.local_consul import free_ports
 
 WAIT_SECONDS = 20.0
 LISTEN = (
@@ -80,16 +81,10 @@ def holder(
     )
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @pytest.mark.system
 def test_the_command_listens_before_anybody_is_sent_to_it() -> None:
     """The registration is made only once the port accepts connections."""
-    port, connected = free_port(), []
+    (port,), connected = free_ports("127.0.0.1", 1), []
     owner = Owner(None, then=terminate_ourselves)
 
     def register() -> Registration:
@@ -124,7 +119,7 @@ def test_a_refused_token_does_not_end_a_command() -> None:
 
     command = [sys.executable, "-c", "import signal; signal.pause()"]
     assert holder(owner, say, *command, when_listening=False).run() == 128 + signal.SIGTERM
-    assert said == ["not registered yet, trying on: no"]
+    assert said == ["not registered yet, still trying: no"]
 
 
 def test_an_outage_is_said_once_and_its_end_too() -> None:
@@ -139,7 +134,7 @@ def test_an_outage_is_said_once_and_its_end_too() -> None:
 
     assert holder(owner, say).run() == 0
     assert said == [
-        "not registered yet, trying on: away",
+        "not registered yet, still trying: away",
         "registered scheduler at 10.0.0.1:9501 as node1",
     ]
 
@@ -205,7 +200,7 @@ def test_a_withdrawal_that_consul_does_not_confirm_is_said() -> None:
     owner.drain_error = TimedOut("away")
     said: list[str] = []
     assert holder(owner, said.append, drain_seconds=1.0).run() == 0
-    assert "stopping all the same: away" in said
+    assert "stopping anyway: away" in said
 
 
 @pytest.mark.finding("B2")

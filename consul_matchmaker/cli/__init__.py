@@ -1,4 +1,4 @@
-"""The command line: reads arguments, asks a Matchmaker, prints what it answers."""
+"""The command line: read arguments, ask a Matchmaker, print its answer."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from .supervise import Holder
 
 PROGRAM = "consul-matchmaker"
 OK, FAILED, WRONG_USAGE, NO_HOSTS, NO_ANSWER = 0, 1, 2, 3, 4
-INTERRUPTED = 130  # 128 + SIGINT, as shells say it
-BROKEN_PIPE = 141  # 128 + SIGPIPE: whoever read our output has enough
+INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
+BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output has closed it
 
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    something failed that is none of the following
-  2    wrong usage or configuration; nothing was asked or written
-  3    nobody there: no hosts, nothing to expire
+  1    any other failure
+  2    wrong usage or configuration; Consul was neither asked nor written to
+  3    no hosts, or nothing to expire
   4    Consul cannot be asked, or refuses the token
   130  interrupted
 """
@@ -48,7 +48,7 @@ MakeMatchmaker = Callable[[Settings], Matchmaker]
 
 
 def main(argv: Sequence[str] | None = None, *, make_matchmaker: MakeMatchmaker = Matchmaker) -> int:
-    """Run the command *argv* names (default: the process's) and return its exit code."""
+    """Run the command in *argv* (default: the process's arguments); return its exit code."""
     try:
         arguments = _parse(list(sys.argv[1:] if argv is None else argv))
         with _logging_to_stderr(arguments):
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, *, make_matchmaker: MakeMatchmaker =
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The interpreter flushes stdout at its end, and would complain.
+        # The interpreter flushes stdout when it exits, and would print an error.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
@@ -81,24 +81,19 @@ def _code_of(error: MatchmakerError) -> int:
 def _hosts(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
     with make_matchmaker(_settings(arguments)) as matchmaker:
         snapshot = matchmaker.hosts(arguments.topic, server=arguments.server)
-        if arguments.output == "json":
-            _print(_json_of(snapshot))
-        else:
-            _print(*(escaped_word(str(host)) for host in snapshot))
+        _answer(arguments, _object_of(snapshot), _words_of(snapshot))
         if snapshot.source == "disk":
-            _say(f"warning: Consul cannot be asked; this is {snapshot.age_seconds:.0f} s old")
+            age = f"{snapshot.age_seconds:.0f} s"
+            _say(f"warning: Consul cannot be asked; this answer is {age} old")
         if not snapshot.is_complete:
-            _say("warning: the answer was cut; there are more hosts than these")
+            _say("warning: the answer is incomplete: there are more hosts than these")
         return OK if snapshot else NO_HOSTS
 
 
 def _explain(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
     with make_matchmaker(_settings(arguments)) as matchmaker:
         told = matchmaker.explain(arguments.topic, server=arguments.server)
-        if arguments.output == "json":
-            _print(json.dumps(told, default=str))
-        else:
-            _print(*_lines(told))
+        _answer(arguments, told, _lines(told))
         answer = matchmaker.cached_hosts(arguments.topic, server=arguments.server)
         if answer is None:
             return NO_ANSWER
@@ -108,10 +103,7 @@ def _explain(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> 
 def _watch(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
     with make_matchmaker(_settings(arguments)) as matchmaker:
         for snapshot in matchmaker.watch(arguments.topic):
-            if arguments.output == "json":
-                _print(_json_of(snapshot))
-            else:
-                _print(" ".join(escaped_word(str(host)) for host in snapshot))
+            _answer(arguments, _object_of(snapshot), [" ".join(_words_of(snapshot))])
     return OK
 
 
@@ -121,8 +113,8 @@ def _register(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) ->
     is_catalog = settings.mode == "catalog"
     if is_catalog and not arguments.command_to_run:
         raise ConfigurationError(
-            "in catalog mode Consul itself registers, by service definitions: "
-            "write one there, or use consul+kv://"
+            "in catalog mode nothing can be registered here: write a service definition for "
+            "Consul, or use consul+kv://"
         )
     with make_matchmaker(settings) as matchmaker:
         holder = Holder(
@@ -136,17 +128,14 @@ def _register(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) ->
             say=_say,
         )
         if is_catalog:
-            _say("catalog mode registers nothing: just running the command")
+            _say("catalog mode registers nothing: only the command runs")
         return holder.run()
 
 
 def _topics(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
     with make_matchmaker(_settings(arguments)) as matchmaker:
         topics = list(matchmaker.topics())
-        if arguments.output == "json":
-            _print(json.dumps({"topics": topics}))
-        else:
-            _print(*map(escaped_word, topics))
+        _answer(arguments, {"topics": topics}, map(escaped_word, topics))
         return OK
 
 
@@ -155,15 +144,13 @@ def _expire(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> i
     topic, host = checked_topic(arguments.topic), Host.parse(arguments.host)
     if settings.mode == "catalog":
         raise ConfigurationError(
-            "in catalog mode nothing is ours to remove: deregister the service in Consul, "
-            "or use consul+kv://"
+            "in catalog mode this program has no registrations to remove: deregister the service "
+            "in Consul, or use consul+kv://"
         )
     with make_matchmaker(settings) as matchmaker:
         removed = matchmaker.expire(topic, host)
-        if arguments.output == "json":
-            _print(json.dumps({"topic": topic, "host": str(host), "removed": removed}))
-        else:
-            _print(str(removed))
+        answer = {"topic": topic, "host": str(host), "removed": removed}
+        _answer(arguments, answer, [str(removed)])
         return OK if removed else NO_HOSTS
 
 
@@ -174,10 +161,8 @@ def _status(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> i
         try:
             if settings.mode == "kv":
                 matchmaker.topics()
-            else:
-                matchmaker.hosts(
-                    "consul"
-                )  # the servers' own service; no answer but an error counts
+            else:  # Consul's own service: only whether an answer comes counts
+                matchmaker.hosts("consul")
         except MatchmakerError as error:
             problem = error
         status = {
@@ -185,10 +170,7 @@ def _status(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> i
             "problem": None if problem is None else str(problem),
             **matchmaker.status(),
         }
-        if arguments.output == "json":
-            _print(json.dumps(status, default=str))
-        else:
-            _print(*_lines(status))
+        _answer(arguments, status, _lines(status))
         return OK if problem is None else _code_of(problem)
 
 
@@ -196,13 +178,13 @@ def _sweep(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> in
     with make_matchmaker(_settings(arguments)) as matchmaker:
         orphans = matchmaker.orphans()
         removed = matchmaker.sweep() if arguments.remove and orphans else []
-        if arguments.output == "json":
-            _print(json.dumps({"orphans": orphans, "removed": removed}))
-        else:
-            for key, reason in orphans.items():
-                _print(f"{escaped_word(key)}: {reason}" + (", removed" if key in removed else ""))
+        lines = (
+            f"{escaped_word(key)}: {reason}" + (", removed" if key in removed else "")
+            for key, reason in orphans.items()
+        )
+        _answer(arguments, {"orphans": orphans, "removed": removed}, lines)
         if orphans and not arguments.remove:
-            _say("nothing was removed: add --remove for that")
+            _say("nothing was removed: --remove removes them")
         return OK
 
 
@@ -211,9 +193,9 @@ def _doctor(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> i
     for finding in doctor.findings(_settings(arguments)):
         found.append(finding)
         if arguments.output == "text":
-            _print(f"{finding.level:<4}  {escaped_line(finding.what + ': ' + finding.text)}")
+            _print([f"{finding.level:<4}  {escaped_line(finding.what + ': ' + finding.text)}"])
     if arguments.output == "json":
-        _print(json.dumps({"findings": [finding._asdict() for finding in found]}))
+        _print([json.dumps({"findings": [finding._asdict() for finding in found]})])
     return NO_ANSWER if any(finding.level == "fail" for finding in found) else OK
 
 
@@ -226,10 +208,17 @@ def _demo(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int
 # --- what they print -----------------------------------------------------------------------------
 
 
-def _print(*lines: str) -> None:
+def _answer(
+    arguments: argparse.Namespace, value: Mapping[str, object], lines: Iterable[str]
+) -> None:
+    """Print *value* where JSON was asked for, else *lines*."""
+    _print([json.dumps(value, default=str)] if arguments.output == "json" else lines)
+
+
+def _print(lines: Iterable[str]) -> None:
     encoding = sys.stdout.encoding or "utf-8"
     for line in lines:
-        # What the terminal cannot show is escaped, too: the names are anybody's.
+        # What the terminal cannot show is escaped, too: anybody may choose these names.
         print(line.encode(encoding, "backslashreplace").decode(encoding))
     sys.stdout.flush()
 
@@ -244,28 +233,30 @@ class _Formatter(logging.Formatter):
         return escaped_line(super().formatMessage(record))
 
 
-def _json_of(snapshot: Snapshot) -> str:
-    return json.dumps(
-        {
-            "topic": snapshot.topic,
-            "hosts": [str(host) for host in snapshot],
-            "instances": [
-                {
-                    "host": str(instance.host),
-                    "address": instance.host.address,
-                    "port": instance.host.port,
-                    "server": instance.server,
-                    "priority": instance.priority,
-                    "weight": instance.weight,
-                }
-                for instance in snapshot.instances
-            ],
-            "source": snapshot.source,
-            "age_seconds": round(snapshot.age_seconds, 3),
-            "is_stale": snapshot.is_stale,
-            "is_complete": snapshot.is_complete,
-        }
-    )
+def _words_of(snapshot: Snapshot) -> Iterator[str]:
+    return (escaped_word(str(host)) for host in snapshot)
+
+
+def _object_of(snapshot: Snapshot) -> dict[str, object]:
+    return {
+        "topic": snapshot.topic,
+        "hosts": [str(host) for host in snapshot],
+        "instances": [
+            {
+                "host": str(instance.host),
+                "address": instance.host.address,
+                "port": instance.host.port,
+                "server": instance.server,
+                "priority": instance.priority,
+                "weight": instance.weight,
+            }
+            for instance in snapshot.instances
+        ],
+        "source": snapshot.source,
+        "age_seconds": round(snapshot.age_seconds, 3),
+        "is_stale": snapshot.is_stale,
+        "is_complete": snapshot.is_complete,
+    }
 
 
 def _lines(value: Mapping[str, Any], indent: str = "") -> Iterator[str]:
@@ -309,10 +300,10 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, as every other error of ours is said."""
+    """Reports an error in one line, like every other error of this program."""
 
     def error(self, message: str) -> NoReturn:
-        # argparse repeats what was given, which may be a URL with a token.
+        # argparse repeats the argument, which may be a URL with a token.
         message = _INVALID_CHOICE.sub(r"must be one of: \1", message)
         message = _EXPLICIT_ARGUMENT.sub("takes no value", message)
         raise ConfigurationError(f"{message} (see {self.prog} --help)")
@@ -326,9 +317,9 @@ _URL = re.compile(r"(consul\+[a-z]*|https?)://", re.IGNORECASE)
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     argv, command_to_run = _split_command(argv)
-    if any(word.startswith("--tok") for word in argv):  # before anything could repeat it
+    if any(word.startswith("--tok") for word in argv):  # first, so that no message repeats it
         raise ConfigurationError(
-            "a token is not taken from the command line, where everybody can read it: "
+            "there is no option for a token, as everybody on this machine could read it: "
             "use CONSUL_HTTP_TOKEN, CONSUL_MATCHMAKER_TOKEN, or the setting token_file"
         )
     arguments, unknown = _parser().parse_known_args(argv)
@@ -339,17 +330,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             what += f" {options[0]}"
         raise ConfigurationError(f"{what} (see {PROGRAM} {arguments.command} --help)")
     if any(_URL.match(getattr(arguments, name, "")) for name in ("topic", "host")):
-        raise ConfigurationError(
-            f"a URL is no TOPIC and no HOST: put it after --url, or into {URL_VARIABLE}"
-        )
+        raise ConfigurationError(f"TOPIC or HOST is a URL: give it as --url, or in {URL_VARIABLE}")
     if command_to_run is not None and (arguments.command != "register" or not command_to_run):
-        raise ConfigurationError("after -- stands the command that `register` is to run")
+        raise ConfigurationError("only `register` takes --, and a command must follow it")
     arguments.command_to_run = command_to_run or []
     return arguments
 
 
 def _split_command(argv: list[str]) -> tuple[list[str], list[str] | None]:
-    """What stands after the first `--` of `register`; argparse would take it apart."""
+    """The command after the first `--` of `register`, which argparse would parse as options."""
     if "--" in argv and "register" in argv[: argv.index("--")]:
         end = argv.index("--")
         return argv[:end], argv[end + 1 :]
@@ -359,7 +348,7 @@ def _split_command(argv: list[str]) -> tuple[list[str], list[str] | None]:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
-        description="Which hosts serve this topic, right now?  A matchmaker over Consul.",
+        description="Which hosts serve this topic now?  A matchmaker over Consul.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -367,7 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # The same options after the command: they count only where they are given.
+    # The same options after the command: without a default, they win only where they are given.
     common = _common_options(*[argparse.SUPPRESS] * 3)
 
     def command(
@@ -376,7 +365,7 @@ def _parser() -> argparse.ArgumentParser:
         text: str,
         operands: Iterable[str] = (),
         *,
-        log_level: int = logging.CRITICAL,  # an error is told in one line, not twice
+        log_level: int = logging.CRITICAL,  # an error is reported once, by `main`
         usage: str | None = None,
     ) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = commands.add_parser(
@@ -394,66 +383,66 @@ def _parser() -> argparse.ArgumentParser:
             made.add_argument(operand.lower(), metavar=operand)
         return made
 
-    hosts = command("hosts", _hosts, "print the live hosts of a topic, one a line", ["TOPIC"])
-    hosts.add_argument("--server", metavar="S", help="only the host that goes by this name")
+    hosts = command("hosts", _hosts, "print the live hosts of a topic, one per line", ["TOPIC"])
     explain = command(
         "explain",
         _explain,
-        "print why `hosts` answers what it does: what was asked, answered, left out and rejected",
+        "print how the answer of `hosts` came about: what was asked, answered, left out, rejected",
         ["TOPIC"],
     )
-    explain.add_argument("--server", metavar="S", help="only the host that goes by this name")
+    for looking_up in (hosts, explain):
+        looking_up.add_argument("--server", metavar="S", help="only the host of this server name")
     register = command(
         "register",
         _register,
-        "register a host for as long as this, or COMMAND, runs",
+        "register a host while this program, or COMMAND, runs",
         ["TOPIC", "HOST"],
         log_level=logging.WARNING,
         usage=f"{PROGRAM} register [options] TOPIC HOST:PORT [-- COMMAND ...]",
     )
-    register.add_argument("--server", metavar="S", help="the name this host goes by")
+    register.add_argument("--server", metavar="S", help="the server name of this host")
     register.add_argument(
         "--at-once",
         action="store_true",
-        help="register when COMMAND starts, not only when HOST:PORT accepts TCP connections",
+        help="register when COMMAND starts; do not wait until HOST:PORT accepts TCP connections",
     )
     register.add_argument(
         "--drain",
         metavar="SECONDS",
         type=_seconds,
         default=0.0,
-        help="on SIGTERM and SIGINT withdraw, and let COMMAND go on for so long; default 0",
+        help="after SIGTERM or SIGINT, stop COMMAND this long after the withdrawal; default 0",
     )
     command(
         "watch",
         _watch,
-        "print the hosts of a topic, separated by spaces, now and after each change; "
-        "an empty line means none",
+        "print the hosts of a topic on one line, separated by spaces, now and after each change; "
+        "an empty line means that there are none",
         ["TOPIC"],
         log_level=logging.WARNING,
     )
-    command("topics", _topics, "print every topic that has hosts, one a line")
+    command("topics", _topics, "print every topic that has hosts, one per line")
     command(
         "expire",
         _expire,
-        "remove a host's registrations of a topic for everybody, and print how many; "
-        "its owner, if alive, registers again",
+        "remove every registration of a host for a topic, and print how many there were; "
+        "an owner that is alive registers again",
         ["TOPIC", "HOST"],
     )
     sweep = command(
         "sweep",
         _sweep,
-        "print the keys under the prefix that nobody will ever remove or that are not ours, "
-        "with the reason",
+        "print the keys under the prefix that no process will remove, or that are not this "
+        "library's, each with the reason",
     )
     sweep.add_argument(
         "--remove",
         action="store_true",
-        help="remove those that are named as ours and that no session holds",
+        help="remove those that have the form of this library's keys and that no session holds",
     )
-    command("status", _status, "print which Consul is asked, and whether it answers")
-    command("doctor", _doctor, "examine what this needs of Consul, and say what to do")
-    command("demo", _demo, "start a Consul cluster of its own and show what this does")
+    command("status", _status, "print which agents are used, and whether Consul answers")
+    command("doctor", _doctor, "check agents, token and keys, and say how to mend what is wrong")
+    command("demo", _demo, "start a Consul cluster of its own and show both modes")
     return parser
 
 
@@ -475,7 +464,7 @@ def _common_options(url: Any, output: Any, verbose: Any) -> _Parser:
         "-o", "--output", choices=("text", "json"), default=output, help="default text"
     )
     common.add_argument(
-        "-v", "--verbose", action="count", default=verbose, help="log to stderr; -vv logs more"
+        "-v", "--verbose", action="count", default=verbose, help="log to stderr; -vv for more"
     )
     return common
 

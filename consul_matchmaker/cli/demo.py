@@ -1,4 +1,4 @@
-"""Show both modes on a real Consul cluster of its own, and check everything it says."""
+"""Show both modes on a real Consul cluster, and check every claim."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ..testing.consul_probe import Node, NotReady, request
 from ..testing.local_consul import ClusterError, LocalCluster, free_ports
 
 SESSION_TTL_SECONDS = 10.0  # Consul's floor (fact B1)
-# The promise of kv mode: Consul removes a crashed process's keys after 2 x TTL, and readers see it
+# Promised for kv mode: Consul removes a crashed process's keys after 2 x TTL, and readers see it
 # within another second.
 CRASH_SECONDS = 2 * SESSION_TTL_SECONDS + 1
-SOON_SECONDS = 1.0  # the promise for everything that Consul is told, and not left to find out
+SOON_SECONDS = 1.0  # promised for every change that a process makes itself
 START_SECONDS = 15.0  # a Python process on a busy machine
 CHECK_INTERVAL = "1s"  # Consul's floor (facts, F)
 CHECK_SECONDS = 5.0  # one check interval, its timeout, the reader's TTL of 1 s, and a busy machine
 EXIT_SECONDS = 10.0
 
-# A server of nothing: what matters is that its port is open as long as it lives.
+# A server whose port is open as long as it lives.
 _SERVER = """
 import socket, sys
 with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as listener:
@@ -38,7 +38,7 @@ with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as listener:
 
 
 class _Story:
-    """Prints what happens, and remembers what was claimed and not seen."""
+    """Prints what happens, and collects the claims that were not observed."""
 
     def __init__(self) -> None:
         self.missing: list[str] = []
@@ -58,9 +58,14 @@ class _Story:
         if not is_true:
             self.missing.append(text)
 
+    def claim_in_time(self, text: str, seconds: float | None) -> None:
+        """*text*, with ``{after}`` for how long it took; None: it took too long."""
+        after = "in time" if seconds is None else f"{seconds:.2f} s later"
+        self.claim(text.format(after=after), seconds is not None)
+
 
 class _Reader:
-    """A process that runs `watch TOPIC`, and every answer it printed, with the moment it did."""
+    """A process that runs `watch TOPIC`, and each answer it printed, with the time."""
 
     def __init__(self, processes: _Processes, url: str, topic: str) -> None:
         self._changed = threading.Condition()
@@ -106,7 +111,7 @@ class _Reader:
 
 
 class _Processes:
-    """Every process the demo starts, beside Consul itself; none outlives the block."""
+    """Every process that the demo starts, except Consul; none outlives the block."""
 
     def __init__(self) -> None:
         self._all: list[subprocess.Popen[str]] = []
@@ -152,15 +157,15 @@ Popen = subprocess.Popen[str]
 
 
 def run() -> int:
-    """Tell the story on stdout; return 0 when everything claimed was seen, else 1.
+    """Run the demo; return 0 when every claim was observed, else 1.
 
-    Leaves nothing running, whether it ends by itself, by Ctrl-C or by SIGTERM.
+    Leaves nothing running, also after Ctrl-C or SIGTERM.
     """
     story = _Story()
     with _ended_cleanly_by_sigterm():
         try:
             story.say("Starting a Consul cluster: three servers and one client agent, on 127.x.")
-            story.say("(If this machine has no consul program, one is fetched first.)")
+            story.say("(A machine without a consul program fetches one first.)")
             with LocalCluster(servers=3, clients=1) as cluster, _Processes() as processes:
                 story.happens("the cluster is ready")
                 _tell(story, cluster.nodes["agent1"], processes)
@@ -168,11 +173,13 @@ def run() -> int:
             story.claim(f"a Consul cluster: {error}", False)
     story.say()
     if story.missing:
-        story.say("Not everything was seen:")
+        story.say("Not everything was observed:")
         for claim in story.missing:
             story.say(f"  - {claim}")
         return 1
-    story.say("Everything above was measured just now, on a real Consul cluster, which is gone.")
+    story.say(
+        "Everything above was measured now, on a real Consul cluster, which has been removed."
+    )
     return 0
 
 
@@ -188,7 +195,7 @@ def _tell(story: _Story, agent: Node, processes: _Processes) -> None:
     began = time.monotonic()
     story.happens("three processes run `consul-matchmaker register scheduler 10.0.0.N:9501`")
     seconds = reader.seconds_until(lambda hosts: hosts == set(running), began, START_SECONDS)
-    story.claim(f"a fourth, which watches, sees 3 hosts, {_after(seconds)}", seconds is not None)
+    story.claim_in_time("a fourth, which watches, sees 3 hosts, {after}", seconds)
     lookup = processes.ours(kv, "hosts", "scheduler", stdout=subprocess.PIPE)
     printed = lookup.communicate(timeout=START_SECONDS)[0].split()
     story.claim(f"`hosts scheduler` prints {', '.join(printed)}", set(printed) == set(running))
@@ -197,14 +204,12 @@ def _tell(story: _Story, agent: Node, processes: _Processes) -> None:
     running[leaving].send_signal(signal.SIGTERM)
     story.happens(f"{leaving} is asked to end (SIGTERM)")
     seconds = reader.seconds_until(lambda hosts: leaving not in hosts, leaves_at, SOON_SECONDS)
-    story.claim(
-        f"it is gone, {_after(seconds)} (promised: {SOON_SECONDS:g} s)", seconds is not None
-    )
+    story.claim_in_time(f"it is gone, {{after}} (promised: {SOON_SECONDS:g} s)", seconds)
 
     for host in (crashed, restarted):
         running[host].kill()
     crashes_at = time.monotonic()
-    story.happens(f"{crashed} and {restarted} are killed (SIGKILL): nobody can say goodbye")
+    story.happens(f"{crashed} and {restarted} are killed (SIGKILL): they cannot withdraw")
     processes.ours(kv, "register", "scheduler", restarted)
     story.happens(f"{restarted} is started again at once, at the same address")
     story.happens(f"Consul gives the dead 2 x TTL = {2 * SESSION_TTL_SECONDS:g} s; meanwhile:")
@@ -213,20 +218,19 @@ def _tell(story: _Story, agent: Node, processes: _Processes) -> None:
 
     story.chapter("kv mode again: the killed processes")
     seconds = reader.seconds_until(lambda hosts: crashed not in hosts, crashes_at, CRASH_SECONDS)
-    story.claim(
-        f"{crashed} is gone, {_after(seconds)} than it was killed (promised: {CRASH_SECONDS:g} s)",
-        seconds is not None,
+    story.claim_in_time(
+        f"{crashed} is gone, {{after}} than it was killed (promised: {CRASH_SECONDS:g} s)", seconds
     )
-    # Its predecessor died at the same moment: once that lease is over too, only its own remains.
+    # Its predecessor died at the same moment: after that lease, too, only its own is left.
     reader.seconds_until(lambda hosts: False, crashes_at, CRASH_SECONDS)
     story.claim(
-        f"{restarted}, started again, was never missing: its predecessor's end did not touch it",
+        f"{restarted} was never missing: its predecessor's end did not affect it",
         reader.always_had(restarted, crashes_at),
     )
 
 
 def _tell_catalog(story: _Story, agent: Node, processes: _Processes) -> None:
-    story.chapter("catalog mode: Consul registers and checks, we only ask its DNS")
+    story.chapter("catalog mode: Consul registers and checks, readers ask its DNS")
     catalog = f"consul+catalog://{agent.dns}?ttl_seconds=1"
     reader = _Reader(processes, catalog, "printer")
     running = {f"127.0.0.1:{port}": processes.server(port) for port in free_ports("127.0.0.1", 3)}
@@ -235,26 +239,22 @@ def _tell_catalog(story: _Story, agent: Node, processes: _Processes) -> None:
     began = time.monotonic()
     story.happens("three servers are declared to Consul as service `printer`, with a TCP check")
     seconds = reader.seconds_until(lambda hosts: hosts == set(running), began, START_SECONDS)
-    story.claim(f"they are found by DNS alone, {_after(seconds)}", seconds is not None)
+    story.claim_in_time("they are found by DNS alone, {after}", seconds)
 
     crashed = min(running)
     running[crashed].kill()
     crashes_at = time.monotonic()
     story.happens(f"{crashed} is killed (SIGKILL): its check turns critical")
     seconds = reader.seconds_until(lambda hosts: crashed not in hosts, crashes_at, CHECK_SECONDS)
-    story.claim(f"it is gone, {_after(seconds)}", seconds is not None)
+    story.claim_in_time("it is gone, {after}", seconds)
 
     lookup = processes.ours(catalog, "hosts", "nobody")
     code = lookup.wait(START_SECONDS)
     story.claim(f"`hosts nobody` prints nothing and exits {code}: no hosts is an answer", code == 3)
 
 
-def _after(seconds: float | None) -> str:
-    return "in time" if seconds is None else f"{seconds:.2f} s later"
-
-
 def _register_service(agent: Node, service_id: str, host: str) -> None:
-    """Declare a service with a health check, as an operator's definition file would."""
+    """Declare a service with a health check, as a definition file of an operator does."""
     address, _, port = host.rpartition(":")
     check = {"CheckID": service_id, "TCP": host, "Interval": CHECK_INTERVAL, "Timeout": "500ms"}
     definition = {
@@ -271,7 +271,7 @@ def _register_service(agent: Node, service_id: str, host: str) -> None:
 
 @contextlib.contextmanager
 def _ended_cleanly_by_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C does, so that everything started is ended."""
+    """SIGTERM unwinds the stack, as Ctrl-C does, so that all that was started ends."""
 
     def end(number: int, _frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

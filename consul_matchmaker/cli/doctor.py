@@ -1,4 +1,4 @@
-"""Examine what a matchmaker needs of Consul: one finding after the other, each with what to do."""
+"""Examine what a matchmaker needs of Consul; each finding says how to mend what is wrong."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reve
 SERVERS = "_consul._tcp.service"
 """The service that every Consul cluster has: its servers."""
 LOOPBACK_NAME, LOOPBACK = "7f000001.addr", b"\x7f\x00\x00\x01"
-"""A name that an agent answers by itself, without the servers and whatever its ACLs hide (A4)."""
+"""A name that an agent answers by itself, without the servers and their ACLs (fact A4)."""
 
 
 class Finding(NamedTuple):
-    """What was found of one thing."""
+    """What one check found."""
 
     level: Literal["ok", "warn", "fail"]
     what: str
@@ -31,9 +31,9 @@ class Finding(NamedTuple):
 
 
 def findings(settings: Settings) -> Iterator[Finding]:
-    """Every finding as soon as it is known; those that failed come with what to do.
+    """Every finding as soon as it is known.
 
-    Each is a question or a few, each of which ends within ``request_timeout_seconds`` an agent.
+    Each takes a few requests, and each request at most ``request_timeout_seconds`` per agent.
     Writes nothing but, in kv mode, one session (with ``liveness=check`` a service too), which is
     destroyed at once.  Raises ConfigurationError.
     """
@@ -58,12 +58,12 @@ def _of_dns(dns_srv: DnsSrv, address: Host, settings: Settings) -> Iterator[Find
         yield Finding(
             "fail",
             f"{address} DNS",
-            f"no answer by UDP ({udp}) nor by TCP ({tcp}): start a Consul agent there, give its "
-            "DNS port in addresses, open the firewall",
+            f"no answer by UDP ({udp}) or by TCP ({tcp}): start a Consul agent there, give its "
+            "DNS port in addresses, or open the firewall",
         )
         return
     for name, heard, loss in (
-        ("UDP", udp, "about once a minute a lookup waits for it in vain, and then uses TCP"),
+        ("UDP", udp, "about once a minute a lookup waits for it, and then uses TCP"),
         ("TCP", tcp, "topics with more hosts than UDP carries stay incomplete"),
     ):
         if isinstance(heard, str):
@@ -84,7 +84,7 @@ def _of_domain(
         what += f" datacenter {datacenter}"
     reply = _heard(dns_srv, address, datacenter, by_tcp=by_tcp)
     if isinstance(reply, str):
-        return Finding("fail", what, f"no answer any more ({reply}): try again")
+        return Finding("fail", what, f"no answer this time ({reply}): try again")
     if reply.records:
         # Any server answers, also one without a leader (fact A9).
         text = (
@@ -99,13 +99,13 @@ def _of_domain(
         return Finding(
             "fail",
             what,
-            f"whoever answers there is not Consul for this domain (rcode {reply.rcode}): set "
+            f"the server there is not Consul for this domain (rcode {reply.rcode}): set "
             "domain to the agent's, and addresses to its DNS port",
         )
-    text = "answers, but hides its own servers: give the agent's default token service read"
+    text = "answers, but hides Consul's servers: give the agent's default token service read"
     if datacenter:
         text += ", or correct datacenters"
-    return Finding("warn", what, f"{text}; over DNS what is hidden looks as if nobody served it")
+    return Finding("warn", what, f"{text}; in DNS a hidden service looks like one without hosts")
 
 
 def _is_consul(dns_srv: DnsSrv, address: Host, by_tcp: bool) -> bool:
@@ -117,7 +117,7 @@ def _is_consul(dns_srv: DnsSrv, address: Host, by_tcp: bool) -> bool:
 
 
 def _heard(dns_srv: DnsSrv, address: Host, datacenter: str = "", *, by_tcp: bool) -> Reply | str:
-    """What the agent says of Consul's own servers, or why it says nothing."""
+    """The agent's answer about Consul's own servers, or why there is none."""
     labels = f"{SERVERS}.{datacenter}" if datacenter else SERVERS
     try:
         return dns_srv.probe(address, labels, "SRV", by_tcp=by_tcp)
@@ -167,7 +167,7 @@ def _version(api: ConsulApi, address: Host) -> str:
         told = api.call("GET", "/v1/agent/self", at=address).json()
         return f"Consul {told['Config']['Version']}"
     except (Unavailable, Denied, TypeError, KeyError):
-        return "Consul (which version, this token may not know)"
+        return "Consul (this token may not read its version)"
 
 
 def _of_keys(kv: Kv, settings: Settings) -> Iterator[Finding]:
@@ -187,18 +187,18 @@ def _of_keys(kv: Kv, settings: Settings) -> Iterator[Finding]:
         yield Finding(
             "warn",
             what,
-            f"{len(left)} that no session holds and nobody will remove, such as {left[0]!r}: "
+            f"{len(left)} that no session holds and no process will remove, such as {left[0]!r}: "
             "`consul-matchmaker sweep` lists them, and removes them with --remove",
         )
     if foreign:
         yield Finding(
             "warn",
             f"{what} that are not ours",
-            f"{len(foreign)}, such as {foreign[0][:100]!r}: nothing here ever touches them; "
-            "if another program keeps them there, give this one a prefix of its own",
+            f"{len(foreign)}, such as {foreign[0][:100]!r}: this program never touches them; "
+            "if another program uses this prefix, set prefix to another one",
         )
     if not orphans:
-        yield Finding("ok", what, "every one is understood and held")
+        yield Finding("ok", what, "every key is understood, and held by a session")
 
 
 def _with_a_session(kv: Kv) -> str:
@@ -216,4 +216,4 @@ def _tried(what: str, attempt: Callable[[], str]) -> Finding:
     try:
         return Finding("ok", what, attempt())
     except (Unavailable, Denied) as error:
-        return Finding("fail", what, f"{error} (who only looks up does not need this)")
+        return Finding("fail", what, f"{error} (a program that only looks up does not need this)")

@@ -1,4 +1,4 @@
-"""Hold a registration until a signal comes, or the command started beside it has ended."""
+"""Hold a registration until a signal arrives or the supervised command ends."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..errors import Closed, Denied, MatchmakerError
 from ..model import Host, Registration
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # exit codes of every shell for a command it cannot start
-PROBE_SECONDS = 0.1  # between two looks whether the command listens; a server starts in this order
+PROBE_SECONDS = 0.1  # between two attempts to connect; servers start within a few of them
 PROBE_TIMEOUT_SECONDS = 1.0
-# A signal that comes just before a wait begins does not end it: Python runs the handler only when
-# the wait is over.  So none is longer.
-UNNOTICED_SECONDS = 0.5
-SECONDS_UNTIL_TOLD = 3.0  # how long nothing may happen before the operator is told why
+# A signal that arrives just before a wait begins does not end it, because Python runs the handler
+# only after the wait.  So no wait is longer than this.
+MAX_WAIT_SECONDS = 0.5
+TOLD_AFTER_SECONDS = 3.0  # the operator is told why a registration is not there after so long
 
 Say = Callable[[str], None]
 
@@ -30,14 +30,14 @@ Say = Callable[[str], None]
 class Holder:
     """One registration, held until a signal arrives or *command* ends.  For the main thread.
 
-    *register* makes the registration; None makes none (catalog mode), and *command* just runs.
-    With a command and *when_listening*, it is called once *host* accepts TCP connections, so that
-    nobody is sent to a server that does not listen yet.  Whoever is told to stop withdraws first,
-    and stops *drain_seconds* later, when peers have noticed, or with the next signal.  *say* tells
-    the operator, a line a call.
+    *register* makes the registration; with None (catalog mode) only *command* runs.  With a
+    command and *when_listening*, *register* is called once *host* accepts TCP connections, so that
+    no peer is sent to a server that does not listen yet.  A signal to stop withdraws the
+    registration first; the command is stopped *drain_seconds* later, when peers have noticed, or
+    at the next signal.  *say* prints one line for the operator.
 
-    From the end of `run` on SIGTERM, SIGINT and SIGHUP are ignored: what is left is to take
-    everything back, which is bounded, and to end the process with the code that `run` returned.
+    Once `run` ends, SIGTERM, SIGINT and SIGHUP are ignored: the caller only has to close the
+    matchmaker, which takes a bounded time, and to exit with the code that `run` returned.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Holder:
         self._when_listening = when_listening
         self._drain_seconds = drain_seconds
         self._say = say
-        # SimpleQueue is the one queue a signal handler may put into, whoever holds its lock.
+        # A SimpleQueue, because a signal handler may put into it at any moment: it is reentrant.
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._over = threading.Event()
         self._registration: Registration | None = None
@@ -65,7 +65,6 @@ class Holder:
         self._error: MatchmakerError | None = None
         self._is_leaving = False
         self._is_draining = False
-        self._is_denied = False
 
     def run(self) -> int:
         """Return the command's exit code (128 + n when signal n killed it), or 0 without one.
@@ -91,7 +90,7 @@ class Holder:
     def _next_event(self) -> Callable[[], None]:
         while True:
             with contextlib.suppress(queue.Empty):
-                return self._events.get(timeout=UNNOTICED_SECONDS)
+                return self._events.get(timeout=MAX_WAIT_SECONDS)
 
     def _start(self) -> None:
         if not self._command:
@@ -110,7 +109,7 @@ class Holder:
         else:
             self._publish()
 
-    # What happens, each on the main thread and after the other
+    # Events, one after the other on the main thread
 
     def _publish(self) -> None:
         if self._register is None or self._is_leaving:
@@ -123,7 +122,7 @@ class Holder:
             self._pass_on(number)
             return
         was_leaving = self._is_leaving
-        self._leave()  # before the command hears of it: peers shall go first
+        self._leave()  # before the command gets the signal, so that peers stop sending first
         if self._registration is None or self._drain_seconds <= 0 or was_leaving:
             self._stop(number)
             return
@@ -135,7 +134,7 @@ class Holder:
         )
 
     def _on_drained(self, number: int) -> None:
-        if self._is_draining:  # else it was told to stop already
+        if self._is_draining:  # else a further signal has stopped it already
             self._stop(number)
 
     def _stop(self, number: int) -> None:
@@ -148,7 +147,7 @@ class Holder:
     def _pass_on(self, number: int) -> None:
         assert self._process is not None
         if number == signal.SIGINT and _is_in_foreground():
-            # Ctrl-C reaches everything in the terminal's foreground: twice would be once too often.
+            # The terminal has sent Ctrl-C to the command, too.
             return
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
@@ -163,14 +162,10 @@ class Holder:
         if self._registration is not None:
             self._registration.unregister()
 
-    def _on_denied(self, error: Denied) -> None:
-        if self._process is None:
-            self._error = error
-        elif not self._is_denied:
-            self._is_denied = True
-            self._say(f"not registered yet, trying on: {error}")
+    def _fail(self, error: MatchmakerError) -> None:
+        self._error = error
 
-    # What is waited for, each on a thread of its own
+    # Waits, each on a thread of its own
 
     def _wait_for_command(self) -> None:
         assert self._process is not None
@@ -178,11 +173,11 @@ class Holder:
         self._events.put(self._on_command_ended)
 
     def _wait_until_listening(self) -> None:
-        told_after = SECONDS_UNTIL_TOLD / PROBE_SECONDS
+        told_after = TOLD_AFTER_SECONDS / PROBE_SECONDS
         probes = 0
         while not self._over.is_set():
             try:
-                # The command line takes HOST:PORT and nothing opaque.
+                # The command line accepts HOST:PORT only, so there is a port.
                 address = (self._host.address, self._host.port or 0)
                 socket.create_connection(address, PROBE_TIMEOUT_SECONDS).close()
             except OSError as error:
@@ -190,7 +185,7 @@ class Holder:
                 if probes == told_after:
                     self._say(
                         f"not registered yet: {self._host} accepts no TCP connection "
-                        f"({error.strerror or error}); --at-once would not wait for it"
+                        f"({error.strerror or error}); --at-once does not wait for it"
                     )
                 self._over.wait(PROBE_SECONDS)
             else:
@@ -202,16 +197,18 @@ class Holder:
         is_told = False
         while not self._over.is_set():
             try:
-                self._registration.wait_until_published(timeout_seconds=SECONDS_UNTIL_TOLD)
+                self._registration.wait_until_published(timeout_seconds=TOLD_AFTER_SECONDS)
             except Closed:
                 return
             except MatchmakerError as error:
-                if isinstance(error, Denied):  # at once, unlike a timeout
-                    self._events.put(functools.partial(self._on_denied, error))
-                    self._over.wait(SECONDS_UNTIL_TOLD)
-                elif not is_told:
-                    self._say(f"not registered yet, trying on: {error}")
+                if isinstance(error, Denied) and self._process is None:
+                    self._events.put(functools.partial(self._fail, error))
+                    return
+                if not is_told:
+                    self._say(f"not registered yet, still trying: {error}")
                     is_told = True
+                if isinstance(error, Denied):  # raised at once, unlike a timeout
+                    self._over.wait(TOLD_AFTER_SECONDS)
             else:
                 self._say(f"registered {self._registration}")
                 return
@@ -220,7 +217,7 @@ class Holder:
         try:
             registration.drain(self._drain_seconds)
         except MatchmakerError as error:
-            self._say(f"stopping all the same: {error}")
+            self._say(f"stopping anyway: {error}")
         self._events.put(functools.partial(self._on_drained, number))
 
     def _beside(self, name: str, wait: Callable[[], None]) -> None:
@@ -231,15 +228,15 @@ class Holder:
 
 
 def _signals() -> list[int]:
-    """The signals that end us."""
+    """The signals that end this program."""
     numbers: list[int] = [signal.SIGTERM, signal.SIGINT]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)  # else we were started by nohup
+        numbers.append(signal.SIGHUP)  # it is ignored under nohup
     return numbers
 
 
 def _is_in_foreground() -> bool:
-    """Whether we and the command are what the terminal's keys speak to."""
+    """Whether this process group is the one that gets the terminal's Ctrl-C."""
     try:
         terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
     except OSError:

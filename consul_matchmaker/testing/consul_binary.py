@@ -1,9 +1,9 @@
-"""Find a Consul program this machine can run, fetching one into a per-user cache when it has none.
+"""Find a Consul program that this machine can run; fetch one into the user's cache if needed.
 
-`find_consul()` looks, in this order, at `$CONSUL_BIN`, at `consul` on PATH, into a Docker image
-(`$CONSUL_IMAGE`, else hashicorp/consul) and, on Debian-like machines, into the distribution's own
-package, which is verified and unpacked but never installed.  `python -m
-consul_matchmaker.testing.consul_binary` prints the path it found.
+`find_consul()` tries, in this order: `$CONSUL_BIN`, `consul` on PATH, a Docker image
+(`$CONSUL_IMAGE`, else hashicorp/consul) and, on Debian-like machines, the distribution's package,
+which is verified and unpacked but never installed.  `python -m
+consul_matchmaker.testing.consul_binary` prints the path.
 """
 
 import os
@@ -42,15 +42,15 @@ class ConsulNotFound(MatchmakerError):
 
 
 class _NotHere(Exception):
-    """One way of finding Consul did not lead anywhere, and why."""
+    """Why one way of finding Consul failed."""
 
 
 def find_consul(environ: Mapping[str, str] | None = None) -> Path:
     """The path of a Consul program that was seen to run.
 
     Fetching one takes up to a few minutes the first time; afterwards it comes from the cache.
-    Raises ConsulNotFound, also when `$CONSUL_BIN` is set but unusable: what was asked for
-    explicitly is never replaced silently.
+    Raises ConsulNotFound, also when `$CONSUL_BIN` is set but unusable: an explicit choice is never
+    replaced silently.
     """
     environ = os.environ if environ is None else environ
     if chosen := environ.get("CONSUL_BIN"):
@@ -72,7 +72,7 @@ def find_consul(environ: Mapping[str, str] | None = None) -> Path:
             return way(environ)
         except _NotHere as reason:
             reasons.append(str(reason))
-    tried = "; ".join(reason for reason in reasons if reason)
+    tried = "; ".join(filter(None, reasons))
     raise ConsulNotFound(f"no Consul program found ({tried}): {REMEDIES}")
 
 
@@ -82,14 +82,6 @@ def consul_version(program: Path) -> tuple[int, ...]:
         return _version(program)
     except _NotHere as reason:
         raise ConsulNotFound(f"{reason}: {REMEDIES}") from reason
-
-
-def cache_folder(environ: Mapping[str, str]) -> Path:
-    """Where fetched programs are kept: the user's cache folder, by the XDG rules."""
-    if root := environ.get("XDG_CACHE_HOME"):
-        return Path(root) / "consul-matchmaker"
-    home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
-    return home / ".cache" / "consul-matchmaker"
 
 
 def _version(program: Path) -> tuple[int, ...]:
@@ -112,6 +104,36 @@ def _from_path(environ: Mapping[str, str]) -> Path:
     return _verified(Path(found))
 
 
+# --- the cache -----------------------------------------------------------------------------------
+
+
+def _cached(environ: Mapping[str, str], source: str) -> Path:
+    """Where the program out of *source* is kept: in the user's cache folder, by the XDG rules."""
+    home = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
+    root = Path(environ.get("XDG_CACHE_HOME") or home / ".cache")
+    return root / "consul-matchmaker" / source / "consul"
+
+
+def _from_cache(program: Path) -> Path:
+    if not program.exists():
+        raise _NotHere("")
+    return _verified(program)
+
+
+def _scratch(target: Path) -> "tempfile.TemporaryDirectory[str]":
+    """A scratch folder on the file system of *target*, so that a file can be renamed to it."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent)
+    except OSError as error:
+        raise _NotHere(f"cannot write to {target.parent} ({error.strerror})") from error
+
+
+def _keep(program: Path, target: Path) -> Path:
+    """Move *program*, if it runs, to *target* in one step: others may fetch it at the same time."""
+    return _verified(program).replace(target)
+
+
 # --- out of a Docker image -----------------------------------------------------------------------
 
 
@@ -120,8 +142,7 @@ def _image(environ: Mapping[str, str]) -> str:
 
 
 def _docker_cached(environ: Mapping[str, str]) -> Path:
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", _image(environ))
-    return cache_folder(environ) / f"image-{name}" / "consul"
+    return _cached(environ, "image-" + re.sub(r"[^A-Za-z0-9_.-]+", "_", _image(environ)))
 
 
 def _from_docker_cache(environ: Mapping[str, str]) -> Path:
@@ -150,12 +171,12 @@ def _from_docker(environ: Mapping[str, str]) -> Path:
     # A command is named so that an image without one can be created too; it never runs.
     container = docker("create", image, "consul").strip()
     try:
-        with _fetching(target) as scratch:
+        with _scratch(target) as scratch:
             for inside in PATHS_IN_IMAGES:
                 copy = f"{scratch}/consul"
                 try:
                     docker("cp", "-L", f"{container}:{inside}", copy, timeout_seconds=COPY_SECONDS)
-                    return _kept(Path(copy), target)
+                    return _keep(Path(copy), target)
                 except _NotHere as reason:
                     last_reason = reason
         raise last_reason
@@ -163,11 +184,11 @@ def _from_docker(environ: Mapping[str, str]) -> Path:
         docker("rm", "--force", container)
 
 
-# --- out of Debian's own package -----------------------------------------------------------------
+# --- out of Debian's package ---------------------------------------------------------------------
 
 
 def _debian_cached(environ: Mapping[str, str]) -> Path:
-    return cache_folder(environ) / f"debian-{DEBIAN_SUITE}" / "consul"
+    return _cached(environ, f"debian-{DEBIAN_SUITE}")
 
 
 def _from_debian_cache(environ: Mapping[str, str]) -> Path:
@@ -177,18 +198,13 @@ def _from_debian_cache(environ: Mapping[str, str]) -> Path:
 def _from_debian(environ: Mapping[str, str]) -> Path:
     path = environ.get("PATH")
     if any(shutil.which(tool, path=path) is None for tool in ("apt-get", "dpkg-deb")):
-        raise _NotHere("this is no Debian-like machine with apt")
-    keyring = next((keyring for keyring in DEBIAN_KEYRINGS if keyring.exists()), None)
+        raise _NotHere("this is not a Debian-like machine with apt")
+    keyring = next(filter(Path.exists, DEBIAN_KEYRINGS), None)
     if keyring is None:
         raise _NotHere("the Debian archive keyring is not installed (debian-archive-keyring)")
     listing = ["apt-get", "indextargets", "--format", "$(COMPONENT) $(REPO_URI)"]
-    targets = _run(listing, APT_SECONDS, environ)
-    mirrors = debian_mirrors(targets)
-    if not mirrors:
-        raise _NotHere("apt's sources name no Debian mirror")
-
-    last_reason = _NotHere("")
-    for mirror in mirrors:
+    last_reason = _NotHere("apt's sources name no Debian mirror")
+    for mirror in debian_mirrors(_run(listing, APT_SECONDS, environ)):
         try:
             return _fetch_package(mirror, keyring, environ)
         except _NotHere as reason:
@@ -205,6 +221,23 @@ def debian_mirrors(index_targets: str) -> list[str]:
             uris.append(uri)
     # A mirror keeps the distribution in a folder of its name; a vendor's own repository does not.
     return sorted(uris, key=lambda uri: not uri.rstrip("/").endswith("/debian"))
+
+
+def _fetch_package(mirror: str, keyring: Path, environ: Mapping[str, str]) -> Path:
+    target = _debian_cached(environ)
+    with _scratch(target) as scratch:
+        folder = Path(scratch)
+        for name in ("lists/partial", "cache/archives/partial"):
+            (folder / name).mkdir(parents=True)
+        source = f"deb [signed-by={keyring}] {mirror} {DEBIAN_SUITE} main\n"
+        (folder / "sources.list").write_text(source, encoding="utf-8")
+        apt = ["apt-get", "-q", *apt_options(folder)]
+        # Error-Mode=any: a mirror without the suite is an error, not a warning over empty lists.
+        _run([*apt, "-o", "APT::Update::Error-Mode=any", "update"], APT_SECONDS, environ, folder)
+        _run([*apt, "download", "consul"], APT_SECONDS, environ, folder)
+        package = next(folder.glob("consul_*.deb"))
+        _run(["dpkg-deb", "-x", str(package), str(folder / "unpacked")], APT_SECONDS, environ)
+        return _keep(folder / "unpacked" / "usr" / "bin" / "consul", target)
 
 
 def apt_options(folder: Path) -> list[str]:
@@ -224,45 +257,7 @@ def apt_options(folder: Path) -> list[str]:
     return [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
 
 
-def _fetch_package(mirror: str, keyring: Path, environ: Mapping[str, str]) -> Path:
-    target = _debian_cached(environ)
-    with _fetching(target) as scratch:
-        folder = Path(scratch)
-        for name in ("lists/partial", "cache/archives/partial"):
-            (folder / name).mkdir(parents=True)
-        source = f"deb [signed-by={keyring}] {mirror} {DEBIAN_SUITE} main\n"
-        (folder / "sources.list").write_text(source, encoding="utf-8")
-        apt = ["apt-get", "-q", *apt_options(folder)]
-        # Error-Mode=any: a mirror without the suite is an error, not a warning over empty lists.
-        _run([*apt, "-o", "APT::Update::Error-Mode=any", "update"], APT_SECONDS, environ, folder)
-        _run([*apt, "download", "consul"], APT_SECONDS, environ, folder)
-        package = next(folder.glob("consul_*.deb"))
-        _run(["dpkg-deb", "-x", str(package), str(folder / "unpacked")], APT_SECONDS, environ)
-        return _kept(folder / "unpacked" / "usr" / "bin" / "consul", target)
-
-
-# --- shared by both ------------------------------------------------------------------------------
-
-
-def _from_cache(program: Path) -> Path:
-    if not program.exists():
-        raise _NotHere("")
-    return _verified(program)
-
-
-def _fetching(target: Path) -> "tempfile.TemporaryDirectory[str]":
-    """A scratch folder on the target's own file system, so that it can be renamed into place."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.TemporaryDirectory(prefix="fetch-", dir=target.parent)
-    except OSError as error:
-        raise _NotHere(f"cannot write to {target.parent} ({error.strerror})") from error
-
-
-def _kept(program: Path, target: Path) -> Path:
-    """Move a program that was seen to run to *target*, in one step: others may fetch it too."""
-    _verified(program)
-    return program.replace(target)
+# --- running programs ----------------------------------------------------------------------------
 
 
 def _run(
@@ -272,6 +267,8 @@ def _run(
     cwd: Path | None = None,
 ) -> str:
     """What *command* prints.  Raises _NotHere when it fails in whatever way."""
+    words = [word for word in command[1:] if not word.startswith("-") and "=" not in word]
+    shown = " ".join([command[0], *words[:3]])  # enough to know what failed
     try:
         done = subprocess.run(
             command,
@@ -285,31 +282,18 @@ def _run(
             errors="replace",
         )
     except subprocess.TimeoutExpired as error:
-        raise _NotHere(f"`{_shown(command)}` took over {timeout_seconds:.0f} s") from error
+        raise _NotHere(f"`{shown}` took over {timeout_seconds:.0f} s") from error
     except OSError as error:
-        raise _NotHere(f"`{_shown(command)}` cannot be run ({error.strerror})") from error
+        raise _NotHere(f"`{shown}` cannot be run ({error.strerror})") from error
     if done.returncode != 0:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         why = f" ({said[-1]})" if said else ""
-        raise _NotHere(f"`{_shown(command)}` exits {done.returncode}{why}")
+        raise _NotHere(f"`{shown}` exits {done.returncode}{why}")
     return done.stdout
 
 
-def _shown(command: Sequence[str]) -> str:
-    """The program and its verb: enough to know what failed."""
-    words = [word for word in command[1:] if not word.startswith("-") and "=" not in word]
-    return " ".join([command[0], *words[:3]])
-
-
-def main() -> int:
-    """Print the path of the Consul program, or say on stderr why there is none."""
+if __name__ == "__main__":
     try:
         print(find_consul())
     except ConsulNotFound as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.exit(str(error))

@@ -1,13 +1,11 @@
-"""Ask a Consul node, with the standard library alone, who leads and whether it is ready for work.
+"""Ask a Consul node who leads, and whether it is ready for work.
 
-For whoever runs a cluster (the demo, the tests), not for applications: every function takes a
-`Node`, makes one short request, and raises `NotReady` with the reason when the answer is no.
+For programs that run a cluster (the demo, the tests), not for applications: every function takes a
+`Node`, makes short requests, and raises `NotReady` with the reason when the answer is no.
 """
 
 import http.client
 import json
-import socket
-import struct
 import time
 import uuid
 from collections import Counter
@@ -15,6 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
+
+import dns.exception
+import dns.message
+import dns.query
+import dns.rcode
 
 REQUEST_SECONDS = 2.0
 POLL_SECONDS = 0.02
@@ -159,20 +162,14 @@ def check_dns(node: Node, *, may_be_hidden: bool = False) -> None:
 
     With *may_be_hidden*, an access rule may hide that service: NXDOMAIN is then as good.
     """
-    # RFC 1035: identifier, recursion desired, one question; A record, class IN.
-    question = b"".join(bytes([len(label)]) + label for label in (b"consul", b"service", b"consul"))
-    query = struct.pack("!6H", 0x4D4D, 0x0100, 1, 0, 0, 0) + question + b"\0\0\1\0\1"
+    query = dns.message.make_query("consul.service.consul.", "A")
     address, _, port = node.dns.rpartition(":")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-        udp.settimeout(REQUEST_SECONDS)
-        try:
-            udp.connect((address, int(port)))
-            udp.send(query)
-            answer = udp.recv(4096)
-        except OSError as error:
-            reason = f"{node.name} does not answer DNS on {node.dns} ({error!r})"
-            raise NotReady(reason) from error
-    rcode, answers = answer[3] & 0x0F, struct.unpack("!H", answer[6:8])[0]
-    if (rcode == 0 and answers) or (may_be_hidden and rcode == 3):
-        return
-    raise NotReady(f"{node.name} finds no server by DNS (rcode {rcode}, {answers} answers)")
+    try:
+        answer = dns.query.udp(query, address, REQUEST_SECONDS, int(port))
+    except (OSError, dns.exception.DNSException) as error:
+        reason = f"{node.name} does not answer DNS on {node.dns} ({error!r})"
+        raise NotReady(reason) from error
+    rcode = answer.rcode()
+    is_found = rcode == dns.rcode.NOERROR and answer.answer
+    if not is_found and not (may_be_hidden and rcode == dns.rcode.NXDOMAIN):
+        raise NotReady(f"{node.name} finds no server by DNS ({dns.rcode.to_text(rcode)})")

@@ -69,9 +69,7 @@ class LocalCluster:
 
     `config` is merged into every node's configuration, `node_config["server1"]` into that node's
     alone; both are plain dicts in Consul's own words, such as `{"ports": {"http": -1}}`.  `token`
-    is used to find out whether the cluster is ready, where access rules are on.  `group_of` gives
-    the group id a node's process runs under (needs root): by it, firewall rules can tell nodes
-    apart that all send from this machine.
+    is used to find out whether the cluster is ready, where access rules are on.
     """
 
     def __init__(
@@ -83,7 +81,6 @@ class LocalCluster:
         config: Mapping[str, Any] | None = None,
         node_config: Mapping[str, Mapping[str, Any]] | None = None,
         token: str = "",
-        group_of: Callable[[str], int] | None = None,
     ) -> None:
         self._server_count = servers
         self._client_count = clients
@@ -91,7 +88,6 @@ class LocalCluster:
         self._config = config or {}
         self._node_config = node_config or {}
         self._token = token
-        self._group_of = group_of
         self._nodes: dict[str, Node] = {}
         self._configs: dict[str, dict[str, Any]] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -246,7 +242,6 @@ class LocalCluster:
                 # Consul takes addresses and tokens from CONSUL_*; the tests' own are not for it.
                 env={k: v for k, v in os.environ.items() if not k.startswith("CONSUL_")},
                 start_new_session=True,
-                group=None if self._group_of is None else self._group_of(name),
             )
         self._processes[name] = process
         self._tell_watchdog(f"+{process.pid}\n")
