@@ -111,7 +111,9 @@ class Matchmaker:
 
     @classmethod
     def from_env(cls) -> Matchmaker:
-        """A matchmaker of ``CONSUL_MATCHMAKER_URL`` and its kin.  Raises ConfigurationError."""
+        """A matchmaker of ``CONSUL_MATCHMAKER_URL`` and the other CONSUL_* variables.
+
+        Raises ConfigurationError."""
         return cls(Settings.from_env())
 
     # -- who serves a topic
@@ -600,13 +602,13 @@ def _named(topic: str, server: str | None) -> str:
 
 def _shown(settings: Settings) -> dict[str, object]:
     shown: dict[str, object] = {}
-    for knob in fields(settings):
-        value = getattr(settings, knob.name)
-        if knob.metadata.get("secret"):
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if setting.metadata.get("secret"):
             value = None if value is None else "***"
         elif isinstance(value, tuple):
             value = [str(item) for item in value]
         elif isinstance(value, Mapping):
             value = dict(value)
-        shown[knob.name] = value
+        shown[setting.name] = value
     return shown
