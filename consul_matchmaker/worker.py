@@ -39,9 +39,6 @@ class Worker:
     def __init__(self, name: str, step: Callable[[], float | None]) -> None:
         self.name = name
         self._step = step
-        self._make_clean()
-
-    def _make_clean(self) -> None:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self.has_died = False
@@ -100,11 +97,6 @@ class Worker:
     @property
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
-
-    def forget(self) -> None:
-        """In a forked child: the thread did not come along, so this worker was never started."""
-        self.__dict__.pop("_start_lock", None)
-        self._make_clean()
 
     def _run(self) -> None:
         try:

@@ -223,14 +223,6 @@ def test_status_names_the_first_and_those_left_alone(agents: Agents) -> None:
     assert agents.status()["agent"] == "10.0.0.1:8600"
 
 
-def test_a_forked_child_knows_nothing_of_any_agent(agents: Agents) -> None:
-    """It learns for itself."""
-    fail(agents, A)
-    nth(agents, B).worked()
-    agents.forget()
-    assert order(agents) == [A, B, C]
-
-
 def test_every_agent_is_met_exactly_once(agents: Agents, clock: ManualClock) -> None:
     """Whatever they did before: a question ends."""
     verbs = (Candidate.worked, lambda c: c.failed("no"), lambda c: c.could_not_help("no"))

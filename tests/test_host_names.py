@@ -126,14 +126,6 @@ def test_without_a_thread_it_is_an_error(names: HostNames, resolver: Resolver) -
     assert resolver.asked == ["db.example"]
 
 
-def test_a_forked_child_asks_for_itself(names: HostNames, resolver: Resolver) -> None:
-    """Threads that its parent's resolver holds did not come along."""
-    names.addresses("db.example", soon())
-    names.forget()
-    names.addresses("db.example", soon())
-    assert resolver.asked == ["db.example"] * 2
-
-
 @pytest.mark.system
 def test_the_systems_resolver() -> None:
     """It knows this machine, IPv4 first, and says so where a name is none."""

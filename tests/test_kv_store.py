@@ -57,7 +57,7 @@ class FakeConsul:
         self.hidden = ()  # beginnings of keys that ACLs hide
         self.says_filtered = False
         self.leader = "10.0.0.2:8300"
-        self.forgets = self.closes = self.interrupts = 0
+        self.closes = self.interrupts = 0
 
     def call(self, method, path, params=None, body=b"", *, accept=(), **how):
         params, asked_at = dict(params or {}), self.clock()
@@ -88,9 +88,6 @@ class FakeConsul:
 
     def status(self):
         return {"agent": "fake:8500"}
-
-    def forget(self):
-        self.forgets += 1
 
     def close(self):
         self.closes += 1
@@ -469,15 +466,6 @@ def test_a_check_beside_one_that_may_not_be_made_is_asked_again(consul, kv):
     consul.hidden = (f"{PREFIX}/a/",)
     del consul.keys[Key.of(deleted, lease.id).under(PREFIX)]
     assert set(kv.renew(lease)) == {well}
-
-
-def test_a_forked_child_has_published_nothing(consul, kv):
-    """After forget() the parent's leases are not the child's."""
-    lease = kv.open()
-    kv.publish(lease, Registration("scheduler", ONE))
-    kv.forget()
-    assert set(kv.renew(lease)) == set()
-    assert consul.forgets == 1
 
 
 # -- reading --------------------------------------------------------------------------------------

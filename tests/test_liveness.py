@@ -167,16 +167,6 @@ def test_what_cannot_be_deregistered_is_left_to_consul(api, clock, liveness, dou
     assert (api.beats, doubts) == (0, [])
 
 
-def test_a_forked_child_has_no_check(api, clock, liveness):
-    """It never beats for its parent, and would register under another id."""
-    before = liveness.id
-    liveness.register()
-    liveness.forget()
-    clock.advance(BEAT_SECONDS)
-    assert liveness.step() is None
-    assert liveness.id != before
-
-
 @pytest.mark.finding("F1")
 def test_a_longer_ttl_is_beaten_as_often_in_proportion(api, clock, doubts):
     """The deployment says how long a beat may be held up; nothing is late before that."""

@@ -852,15 +852,3 @@ def test_status_says_where_the_watch_stands():
     assert one.watcher.status()["is_doubting"]
     assert "Watcher" in repr(one.watcher) and "doubt" in repr(one.watcher._watches["t"])
     assert world(*SIX).watcher.status()["plan"] == "prefix"
-
-
-def test_a_forked_child_begins_anew():
-    """After forget() nothing is known, and the next poll asks at once."""
-    one = world("t")
-    one.poll("t", (9, {"t": [1]}))
-    one.watcher.forget()
-    assert one.watched == []
-    one.plan()
-    one.poll("t", (9, {"t": [1]}))
-    assert [index for _, index, _ in one.kv.asked] == [0, 0]
-    assert one.watcher.status()["answers"] == 1

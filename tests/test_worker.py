@@ -198,24 +198,6 @@ def test_stop_meets_a_start_that_is_under_way() -> None:
         assert not raced.is_running
 
 
-def test_a_forgotten_worker_was_never_started(resting: Worker, steps: Steps) -> None:
-    """In the child it can be started again, with a thread of its own."""
-    parents_thread = resting._thread
-    parents_wake = resting._wake
-    resting.forget()
-    assert not resting.is_running
-    resting.start()
-    assert steps.wait_for(2)
-    assert resting._thread is not parents_thread
-    assert resting.stop(LONG)
-    # This is no child, so the first thread is still there: let it go.
-    assert parents_thread is not None and parents_wake is not None
-    resting._stopping = True
-    parents_wake.set()
-    parents_thread.join(LONG)
-    assert not parents_thread.is_alive()
-
-
 class Cancelled(BaseException):
     """What frameworks end their tasks with; no Exception, like SystemExit."""
 

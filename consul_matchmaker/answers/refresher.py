@@ -89,13 +89,6 @@ class Refresher:
         has_ended = self._quick_worker.stop(timeout_seconds)
         return self._slow_worker.stop(max(0.0, deadline - self._clock())) and has_ended
 
-    def forget(self) -> None:
-        """In a forked child: nothing is planned, and no thread runs."""
-        self._lock = threading.Lock()
-        self._quick, self._slow = _Lane(), _Lane()
-        self._quick_worker.forget()
-        self._slow_worker.forget()
-
     @property
     def is_running(self) -> bool:
         return self._quick_worker.is_running

@@ -117,9 +117,6 @@ class StateFiles:
         pause = min(settings.max_stale_seconds, A_DAY_SECONDS) / SAVES_PER_MAX_STALE
         self._rewrite_seconds = max(BETWEEN_SAVES_SECONDS, pause)
         self._worker = make_worker("consul-matchmaker-saver", self._step)
-        self._make_clean()
-
-    def _make_clean(self) -> None:
         self._topics: dict[tuple[str, str | None], _Entry] = {}
         self._noted: collections.deque[_Entry] = collections.deque()  # what `step` looks at
         self._is_closing = False
@@ -193,11 +190,6 @@ class StateFiles:
         else:
             self._step()
         return self._worker.stop(max(0.0, deadline - self._clock()))
-
-    def forget(self) -> None:
-        """In a forked child: no thread, nothing noted.  What is kept from now on is written."""
-        self._worker.forget()
-        self._make_clean()
 
     def __repr__(self) -> str:
         return f"<StateFiles {len(self._topics)} topics, {self._worker!r}>"

@@ -237,9 +237,6 @@ class Watcher:
         self._longest_wait = MAX_WAIT_SECONDS
         if not self._is_confirmed:  # the next answer comes before the last one runs out
             self._longest_wait = min(MAX_WAIT_SECONDS, 0.4 * self._fresh_seconds)
-        self._begin()
-
-    def _begin(self) -> None:
         self.lock = threading.Lock()
         self._telling = threading.Lock()  # guards _told, and the order of offers
         self._told: dict[str, _Told] = {}
@@ -279,11 +276,6 @@ class Watcher:
         for watch in self._all():  # also one that was started meanwhile
             has_ended &= watch.end(max(0.0, deadline - self.clock()))
         return has_ended
-
-    def forget(self) -> None:
-        """In a forked child: not started yet, nothing known."""
-        self._worker.forget()
-        self._begin()
 
     def status(self) -> dict[str, object]:
         """What is watched, whether answers come, how many came, how old the last one is."""

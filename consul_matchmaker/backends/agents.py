@@ -60,10 +60,6 @@ class Agents:
         self._timeout_seconds = timeout_seconds
         self._clock = clock
         self._backoff = Backoff(FIRST_REST_SECONDS, LONGEST_REST_SECONDS, jitter)
-        self.forget()
-
-    def forget(self) -> None:
-        """In a forked child: nothing is known of any agent."""
         self._lock = threading.Lock()
         self._agents = [_Agent(address) for address in self._addresses]
         self._in_use = 0

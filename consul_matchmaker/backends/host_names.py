@@ -56,10 +56,6 @@ class HostNames:
         self._most = most
         self._clock = clock
         self._resolve = resolve
-        self.forget()
-
-    def forget(self) -> None:
-        """In a forked child: nothing is known, and no thread came along."""
         self._lock = threading.Lock()
         self._slots = threading.Semaphore(NAME_THREADS)
         self._known: dict[str, tuple[list[str], float]] = {}  # and until when

@@ -50,9 +50,6 @@ class Liveness:
         self._beat_seconds = BEAT_EVERY * ttl_seconds
         self._clock = clock
         self._worker = make_worker("consul-matchmaker-liveness", self.step)
-        self._make_clean()
-
-    def _make_clean(self) -> None:
         self._lock = threading.Lock()
         self._line = self._api.line()
         self.id = f"{SERVICE}-{uuid.uuid4().hex}"
@@ -61,11 +58,6 @@ class Liveness:
         self._is_in_doubt = False
         self._token_changes = 0
         self._due_at = self._beaten_at = 0.0
-
-    def forget(self) -> None:
-        """In a forked child: the check is the parent's."""
-        self._worker.forget()
-        self._make_clean()
 
     def register(self, on_doubt: OnDoubt | None = None) -> Host:
         """Register the service, its check passing, and keep it so; return the agent that has it.

@@ -20,10 +20,6 @@ class Traffic:
     """
 
     def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """In a forked child: begin at 0, with a lock of its own."""
         self._lock = threading.Lock()
         self._counts = {
             "queries": 0,

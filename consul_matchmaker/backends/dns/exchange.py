@@ -76,11 +76,6 @@ class Channel:
         self.agent = agent
         self._names = names
         self.udp, self.tcp = udp, tcp
-        self.forget()
-
-    def forget(self) -> None:
-        """Close this process's copies of every connection; nobody else notices."""
-        kept: list[_Connection] = getattr(self, "_kept", [])
         self._lock = threading.Lock()
         self._kept: list[_Connection] = []
         self._place: _Place | None = None
@@ -89,8 +84,6 @@ class Channel:
         self._tcp_first_until = 0.0
         self._open: set[socket.socket] = set()
         self._is_closed = False
-        for connection in kept:
-            connection.close()
 
     def close(self) -> None:
         """Close every connection, and have every call raise Unavailable: one under way at once."""
@@ -107,7 +100,6 @@ class Channel:
     def opening(self, sock: socket.socket) -> Iterator[None]:
         """Have `close` end what is done with *sock*."""
         self._open.add(sock)
-        close_after_fork(sock)
         try:
             self.raise_if_closed()  # after the add, so that `close` misses none
             yield
@@ -179,6 +171,7 @@ class Channel:
         resend_seconds = timeout_seconds / RESENDS_PER_TIMEOUT
         family, place = self._resolved(until)
         with socket.socket(family, socket.SOCK_DGRAM) as udp, self.opening(udp):
+            close_after_fork(udp)
             udp.connect(place)
             now = time.monotonic()
             is_retry = False
@@ -336,6 +329,7 @@ class _Connection:
         family, address = place
         self._opening = opening
         self._socket = socket.socket(family, socket.SOCK_STREAM)
+        close_after_fork(self._socket)
         try:
             self._wait_no_longer_than(until)
             with opening(self._socket):

@@ -102,16 +102,13 @@ class DnsSrv:
         self._agents = Agents(
             settings.addresses, "Consul DNS at", self._timeout_seconds, clock=clock, jitter=jitter
         )
-        self._forget_topics()
-
-    def _channel(self, agent: Host) -> Channel:
-        return Channel(agent, self._host_names, self._udp, self._tcp)
-
-    def _forget_topics(self) -> None:
         self._lock = threading.Lock()
         self._topic_of: dict[str, str] = {}
         self._said: set[tuple[str, str]] = set()
         self._large: set[str] = set()  # names whose answer did not fit UDP the last time
+
+    def _channel(self, agent: Host) -> Channel:
+        return Channel(agent, self._host_names, self._udp, self._tcp)
 
     def lookup(
         self, topic: str, server: str | None = None, *, timeout_seconds: float | None = None
@@ -170,16 +167,6 @@ class DnsSrv:
             return channel.ask_udp(query, self._timeout_seconds, until)
         finally:
             channel.close()
-
-    def forget(self) -> None:
-        """Drop every connection without touching the network: this is a forked child now."""
-        self._udp.forget()
-        self._tcp.forget()
-        self._host_names.forget()
-        for channel in self._channels:
-            channel.forget()
-        self._agents.forget()
-        self._forget_topics()
 
     def close(self) -> None:
         """Close every connection for ever; a lookup under way, or later, raises Unavailable."""

@@ -135,16 +135,9 @@ class ConsulApi:
             clock=clock,
             jitter=jitter,
         )
-        self.forget()
-
-    def forget(self) -> None:
-        """In a forked child: drop the parent's connections; it goes on using them."""
-        # Dropping closes only our descriptors of them, which the parent does not notice.
         self._lock = threading.Lock()
         self._exchanges: dict[Host, Exchange] = {}
         self._is_closed = False
-        self._agents.forget()
-        self._host_names.forget()
         self._traffic = Traffic()
         self._token: str | None = None
         self.token_changes = 0

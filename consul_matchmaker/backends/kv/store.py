@@ -133,16 +133,6 @@ class Kv:
             # A suspended machine has to notice that its beat is late.
             lasting = seconds_since_boot if clock is time.monotonic else clock
             self._liveness = Liveness(api, settings.check_ttl_seconds, clock=lasting)
-        self._begin()
-
-    def forget(self) -> None:
-        """In a forked child: no connection, no lease, nothing published."""
-        self._api.forget()
-        if self._liveness is not None:
-            self._liveness.forget()
-        self._begin()
-
-    def _begin(self) -> None:
         self._lock = threading.Lock()
         # By lease, and until when a renewal has to look for it.
         self._published: dict[str, dict[Registration, float]] = {}
