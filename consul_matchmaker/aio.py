@@ -120,14 +120,13 @@ class Matchmaker:
             else matchmaker.Matchmaker(settings)
         )
         self.settings = self.sync.settings
-        self._threads = _Threads()
-        self._running: dict[_Call, asyncio.Future[Any]] = {}
+        self.after_fork()
         call_after_fork(self)
 
     def after_fork(self) -> None:
-        """In a forked child; called by itself."""
+        """In a forked child, called by itself: no thread, and nothing is asked."""
         self._threads = _Threads()
-        self._running = {}
+        self._running: dict[_Call, asyncio.Future[Any]] = {}
 
     @classmethod
     def from_url(cls, url: str) -> Matchmaker:

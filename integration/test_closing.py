@@ -11,18 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from consul_matchmaker.registrations.keeper import EXIT_SECONDS
 from consul_matchmaker.testing.consul_probe import Node
 from integration.cluster import Cluster
 from integration.readers import SCHEDULER_SECONDS, Operators, matchmaker
-from integration.waiting import until
+from integration.waiting import threads_since, until
 
 CLOSE_SECONDS = 2.0
-EXIT_SECONDS = 2.0
-"""What a process that ends without `close` spends on leaving, at most."""
-
-
-def threads_of_ours() -> set[threading.Thread]:
-    return {each for each in threading.enumerate() if each.name.startswith("consul-matchmaker")}
 
 
 @pytest.mark.parametrize("mode", ["catalog", "kv"])
@@ -30,7 +25,7 @@ def test_close_leaves_no_thread_while_consul_hangs(
     cluster: Cluster, agent: Node, prefix: str, topic: str, tmp_path: Path, mode: str
 ) -> None:
     """Whatever its threads wait for: polls, beats, renewals, lookups; and in time."""
-    before = threads_of_ours()
+    before = set(threading.enumerate())
     if mode == "kv":
         values = {"prefix": prefix, "liveness": "check", "session_ttl_seconds": 10}
         mm = matchmaker("kv", agent.http, state_path=str(tmp_path), **values)
@@ -41,11 +36,11 @@ def test_close_leaves_no_thread_while_consul_hangs(
         until(lambda: len(mm.hosts(topic)), 10)
         cluster.pause("agent1")
         until(lambda: mm.hosts(topic).is_stale, 10)
-        assert threads_of_ours() - before
+        assert threads_since(before)
         began = time.monotonic()
         mm.close(CLOSE_SECONDS)
         assert time.monotonic() - began < CLOSE_SECONDS + SCHEDULER_SECONDS
-        until(lambda: threads_of_ours() <= before, SCHEDULER_SECONDS, "no thread is left")
+        until(lambda: not threads_since(before), SCHEDULER_SECONDS, "no thread is left")
         cluster.resume("agent1")
 
 

@@ -291,7 +291,8 @@ def test_quorum_lost_for_a_minute(
         "10.0.0.2:9501": join("&liveness=node"),
         "10.0.0.3:9501": join("&liveness=check"),
     }
-    reader = join()
+    # While its watch is not back, a reader asks again when its TTL is over: soon.
+    reader = join("&ttl_seconds=1")
     for host, owner in owners.items():
         for topic in ("scheduler", "conductor"):
             owner.register(topic, host).wait_until_published(timeout_seconds=5)

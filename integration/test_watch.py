@@ -21,6 +21,7 @@ from consul_matchmaker.settings import Settings
 from consul_matchmaker.testing.consul_probe import Node
 from integration.access_rules import guarded_cluster, new_token
 from integration.cluster import Cluster, ask, tell
+from integration.waiting import threads_since
 from tests.contract import ONE, TWO, eventually
 
 ELECTION_SECONDS = 30.0  # an election takes about 6 s, on a loaded machine more
@@ -83,12 +84,6 @@ def watch(make_kv: MakeKv) -> Iterator[Watch]:
     for watcher in made:
         assert watcher.close(5)
     assert [one for one in threads_since(before) if "poll" in one] == []
-
-
-def threads_since(before: set[threading.Thread]) -> list[str]:
-    """The names of our threads that run now and did not then."""
-    names = [thread.name for thread in set(threading.enumerate()) - before]
-    return [name for name in names if name.startswith("consul-matchmaker")]
 
 
 class Counting:

@@ -1,5 +1,6 @@
 """Wait for a condition, with a deadline and a name; never for a time."""
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -23,3 +24,9 @@ def until(
         if looked_after > timeout_seconds:
             pytest.fail(f"not within {timeout_seconds:g} s: {what}")
         time.sleep(POLL_SECONDS)
+
+
+def threads_since(before: set[threading.Thread]) -> list[str]:
+    """The names of our threads that run now and did not then."""
+    names = [thread.name for thread in set(threading.enumerate()) - before]
+    return [name for name in names if name.startswith("consul-matchmaker")]

@@ -447,6 +447,20 @@ def test_a_child_has_its_parents_wishes_no_more(memory: Memory) -> None:
         assert mm.status()["quarantine"] == {"jobs": [str(ONE)]}
 
 
+@pytest.mark.system
+def test_a_child_counts_from_0() -> None:
+    """What its parent asked is the parent's."""
+    settings = Settings(mode="catalog", addresses=("127.0.0.1:1",), request_timeout_seconds=0.1)
+    with Matchmaker(settings) as mm:
+        with pytest.raises(errors.Unavailable):
+            mm.hosts("scheduler")
+        asked = mm.status()["wire"]
+        assert asked["udp"]["queries"] > 0  # type: ignore[index]
+        mm.after_fork()
+        begun = mm.status()["wire"]
+        assert {count for each in begun.values() for count in each.values()} == {0}  # type: ignore[attr-defined]
+
+
 def test_no_thread_before_the_first_call() -> None:
     """The constructor starts nothing; looking up starts nothing while answers are fresh."""
     before = set(threading.enumerate())

@@ -127,7 +127,7 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
         self.close()
 
     def __del__(self) -> None:
-        for wire in self._open:  # of one that was dropped, as in a forked child: no warning
+        for wire in self._open:  # of one that was dropped: no warning
             wire.sock.close()
 
     # -- connections -------------------------------------------------------------------------
