@@ -243,14 +243,6 @@ class Matchmaker:
         """Remove *host*'s registrations of *topic* for everybody; return how many there were."""
         return await self._off_loop(lambda: self.sync.expire(topic, host))
 
-    async def orphans(self) -> dict[str, str]:
-        """Keys under the prefix that nobody will remove, or that are not ours, with the reason."""
-        return await self._off_loop(self.sync.orphans)
-
-    async def sweep(self) -> list[str]:
-        """Remove those `orphans` that are ours and held by no session; return what is gone."""
-        return await self._off_loop(self.sync.sweep)
-
     # -- what callers found out
 
     async def acknowledge(self, topic: str, host: str | Host) -> None:

@@ -22,14 +22,14 @@ from .backends import Registrar, Resolver
 from .backends.kv.keys import checked_registration
 from .errors import Closed, ConfigurationError, Denied, NoLiveHosts, TimedOut, Unavailable
 from .fork import call_after_fork
-from .model import Host, Registration, Snapshot, Standing, checked_topic, warning_of
+from .model import Host, Registration, Snapshot, checked_topic, warning_of
 from .registrations.keeper import Change, Keeper
+from .registrations.operators import Operators
 from .settings import Settings
 from .worker import seconds_since_boot
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
     from .answers.watcher import Watcher
-    from .backends.kv.store import Kv
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +68,16 @@ class Matchmaker:
         self._backend = backend
         self._clock = clock
         self._jitter = jitter
-        self._keeper: Keeper | None = None
-        self._is_told_that_nothing_is_registered = False
         self._build()
         call_after_fork(self)
 
-    def _build(self, cache: Cache | None = None, quarantine: Quarantine | None = None) -> None:
-        """Make every part.  *cache*, *quarantine*: in a forked child, what its parent had."""
+    def _build(
+        self,
+        cache: Cache | None = None,
+        quarantine: Quarantine | None = None,
+        keeper: Keeper | Operators | None = None,
+    ) -> None:
+        """Make every part.  *cache*, *quarantine*, *keeper*: in a forked child, its parent's."""
         settings, clock, jitter = self.settings, self._clock, self._jitter
         self._lock = threading.RLock()
         self._closing = threading.Event()
@@ -86,20 +89,21 @@ class Matchmaker:
         self._watcher: Watcher | None = None
         if settings.watch and self._backend is None:
             self._watcher = _watcher(self._resolver, self._cache, settings, clock, jitter)
-            self._cache.watched_by(self._watch_topics)
-        if self._registrar is None:
-            return
-        if self._keeper is not None:
-            self._keeper.begin(self._registrar)
-            return
-        # Consul's clocks go on while this machine is suspended: so must that of the leases.
-        lasting = seconds_since_boot if clock is time.monotonic else clock
-        self._keeper = Keeper(self._registrar, settings, clock=lasting, jitter=jitter)
+            self._cache.watched_by(self._watcher.watch_more)
+        self._keeper: Keeper | Operators
+        if isinstance(self._registrar, Operators):
+            self._keeper = self._registrar
+        elif isinstance(keeper, Keeper):
+            keeper.begin(self._registrar)
+        else:
+            # Consul's clocks go on while this machine is suspended: so must that of the leases.
+            lasting = seconds_since_boot if clock is time.monotonic else clock
+            self._keeper = Keeper(self._registrar, settings, clock=lasting, jitter=jitter)
 
     def after_fork(self) -> None:
         """In a forked child, called by itself: make every part anew.  What was known stays."""
         was_closed = self._closing.is_set()
-        self._build(self._cache, self._quarantine)
+        self._build(self._cache, self._quarantine, self._keeper)
         if was_closed:
             self._close(0.0)
 
@@ -111,9 +115,7 @@ class Matchmaker:
 
     @classmethod
     def from_env(cls) -> Matchmaker:
-        """A matchmaker of ``CONSUL_MATCHMAKER_URL`` and the other CONSUL_* variables.
-
-        Raises ConfigurationError."""
+        """As `from_url`, of ``CONSUL_MATCHMAKER_URL`` and the other CONSUL_* variables."""
         return cls(Settings.from_env())
 
     # -- who serves a topic
@@ -198,8 +200,7 @@ class Matchmaker:
         Raises like `hosts` when there is no first answer; a later outage changes nothing and
         raises nothing.
         """
-        first = self._cache.lookup(topic, server)
-        return self._changes(first, server)
+        return self._changes(self._cache.lookup(topic, server), server)
 
     def cached_hosts(self, topic: str, server: str | None = None) -> Snapshot | None:
         """The cached answer, or None; never asks Consul, never waits."""
@@ -236,10 +237,6 @@ class Matchmaker:
         """Every topic that somebody registered, sorted.  Asks Consul: raises Unavailable, Denied,
         and ConfigurationError in catalog mode, as DNS cannot list."""
         self._check_open()
-        if self._registrar is None:
-            raise ConfigurationError(
-                "Consul DNS cannot list topics: use kv mode, or `consul catalog services`"
-            )
         return self._registrar.topics()
 
     # -- that this process serves one
@@ -275,18 +272,12 @@ class Matchmaker:
         self._check_open()
         if (warning := warning_of(wanted.host)) is not None:
             logger.warning("registering %s: %s; give an address of this machine", wanted, warning)
-        if self._keeper is None:
-            self._tell_that_nothing_is_registered()
-            return Registration(wanted.topic, wanted.host, wanted.server, _NOBODY)
         return self._keeper.register(wanted, on_change=on_change, beat_seconds=beat_seconds)
 
     def unregister(self, topic: str, host: str | Host) -> None:
         """Take back what this process registered for *topic* on *host*, and nothing else."""
         self._check_open()
-        if self._keeper is None:
-            self._tell_that_nothing_is_registered()
-        else:
-            self._keeper.unregister_host(topic, _host(host))
+        self._keeper.unregister_host(topic, _host(host))
 
     def expire(self, topic: str, host: str | Host) -> int:
         """Remove *host*'s registrations of *topic* for everybody; return how many there were.
@@ -295,30 +286,13 @@ class Matchmaker:
         without effect.
         """
         self._check_open()
-        bad = _host(host)
-        if self._registrar is None:
-            self._tell_that_nothing_is_registered()
-            return 0
-        count = self._registrar.expire(topic, bad)
-        if self._cache.knows(topic):
+        count = self._registrar.expire(topic, _host(host))
+        if self.settings.mode != "catalog" and self._cache.knows(topic):
             try:
                 self._cache.refresh(topic)
             except (Unavailable, Denied) as error:
                 logger.debug("topic %s: not asked again after expire: %s", topic, error)
         return count
-
-    def orphans(self) -> dict[str, str]:
-        """Keys under the prefix that nobody will remove, or that are not ours, with the reason.
-
-        Raises Unavailable, Denied, and ConfigurationError in catalog mode.
-        """
-        self._check_open()
-        return self._sweeper().orphans()
-
-    def sweep(self) -> list[str]:
-        """Remove the `orphans` that no session holds, and return their keys; raises as it does."""
-        self._check_open()
-        return self._sweeper().sweep()
 
     # -- what callers found out
 
@@ -327,7 +301,7 @@ class Matchmaker:
         self._check_open()
         good = _host(host)
         self._quarantine.acknowledge(topic, good)
-        if self._keeper is not None and self._keeper.holds(topic, good):
+        if self._keeper.holds(topic, good):
             self._keeper.renew_now()
 
     def reject(self, topic: str, host: str | Host) -> None:
@@ -371,10 +345,8 @@ class Matchmaker:
         hosts: tuple[Host, ...] = ()
         with suppress(Unavailable, Denied):
             hosts = self._cache.lookup(topic, server).hosts
-        is_heeded = self._quarantine.is_heeded(topic, hosts)
-        what = "avoided by pick" if is_heeded else "used all the same: too many are rejected"
-        rejected = self._quarantine.status().get(topic, [])
-        return {**self._cache.explain(topic, server), "rejected": dict.fromkeys(rejected, what)}
+        told = self._cache.explain(topic, server)
+        return {**told, "rejected": self._quarantine.explain(topic, hosts)}
 
     def status(self) -> dict[str, object]:
         """Where everything stands, fit for json, without secrets.
@@ -382,7 +354,6 @@ class Matchmaker:
         ``wire`` has by transport (``udp`` and ``tcp``, or ``http``) what was exchanged with agents:
         see `backends.traffic.Traffic`; it is empty where a backend speaks to nobody.
         """
-        keeper, watcher = self._keeper, self._watcher
         return {
             "mode": self.settings.mode,
             "is_closed": self._closing.is_set(),
@@ -390,8 +361,8 @@ class Matchmaker:
             "cache": self._cache.status(),
             "quarantine": self._quarantine.status(),
             "quarantines": self._quarantine.begun,
-            "keeper": None if keeper is None else keeper.status(),
-            "watcher": None if watcher is None else watcher.status(),
+            "keeper": self._keeper.status(),
+            "watcher": self._watcher and self._watcher.status(),
             "backend": self._resolver.status(),
             "wire": self._resolver.wire(),
         }
@@ -427,7 +398,7 @@ class Matchmaker:
         self._cache.stop()  # tell everybody first, then wait for one after the other
         if self._watcher is not None:
             self._watcher.close(0.0)
-        has_ended = self._keeper is None or self._keeper.close(remaining())
+        has_ended = self._keeper.close(remaining())
         if self._watcher is not None:
             has_ended &= self._watcher.close(remaining())
         self._resolver.close()  # ends what is being asked
@@ -449,19 +420,9 @@ class Matchmaker:
     def __repr__(self) -> str:
         addresses = ",".join(map(str, self.settings.addresses))
         state = "closed" if self._closing.is_set() else repr(self._cache)
-        keeper = "" if self._keeper is None else f", {self._keeper!r}"
-        return f"<Matchmaker {self.settings.mode} at {addresses}, {state}{keeper}>"
+        return f"<Matchmaker {self.settings.mode} at {addresses}, {state}, {self._keeper!r}>"
 
     # -- inside
-
-    def _watch_topics(self) -> None:
-        """There is another topic to watch."""
-        assert self._watcher is not None
-        try:
-            self._watcher.start()
-        except Unavailable as error:  # the next topic tries again
-            logger.warning("topics are not watched yet: %s", error)
-        self._watcher.topics_changed()
 
     def _check_open(self) -> None:
         if self._closing.is_set():
@@ -477,49 +438,8 @@ class Matchmaker:
             except Unavailable:  # the cache has said so in the log
                 if self._closing.wait(ASK_AGAIN_SECONDS):
                     return
-            else:
-                yield last
-
-    def _sweeper(self) -> Kv:
-        if not hasattr(self._registrar, "sweep"):
-            raise ConfigurationError("only Consul's KV store has orphans: use consul+kv://")
-        return cast("Kv", self._registrar)
-
-    def _tell_that_nothing_is_registered(self) -> None:
-        if not self._is_told_that_nothing_is_registered:
-            self._is_told_that_nothing_is_registered = True
-            logger.info(
-                "catalog mode: register, unregister and expire have no effect, "
-                "Consul's service definitions say who serves a topic"
-            )
-
-
-class _Nobody:
-    """Owns the registrations of catalog mode: they are Consul's own affair."""
-
-    def wait_until_published(self, registration: Registration, timeout_seconds: float) -> None:
-        """There is nothing to wait for."""
-
-    def wait_until_withdrawn(self, registration: Registration, timeout_seconds: float) -> None:
-        """Nor here."""
-
-    def unregister(self, registration: Registration) -> None:
-        """There is nothing to take back."""
-
-    def drain(self, registration: Registration, seconds: float) -> None:
-        """Whoever deregisters in Consul has to wait there."""
-
-    def beat(self, registration: Registration) -> None:
-        """Consul's own checks say whether it lives."""
-
-    def standing(self, registration: Registration) -> Standing:
-        return "published"
-
-    def margin_seconds(self, registration: Registration) -> float:
-        return math.inf
-
-
-_NOBODY = _Nobody()
+                continue
+            yield last
 
 
 def _resolver(settings: Settings, clock: Callable[[], float]) -> Resolver:
@@ -533,9 +453,9 @@ def _resolver(settings: Settings, clock: Callable[[], float]) -> Resolver:
     return Kv(ConsulApi(settings, clock=clock), settings, clock=clock)
 
 
-def _registrar(settings: Settings, backend: Resolver) -> Registrar | None:
+def _registrar(settings: Settings, backend: Resolver) -> Registrar | Operators:
     if settings.mode == "catalog":
-        return None
+        return Operators()
     if not hasattr(backend, "publish"):
         raise ConfigurationError(f"{backend!r} cannot register: use it with mode=catalog")
     return cast(Registrar, backend)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from consul_matchmaker import Matchmaker, errors
+from consul_matchmaker.cli.sweep import sweep
 from consul_matchmaker.testing.consul_probe import Node, request
 from consul_matchmaker.testing.local_consul import LocalCluster
 from integration.access_rules import MANAGEMENT, guarded_cluster, new_token
@@ -208,7 +209,8 @@ def test_sweep_finds_what_nobody_will_remove(
     lease = lease_of(owner)
     tell(agent, "PUT", f"/v1/kv/{given_back}?release={lease}")
     tell(agent, "PUT", f"/v1/kv/{prefix}/by-hand", "x")
-    assert set(owner.orphans()) == {given_back, f"{prefix}/by-hand"}
-    assert owner.sweep() == [given_back]
-    assert set(owner.orphans()) == {f"{prefix}/by-hand"}
+    orphans, removed = sweep(owner.settings, remove=True)
+    assert (set(orphans), removed) == ({given_back, f"{prefix}/by-hand"}, [given_back])
+    orphans, removed = sweep(owner.settings, remove=False)
+    assert (set(orphans), removed) == ({f"{prefix}/by-hand"}, [])
     until(lambda: len(keys(agent, prefix)) == 3, INTERVAL + SLACK, "its owner has it back")

@@ -11,7 +11,7 @@ import pytest
 
 from consul_matchmaker import Matchmaker
 from consul_matchmaker.backends.kv.keys import Key
-from consul_matchmaker.backends.kv.orphans import NOT_OURS
+from consul_matchmaker.backends.kv.orphans import NOT_OURS, find_orphans, remove_orphans
 from consul_matchmaker.backends.kv.store import Kv
 from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Registration
@@ -84,7 +84,7 @@ def test_every_key_is_held_by_its_session(kv: Kv, agent: Node, prefix: str, topi
     text = Key.of(registration, lease.id).under(prefix)
     (entry,) = ask(agent, f"/v1/kv/{text}")
     assert entry["Session"] == lease.id
-    assert kv.orphans() == {}
+    assert find_orphans(kv) == {}
     kv.release(lease)
     assert ask(agent, f"/v1/kv/{text}") is None
 
@@ -125,10 +125,8 @@ def test_a_key_without_a_session_is_an_orphan(kv: Kv, agent: Node, prefix: str, 
     text = Key.of(registration, lease.id).under(prefix)
     tell(agent, "PUT", f"/v1/kv/{text}?release={lease.id}")
     tell(agent, "PUT", f"/v1/kv/{prefix}/rubbish", "x")
-    assert kv.orphans() == {
-        text: "held by no session",
-        f"{prefix}/rubbish": NOT_OURS,
-    }
+    found = {key: orphan.reason for key, orphan in find_orphans(kv).items()}
+    assert found == {text: "held by no session", f"{prefix}/rubbish": NOT_OURS}
     assert set(kv.renew(lease)) == set()
     kv.release(lease)
 
@@ -148,9 +146,9 @@ def test_sweep_says_what_it_did(kv: Kv, agent: Node, prefix: str, topic: str) ->
     for number in range(180):  # 70 MB of values: more than any answer may have
         put_all(agent, [f"{prefix}/big/{number}"], b"x" * 390_000)
     before = set(ask(agent, f"/v1/kv/{prefix}/?keys"))
-    found = kv.orphans()
-    assert {key for key, reason in found.items() if reason != NOT_OURS} == set(lost)
-    assert kv.sweep() == sorted(lost)
+    found = find_orphans(kv)
+    assert {key for key, orphan in found.items() if orphan.is_ours} == set(lost)
+    assert remove_orphans(kv, found) == sorted(lost)
     assert before - set(ask(agent, f"/v1/kv/{prefix}/?keys")) == set(lost)
     kv.release(lease)
 

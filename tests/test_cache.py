@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from consul_matchmaker.answers import cache as cache_module
@@ -1410,6 +1410,17 @@ STEPS = st.lists(
 )
 
 
+@example(
+    [
+        ("say", (A,)),
+        ("lookup", None),
+        ("say", ()),
+        ("offer", 8),  # which is doubted
+        ("advance", 6),
+        ("lookup", None),
+    ],
+    catalog(max_stale_seconds=60),
+)
 @given(STEPS, st.sampled_from([kv(max_stale_seconds=60), catalog(max_stale_seconds=60)]))
 def test_whatever_happens(steps, settings):
     """A lookup never asks while its answer is young, never fails while it may be given, never

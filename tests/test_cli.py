@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
+from urllib.parse import unquote
 
 import pytest
 
@@ -22,6 +23,8 @@ from consul_matchmaker.cli import main
 from consul_matchmaker.errors import Unavailable
 from consul_matchmaker.model import Host, Instance
 from consul_matchmaker.testing.local_consul import free_ports
+
+from .http_servers import Request, Server, reply
 
 KV, CATALOG = "consul+kv://", "consul+catalog://"
 NOBODY_LISTENS = "127.0.0.1:1"  # tcpmux: refused at once on every machine without it
@@ -176,35 +179,47 @@ def test_expire_says_how_many_it_removed(run: Run, memory: Memory) -> None:
     assert json.loads(out) == {"topic": "scheduler", "host": "10.0.0.1:9501", "removed": 0}
 
 
-class Swept(Memory):
-    """A Memory with two orphans, one of which a session holds."""
-
-    def orphans(self) -> dict[str, str]:
-        return {"p/a": "held by no session", "p/b": "not a key of ours, but a session holds it"}
-
-    def sweep(self) -> list[str]:
-        return ["p/a"]
+LOST = "matchmaker/scheduler/10_2e0_2e0_2e1_3a9501/00000000-0000-0000-0000-000000000000"
 
 
-def test_sweep_removes_only_when_told(capsys: Captured) -> None:
+@contextmanager
+def keys_without_session(*keys: str) -> Iterator[str]:
+    """The URL of an agent that has *keys*."""
+    left = list(keys)
+
+    def behave(request: Request) -> bytes:
+        if request.path == "/v1/txn":
+            return reply(409, b'{"Errors": [{"OpIndex": 0}]}')
+        if "keys" in request.target:
+            return reply(body=json.dumps(left).encode())
+        key = unquote(request.path.removeprefix("/v1/kv/"))
+        if request.method == "DELETE":
+            left.remove(key)
+            return reply(body=b"true")
+        return reply(body=b'[{"ModifyIndex": 5}]') if key in left else reply(404, b"")
+
+    with Server(behave) as server:
+        yield f"{KV}{server.address}"
+
+
+@pytest.mark.system
+def test_sweep_removes_only_when_told(run: Run) -> None:
     """Dry by default, and says so; with --remove each removed key is marked."""
-    run = Run(Swept(), capsys)
-    code, out, err = run("sweep", "--url", KV)
-    held = "p/b: not a key of ours, but a session holds it\n"
-    assert (code, out) == (0, "p/a: held by no session\n" + held)
-    assert "--remove" in err
-    assert run("sweep", "--remove", "--url", KV) == (
-        0,
-        "p/a: held by no session, removed\n" + held,
-        "",
-    )
-    code, out, _ = run("sweep", "--remove", "--url", KV, "-o", "json")
-    assert json.loads(out)["removed"] == ["p/a"]
+    with keys_without_session(LOST, "matchmaker/x") as url:
+        foreign = "matchmaker/x: not a key of ours, left alone\n"
+        code, out, err = run("sweep", "--url", url)
+        assert (code, out) == (0, f"{LOST}: held by no session\n{foreign}")
+        assert "--remove" in err
+        removed = f"{LOST}: held by no session, removed\n{foreign}"
+        assert run("sweep", "--remove", "--url", url) == (0, removed, "")
+    with keys_without_session(LOST) as url:
+        code, out, _ = run("sweep", "--remove", "--url", url, "-o", "json")
+    assert (code, json.loads(out)["removed"]) == (0, [LOST])
 
 
 def test_sweep_is_for_consuls_keys(run: Run) -> None:
     """Where nothing can be left behind, asking for it is wrong usage."""
-    code, out, err = run("sweep", "--url", KV)
+    code, out, err = run("sweep", "--url", CATALOG)
     assert (code, out) == (2, "")
     assert "consul+kv" in err
 
@@ -214,19 +229,13 @@ HOSTILE = "x\x1b[2J\x07\n6.6.6.6:22 \u202e\x85\\\ud800"
 
 
 @pytest.mark.finding("E13")
-@pytest.mark.parametrize("command", ["hosts", "topics", "explain", "sweep", "status"])
+@pytest.mark.parametrize("command", ["hosts", "topics", "explain", "status"])
 def test_what_strangers_named_is_escaped(capsys: Captured, command: str) -> None:
     """Nothing of it steers the terminal, makes a line, or is two words to a shell."""
 
     class Hostile(Memory):
         def topics(self) -> list[str]:
             return [HOSTILE]
-
-        def orphans(self) -> dict[str, str]:
-            return {HOSTILE: "not a key of ours, left alone"}
-
-        def sweep(self) -> list[str]:
-            return []
 
     memory = Hostile()
     memory.declare(HOSTILE, [Instance(Host.opaque(HOSTILE), HOSTILE)])
@@ -243,6 +252,18 @@ def test_what_strangers_named_is_escaped(capsys: Captured, command: str) -> None
     code, out, _ = run(*argv, "--url", KV, "-o", "json")
     assert (code, out.count("\n"), out.isascii()) == (0, 1, True)
     assert json.loads(out)
+
+
+@pytest.mark.system
+@pytest.mark.finding("E13")
+def test_a_strangers_key_is_escaped(run: Run) -> None:
+    """As what strangers named otherwise; a key is at least no half of a character."""
+    key = "matchmaker/" + HOSTILE.encode("utf-8", "replace").decode()
+    with keys_without_session(key) as url:
+        code, out, _ = run("sweep", "--url", url)
+        assert (code, out.count("\n"), out.rstrip("\n").isprintable()) == (0, 1, True)
+        _, out, _ = run("sweep", "--url", url, "-o", "json")
+    assert (out.isascii(), list(json.loads(out)["orphans"])) == (True, [key])
 
 
 @pytest.mark.finding("E13")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from consul_matchmaker.backends.http.api import Answer, TooLarge
 from consul_matchmaker.backends.http.exchange import MAX_ANSWER_BYTES
 from consul_matchmaker.backends.kv.keys import Key
-from consul_matchmaker.backends.kv.orphans import NOT_OURS
+from consul_matchmaker.backends.kv.orphans import NOT_OURS, find_orphans, remove_orphans
 from consul_matchmaker.backends.kv.poll import PIECE_BYTES, PROOF_SECONDS, Polled, Route
 from consul_matchmaker.backends.kv.reader import REMEMBERED_KEYS, REMEMBERED_LENGTH
 from consul_matchmaker.backends.kv.session_checks import CHECKS_PER_REQUEST
@@ -443,7 +443,7 @@ def test_long_keys_of_others_do_not_stop_a_sweep(consul, kv):
     consul.keys.update({key: [b"", None] for key in long})
     consul.keys[f"{PREFIX}/{'x' * 600_000}/10-0-0-1_3a9501/{lease}"] = [b"", None]
     consul.bodies.clear()
-    found = kv.orphans()
+    found = orphans_of(kv)
     assert max(map(len, consul.bodies)) <= 512 * 1024
     assert len(found) == 201
     assert list(found.values()).count(NOT_OURS) == 1
@@ -614,7 +614,7 @@ def test_an_answer_that_is_no_list_of_keys_is_unavailable(consul, kv, body):
         lambda: kv.lookup("t", timeout_seconds=5),
         kv.topics,
         lambda: polled(kv.watch(None), "t"),
-        kv.orphans,
+        lambda: find_orphans(kv),
     ):
         with pytest.raises(Unavailable):
             ask()
@@ -628,7 +628,7 @@ def test_what_acls_hide_is_denied_not_empty(consul, kv):
         lambda: kv.lookup("scheduler", timeout_seconds=5),
         kv.topics,
         lambda: polled(kv.watch(None), "t"),
-        kv.orphans,
+        lambda: find_orphans(kv),
     ):
         with pytest.raises(Denied):
             ask()
@@ -799,7 +799,7 @@ def test_a_poll_on_an_empty_prefix_leaves_a_sentinel_once(consul, kv):
     assert [method for method, _, _ in consul.calls] == ["GET"]
     assert kv.lookup("_", timeout_seconds=5).hosts == ()
     assert kv.topics() == []
-    assert kv.orphans() == {}
+    assert orphans_of(kv) == {}
     assert kv.status()["unknown_keys"] == 0
 
 
@@ -909,6 +909,11 @@ def test_only_topics_with_a_registration_are_listed(consul, kv):
     assert kv.topics() == ["scheduler"]
 
 
+def orphans_of(kv):
+    """Each with its reason."""
+    return {key: orphan.reason for key, orphan in find_orphans(kv).items()}
+
+
 def test_orphans_are_keys_that_nobody_will_remove(consul, kv):
     """Keys without a session, and keys that are not ours, each with its reason."""
     lease = kv.open()
@@ -916,7 +921,7 @@ def test_orphans_are_keys_that_nobody_will_remove(consul, kv):
     lost = Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)
     consul.keys[lost] = [b"", None]
     consul.keys["matchmaker/rubbish"] = [b"", None]
-    assert kv.orphans() == {lost: "held by no session", "matchmaker/rubbish": NOT_OURS}
+    assert orphans_of(kv) == {lost: "held by no session", "matchmaker/rubbish": NOT_OURS}
 
 
 @pytest.mark.finding("B1")
@@ -936,7 +941,7 @@ def test_sweep_removes_only_keys_of_ours_that_nobody_holds(consul, kv):
         taken: [b"", lease.id],  # by another session than its name says
     }
     before = set(consul.keys)
-    assert kv.sweep() == [lost]
+    assert remove_orphans(kv, find_orphans(kv)) == [lost]
     assert before - set(consul.keys) == {lost}
 
 
@@ -946,8 +951,8 @@ def test_a_mistyped_prefix_costs_another_program_nothing(consul):
     consul.keys |= {f"app/config/{name}": [b"", None] for name in ("a", "b/c", "d/e/f")}
     before = dict(consul.keys)
     kv = kv_over(consul, prefix="app")
-    assert kv.orphans() == dict.fromkeys(before, NOT_OURS)
-    assert kv.sweep() == []
+    assert orphans_of(kv) == dict.fromkeys(before, NOT_OURS)
+    assert remove_orphans(kv, find_orphans(kv)) == []
     assert consul.keys == before
 
 
@@ -963,7 +968,7 @@ def test_a_key_that_changed_since_it_was_looked_at_stays(consul, kv):
         return call(method, path, *args, **how)
 
     consul.call = acquired_meanwhile
-    assert kv.sweep() == []
+    assert remove_orphans(kv, find_orphans(kv)) == []
     assert lost in consul.keys
 
 
@@ -981,7 +986,7 @@ def test_what_sweep_says_it_removed_is_read_back(consul, kv):
         return answer
 
     consul.call = written_again
-    assert kv.sweep() == []
+    assert remove_orphans(kv, find_orphans(kv)) == []
 
 
 @pytest.mark.finding("E6")
@@ -990,8 +995,8 @@ def test_strange_keys_do_not_stop_a_sweep_and_nested_prefixes_keep_their_mark(co
     lost = Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)
     strange = ["matchmaker/..", "matchmaker//x", "matchmaker/a%2fb", "matchmaker/\x1b[31m"]
     consul.keys |= {each: [b"", None] for each in [*strange, "matchmaker/eu/_", lost]}
-    assert kv.sweep() == [lost]
-    assert "matchmaker/eu/_" not in kv.orphans()
+    assert remove_orphans(kv, find_orphans(kv)) == [lost]
+    assert "matchmaker/eu/_" not in orphans_of(kv)
     assert set(consul.keys) == {*strange, "matchmaker/eu/_"}
 
 
@@ -1005,7 +1010,7 @@ def test_orphans_are_found_by_their_keys(consul, kv):
     lost = Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)
     consul.keys[lost] = [b"", None]
     consul.calls.clear()
-    assert kv.orphans()[lost] == "held by no session"
+    assert orphans_of(kv)[lost] == "held by no session"
     assert [path for method, path, params in consul.calls if method == "GET" and not params] == [
         f"/v1/kv/{lost}"
     ]
@@ -1023,7 +1028,7 @@ def test_a_check_that_was_not_made_proves_nothing(consul, kv):
         return status, {"Errors": (said["Errors"] or [])[:1]}
 
     consul._txn = naming_one
-    assert set(kv.orphans()) == set(lost)
+    assert set(orphans_of(kv)) == set(lost)
 
 
 @pytest.mark.parametrize(
@@ -1034,12 +1039,12 @@ def test_a_refusal_that_names_nothing_we_asked_is_unavailable(consul, kv, body):
     consul.keys[Key("scheduler", TWO, str(uuid.uuid4())).under(PREFIX)] = [b"", None]
     consul._txn = lambda operations: (409, body)
     with pytest.raises(Unavailable):
-        kv.orphans()
+        orphans_of(kv)
 
 
 def test_no_keys_no_orphans(kv):
     """An empty prefix has none."""
-    assert kv.orphans() == {}
+    assert orphans_of(kv) == {}
 
 
 def test_expire_leaves_other_hosts_that_begin_the_same(consul, kv):

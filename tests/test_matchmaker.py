@@ -586,9 +586,6 @@ def test_in_catalog_mode_a_registration_is_consuls_affair() -> None:
         registration.drain(seconds=60)
         assert registration.state == "published"
         assert registration.margin_seconds == float("inf")
-        for ask in (mm.orphans, mm.sweep):
-            with pytest.raises(errors.ConfigurationError, match=r"consul\+kv"):
-                ask()
 
 
 # -- using a host, and why it is that one

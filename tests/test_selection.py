@@ -417,13 +417,16 @@ def test_a_rejection_is_forgotten_at_its_time() -> None:
 def test_whether_rejections_are_heeded() -> None:
     """They are, as long as others can be used instead; and where there are none."""
     bench = Bench()
-    assert bench.quarantine.is_heeded("scheduler", bench.hosts)
+    explain = bench.quarantine.explain
+    assert explain("scheduler", bench.hosts) == {}
     bench.reject()
-    assert bench.quarantine.is_heeded("scheduler", bench.hosts)
-    assert bench.quarantine.is_heeded("mails", [bench.bad])
+    assert explain("scheduler", bench.hosts) == {str(bench.bad): "avoided by pick"}
+    assert explain("mails", [bench.bad]) == {}
     for host in bench.hosts:
         bench.reject(host)
-    assert not bench.quarantine.is_heeded("scheduler", bench.hosts)
+    told = explain("scheduler", bench.hosts)
+    assert set(told) == {str(host) for host in bench.hosts}
+    assert set(told.values()) == {"used all the same: too many are rejected"}
 
 
 def test_a_trial_is_for_one_caller() -> None:

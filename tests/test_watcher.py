@@ -744,7 +744,7 @@ def watching():
     """A watcher with threads, whose query waits."""
     kv, cache = WaitingKv(), Cache("t")
     watcher = Watcher(kv, cache, Settings(mode="kv"))
-    watcher.start()
+    watcher.watch_more()
     deadline = time.monotonic() + 10
     while "t" not in kv.polls and time.monotonic() < deadline:
         threading.Event().wait(0.001)
@@ -772,7 +772,7 @@ def test_close_ends_a_poll_that_waits(watching, caplog):
     assert cache.told == [("t", [1])]
     assert caplog.records == []
     assert kv.is_closed
-    watcher.start()
+    watcher.watch_more()
     assert threads() == set()
 
 
@@ -789,7 +789,7 @@ def test_a_topic_that_comes_into_use_wakes_the_planner(watching):
     """So it is watched at once."""
     watcher, kv, cache = watching
     cache.in_use = ("t", "u")
-    watcher.topics_changed()
+    watcher.watch_more()
     deadline = time.monotonic() + 3
     while "u" not in kv.polls and time.monotonic() < deadline:
         threading.Event().wait(0.001)

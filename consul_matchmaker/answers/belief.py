@@ -177,7 +177,9 @@ class Belief:
 
     def is_watched(self, now: float) -> bool:
         """Whether a watch that lives told the held answer, and would tell its changes."""
-        return self.freshness is not None and now < self.freshness.fresh_until
+        if self.freshness is None or self.doubt is not None:  # in doubt, it told another answer
+            return False
+        return now < self.freshness.fresh_until
 
     def confirm(self, now: float) -> bool:
         """Whether the watch that told the held answer says that it is still so: then it is as fresh

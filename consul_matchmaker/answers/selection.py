@@ -103,10 +103,6 @@ class Quarantine:
         )
         return None if is_panic else bad
 
-    def is_heeded(self, topic: str, hosts: Sequence[Host]) -> bool:
-        """Whether the rejections of *topic* count: too few of *hosts* are left otherwise."""
-        return topic not in self._records or self.avoided(topic, hosts) is not None
-
     def begin_trial(self, topic: str, host: Host) -> bool:
         """Whether the caller may use *host*: False when another caller is trying it just now."""
         with self._lock:
@@ -129,6 +125,13 @@ class Quarantine:
                 for topic, records in self._records.items()
             }
         return {topic: hosts for topic, hosts in bad.items() if hosts}
+
+    def explain(self, topic: str, hosts: Sequence[Host]) -> dict[str, str]:
+        """The rejected hosts of *topic*, and whether that counts: not if too few of *hosts* would
+        be left."""
+        is_heeded = topic not in self._records or self.avoided(topic, hosts) is not None
+        what = "avoided by pick" if is_heeded else "used all the same: too many are rejected"
+        return dict.fromkeys(self.status().get(topic, []), what)
 
     def _drop_old(self, now: float) -> None:
         for topic in list(self._records):

@@ -207,7 +207,7 @@ class Watcher:
     `LATEST_ANSWER_SECONDS` after the confirmation was sent: so an agent that goes silent on an open
     connection, or a leader, makes answers stale although nothing tells us of it.
 
-    Starts nothing before `start`; the public methods are thread-safe.
+    Starts nothing before `watch_more`; the public methods are thread-safe.
     """
 
     def __init__(
@@ -250,13 +250,12 @@ class Watcher:
         self._answered_at: float | None = None
         self._answers = 0
 
-    def start(self) -> None:
-        """Start watching if it is not running; does nothing after `close`.  Raises Unavailable when
-        the process cannot have another thread."""
-        self._worker.start()
-
-    def topics_changed(self) -> None:
-        """A topic came into use.  Cheap."""
+    def watch_more(self) -> None:
+        """A topic came into use.  Cheap; does nothing after `close`."""
+        try:
+            self._worker.start()
+        except Unavailable as error:  # the process cannot have another thread: the next topic tries
+            logger.warning("topics are not watched yet: %s", error)
         if not self._plan.is_prefix:  # there it is told of with the next answer
             self._worker.wake()
 

@@ -28,6 +28,7 @@ from ..settings import URL_VARIABLE, Settings
 from ..texts import escaped_line, escaped_word
 from . import doctor
 from .supervise import Holder
+from .sweep import sweep
 
 PROGRAM = "consul-matchmaker"
 OK, FAILED, WRONG_USAGE, NO_HOSTS, NO_ANSWER = 0, 1, 2, 3, 4
@@ -175,17 +176,15 @@ def _status(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> i
 
 
 def _sweep(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
-    with make_matchmaker(_settings(arguments)) as matchmaker:
-        orphans = matchmaker.orphans()
-        removed = matchmaker.sweep() if arguments.remove and orphans else []
-        lines = (
-            f"{escaped_word(key)}: {reason}" + (", removed" if key in removed else "")
-            for key, reason in orphans.items()
-        )
-        _answer(arguments, {"orphans": orphans, "removed": removed}, lines)
-        if orphans and not arguments.remove:
-            _say("nothing was removed: --remove removes them")
-        return OK
+    orphans, removed = sweep(_settings(arguments), remove=arguments.remove)
+    lines = (
+        f"{escaped_word(key)}: {reason}" + (", removed" if key in removed else "")
+        for key, reason in orphans.items()
+    )
+    _answer(arguments, {"orphans": orphans, "removed": removed}, lines)
+    if orphans and not arguments.remove:
+        _say("nothing was removed: --remove removes them")
+    return OK
 
 
 def _doctor(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
@@ -429,13 +428,13 @@ def _parser() -> argparse.ArgumentParser:
         "an owner that is alive registers again",
         ["TOPIC", "HOST"],
     )
-    sweep = command(
+    sweeping = command(
         "sweep",
         _sweep,
         "print the keys under the prefix that no process will remove, or that are not this "
         "library's, each with the reason",
     )
-    sweep.add_argument(
+    sweeping.add_argument(
         "--remove",
         action="store_true",
         help="remove those that have the form of this library's keys and that no session holds",

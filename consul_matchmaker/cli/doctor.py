@@ -171,17 +171,17 @@ def _version(api: ConsulApi, address: Host) -> str:
 
 
 def _of_keys(kv: Kv, settings: Settings) -> Iterator[Finding]:
-    from ..backends.kv.orphans import NOT_OURS
+    from ..backends.kv.orphans import find_orphans
 
     what = f"reading {settings.prefix}/"
     try:
-        orphans = kv.orphans()
+        orphans = find_orphans(kv)
     except (Unavailable, Denied) as error:
         yield Finding("fail", what, str(error))
         return
     yield Finding("ok", what, "allowed")
-    foreign = [key for key, reason in orphans.items() if reason == NOT_OURS]
-    left = [key for key, reason in orphans.items() if reason != NOT_OURS]
+    foreign = [key for key, orphan in orphans.items() if not orphan.is_ours]
+    left = [key for key, orphan in orphans.items() if orphan.is_ours]
     what = f"keys under {settings.prefix}/"
     if left:
         yield Finding(

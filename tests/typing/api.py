@@ -112,12 +112,8 @@ async def awaited() -> None:
 
 def about(mm: Matchmaker) -> str:
     topics: list[str] = mm.topics()
-    orphans: dict[str, str] = mm.orphans()
-    removed: list[str] = mm.sweep() if orphans else []
     settings: Settings = mm.settings
-    return json.dumps(
-        {"topics": topics, "removed": removed, "prefix": settings.prefix, **mm.status()}
-    )
+    return json.dumps({"topics": topics, "prefix": settings.prefix, **mm.status()})
 
 
 def make() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .keys import MAX_KEY_BYTES, SENTINEL
@@ -17,6 +18,10 @@ class Orphan:
     reason: str
     index: int | None = None
     """Its ModifyIndex, where it may be removed."""
+
+    @property
+    def is_ours(self) -> bool:
+        return self.index is not None
 
 
 def find_orphans(reader: Reader) -> dict[str, Orphan]:
@@ -42,14 +47,14 @@ def find_orphans(reader: Reader) -> dict[str, Orphan]:
     return dict(sorted(found.items()))
 
 
-def remove_orphans(reader: Reader) -> list[str]:
-    """Remove the keys of ours that no session holds; return those that are gone.
+def remove_orphans(reader: Reader, orphans: Mapping[str, Orphan]) -> list[str]:
+    """Of what `find_orphans` found, remove the keys of ours; return those that are gone.
 
     Keys that are not ours are never touched: the prefix may be another program's.  A key that was
     acquired or written since it was looked at stays.
     """
     removed = []
-    for key, orphan in find_orphans(reader).items():
+    for key, orphan in orphans.items():
         if orphan.index is None:
             continue
         path = kv_path(key)

@@ -27,7 +27,6 @@ from .. import OnDoubt
 from ..http.api import Answer, ConsulApi, go_duration
 from ..liveness import Liveness
 from .keys import SENTINEL, Key, host_folder
-from .orphans import find_orphans, remove_orphans
 from .poll import Confirmer, Poll
 from .reader import Reader, kv_path
 from .session_checks import held_keys, in_requests
@@ -196,16 +195,6 @@ class Kv(Reader):
         if keys:
             self.api.call("DELETE", kv_path(folder), {"recurse": ""})
         return len(self.entries_of(keys))
-
-    # -- for operators -----------------------------------------------------------------------
-
-    def orphans(self) -> dict[str, str]:
-        """Keys under the prefix that nobody will remove, each with the reason."""
-        return {key: orphan.reason for key, orphan in find_orphans(self).items()}
-
-    def sweep(self) -> list[str]:
-        """Remove the keys of ours that no session holds; return those that are gone."""
-        return remove_orphans(self)
 
     def prove_writable(self) -> None:
         """Raise Denied when the token may not write under the prefix.  Writes nothing: the index
