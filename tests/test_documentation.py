@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import consul_matchmaker
 from consul_matchmaker import cli, errors
 from consul_matchmaker.errors import ConfigurationError
 from consul_matchmaker.settings import Settings
@@ -136,7 +137,7 @@ def test_every_error_is_documented() -> None:
 def test_every_module_is_in_the_architecture() -> None:
     """Its table has a place for each module, the folders of the edges apart, and for no other."""
     named = re.findall(r"`([\w/]+\.py)`", (ROOT / "docs" / "architecture.md").read_text())
-    package = ROOT / "consul_matchmaker"
+    package = Path(consul_matchmaker.__file__).parent  # also of a wheel
     modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
     assert set(named) <= modules | {"tests/test_import_law.py"}
     whole = ("adapters/", "cli/")
