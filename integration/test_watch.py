@@ -75,7 +75,7 @@ def watch(make_kv: MakeKv) -> Iterator[Watch]:
         told = Told(*topics)
         kv = make_kv(*addresses, **values)
         made.append(Watcher(kv, told, kv._settings))
-        made[-1].start()
+        made[-1].watch_more()
         if topics:
             eventually(lambda: told.is_fresh(topics[0]), bool, 10)
         return made[-1], told
@@ -259,7 +259,7 @@ def test_topics_come_into_use_and_leave_it_and_no_change_is_lost(
         publish_until(lambda: watcher.status()["watches"] == 4, 5)
         told.wait_for(is_all_known)
         told.in_use = topics
-        watcher.topics_changed()
+        watcher.watch_more()
         publish_until(lambda: watcher.status()["plan"] == "prefix", 10)
         publish_until(lambda: watcher.status()["watches"] == 1, 10)
         told.wait_for(is_all_known)
