@@ -281,7 +281,7 @@ def test_a_topic_one_may_read_is_watched_whatever_else_is_hidden(topic: str) -> 
         )
         kv, told = Kv(ConsulApi(settings), settings), Told("hidden", topic)
         watcher = Watcher(kv, told, settings)
-        watcher.start()
+        watcher.watch_more()
         eventually(lambda: told.is_fresh(topic), bool, 20)
         assert "hidden" not in told.held
         with pytest.raises(Denied):
