@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Relay:
         self._nodes: dict[str, Node] = {}
         self._cut_off: set[str] = set()
         self._changed = asyncio.Event()
+        self._connections: set[asyncio.Task[None] | None] = set()  # asyncio itself may forget them
 
     async def run(self) -> None:
         lines = asyncio.StreamReader()
@@ -89,7 +91,7 @@ class Relay:
         writer: asyncio.StreamWriter,
     ) -> None:
         source = self._owner(*writer.get_extra_info("peername"))
-        with contextlib.suppress(OSError), contextlib.closing(writer):
+        with contextlib.suppress(OSError), contextlib.closing(writer), self._kept():
             if source is None:  # it has ended already
                 return
             await self._until_joined(source, target.name)
@@ -100,6 +102,15 @@ class Relay:
                     self._pump(far_reader, writer, source, target.name),
                 )
                 await asyncio.gather(*ways)
+
+    @contextlib.contextmanager
+    def _kept(self) -> Iterator[None]:
+        task = asyncio.current_task()
+        self._connections.add(task)
+        try:
+            yield
+        finally:
+            self._connections.discard(task)
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, one: str, other: str
