@@ -68,7 +68,7 @@ class Cache:
         self._topics = Topics(settings, clock, jitter, self._refresher, self._state_files)
         self._questions = Questions(resolver, self._topics, clock)
         # At hand for reads.
-        self._by_key, self._hit = self._topics.by_key, self._topics.counts.hit
+        self._by_key, self._hits = self._topics.by_key, self._topics.counts.hits
         self._lock, self._outbox = self._topics.lock, self._topics.outbox
         if before is not None:
             self._topics.take_over(before._by_key.values())
@@ -91,7 +91,7 @@ class Cache:
             entry = self._topics.entry(topic)
         entry.asked_at = now
         if now < entry.usable_until:
-            self._hit()
+            next(self._hits)
             answer: Snapshot = entry.held  # type: ignore[assignment]  # as it is usable
         else:
             answer = self._lookup_slow(entry, now, self._deadline(now, timeout_seconds))
@@ -280,7 +280,7 @@ class Cache:
         entry.asked_at = now = self._clock()
         if now < entry.usable_until:
             if not is_counted:
-                self._hit()
+                next(self._hits)
             return entry.held
         with self._outbox, self._lock:
             found, answer = self._look(entry, now)

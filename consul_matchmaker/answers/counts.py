@@ -9,11 +9,12 @@ OUTCOMES = ("answered", "failed", "deferred", "doubted", "offered")
 
 
 class Counts:
-    """`hit` takes no lock, and loses nothing; the rest is changed under the lock of the topics."""
+    """`next(hits)` takes no lock, and loses nothing; the rest is changed under the lock of the
+    topics."""
 
     def __init__(self) -> None:
-        self.hit = itertools.count().__next__
-        """One lookup more that is given what the last look found."""
+        self.hits = itertools.count()
+        """Lookups that were given what the last look found."""
         self._hits_read = 0
         self.found = dict.fromkeys(FOUND, 0)
         self.questions = dict.fromkeys(OUTCOMES, 0)
@@ -27,7 +28,7 @@ class Counts:
 
     def status(self) -> dict[str, object]:
         self._hits_read += 1  # reading takes a number itself
-        found = {"memory": self.hit() + 1 - self._hits_read, **self.found}
+        found = {"memory": next(self.hits) + 1 - self._hits_read, **self.found}
         return {
             "lookups": sum(found.values()),
             # Each is one of them: `memory`, what the last look found is given again; else a look
