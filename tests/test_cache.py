@@ -139,7 +139,8 @@ def step(cache):
 
 def topics(cache):
     """Every topic that is held."""
-    return sorted({entry.topic for entry in cache._by_key.values() if entry.server is None})
+    entries = list(cache._by_key.values())  # at once: its threads may change it meanwhile
+    return sorted({entry.topic for entry in entries if entry.server is None})
 
 
 def offer(cache, snapshots, seconds, version=0, freshness=None):
