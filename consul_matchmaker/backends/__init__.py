@@ -7,6 +7,7 @@ cannot express.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from typing import Protocol
 
@@ -15,6 +16,15 @@ from ..model import Host, Lease, Registration, Snapshot
 ENOUGH_TIME = 0.9
 """A timeout says something of Consul, or of an agent, that had this share of the time it may need;
 the rest is what callers spend before they ask."""
+
+
+def seconds_left(until: float) -> float:
+    """What is left until then, by `time.monotonic`, for a socket's timeout; raises TimeoutError
+    when nothing is."""
+    left = until - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("no time was left")
+    return left
 
 
 class Resolver(Protocol):

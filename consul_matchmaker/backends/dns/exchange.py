@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from ...errors import Unavailable
 from ...fork import close_after_fork
 from ...model import Host
+from .. import seconds_left
 from ..host_names import HostNames
 from ..traffic import Traffic
 from .wire import NOERROR, NXDOMAIN, SERVFAIL, BadReply, ErrorReply, NotOurs, Reply, read
@@ -178,7 +179,7 @@ class Channel:
         close_after_fork(sock)
         try:
             self.raise_if_closed()  # after the add, so that `close` misses none
-            _wait_no_longer_than(until, sock)
+            sock.settimeout(seconds_left(until))
             sock.connect(address)
         except BaseException:
             self.disconnect(sock)
@@ -268,7 +269,7 @@ class Stream:
 
     def _send(self, query: bytes, *, is_retry: bool = False) -> None:
         assert self._socket is not None
-        _wait_no_longer_than(self.until, self._socket)
+        self._socket.settimeout(seconds_left(self.until))
         try:
             self._socket.sendall(len(query).to_bytes(LENGTH_BYTES, "big") + query)
         except OSError:
@@ -288,7 +289,7 @@ class Stream:
         parts = bytearray(length)
         view, filled = memoryview(parts), 0
         while filled < length:
-            _wait_no_longer_than(self.until, self._socket)
+            self._socket.settimeout(seconds_left(self.until))
             count = self._socket.recv_into(view[filled:])
             if not count:
                 raise ConnectionResetError("the agent closed the connection")
@@ -311,10 +312,3 @@ def _read(wire: bytes, query: bytes, traffic: Traffic, extra_bytes: int = 0) -> 
     is_error = reply.rcode not in (NOERROR, NXDOMAIN)
     traffic.add(received_bytes=size, replies=1, error_replies=is_error)
     return reply
-
-
-def _wait_no_longer_than(until: float, sock: socket.socket) -> None:
-    left = until - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("no time was left")
-    sock.settimeout(left)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import consul.base
 
 from ...fork import close_after_fork
+from .. import seconds_left
 from ..host_names import HostNames
 from ..traffic import Traffic
 
@@ -175,7 +176,7 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
             try:
                 self._raise_if_aborted()
                 wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                wire.sock.settimeout(min(CONNECT_TIMEOUT_SECONDS, _left_until(deadline)))
+                wire.sock.settimeout(min(CONNECT_TIMEOUT_SECONDS, seconds_left(deadline)))
                 wire.sock.connect((address, self.port))
                 if self.scheme == "https":
                     wire.use(
@@ -184,7 +185,7 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
                         )
                     )
                     self._raise_if_aborted()
-                    wire.sock.settimeout(_left_until(deadline))
+                    wire.sock.settimeout(seconds_left(deadline))
                     wire.sock.do_handshake()
             except BaseException as error:
                 self._close(wire)
@@ -262,7 +263,7 @@ class _Wire(io.RawIOBase):
     def sendall(self, data: ReadableBuffer) -> None:
         rest = memoryview(data)
         while rest:
-            self.sock.settimeout(_left_until(self._deadline))
+            self.sock.settimeout(seconds_left(self._deadline))
             size = self.sock.send(rest)
             self.sent_bytes += size
             rest = rest[size:]
@@ -274,7 +275,7 @@ class _Wire(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        self.sock.settimeout(_left_until(self._deadline))
+        self.sock.settimeout(seconds_left(self._deadline))
         size: int = self.sock.recv_into(buffer)
         self.received_bytes += size
         if self.received_bytes > MAX_ANSWER_BYTES:
@@ -305,10 +306,3 @@ def _body_of(answer: HTTPResponse) -> bytes:
     if is_cut:
         raise HTTPException("its answer is cut, or is no HTTP")
     return b"".join(pieces)
-
-
-def _left_until(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("timed out")
-    return left
