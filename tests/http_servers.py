@@ -1,8 +1,10 @@
 """A small HTTP server for the tests: it says what it is told to, and notes what it was asked."""
 
 import contextlib
+import json
 import socket
 import threading
+from urllib.parse import unquote
 
 
 def reply(status=200, body=b"true", headers=()):
@@ -27,6 +29,30 @@ class Request:
     @property
     def token(self):
         return self.headers.get("x-consul-token")
+
+
+LOST = "matchmaker/scheduler/10_2e0_2e0_2e1_3a9501/00000000-0000-0000-0000-000000000000"
+"""A key of ours; no session has that id."""
+
+
+def agent_of_keys(*keys):
+    """How an agent behaves that has *keys*, none of which a session holds."""
+    left = list(keys)
+
+    def behave(request):
+        if request.path == "/v1/txn":
+            return reply(409, b'{"Errors": [{"OpIndex": 0}]}')
+        if request.target.endswith("/?keys="):
+            return reply(body=json.dumps(left).encode())
+        key = unquote(request.path.removeprefix("/v1/kv/"))
+        if key in left and request.method == "DELETE":
+            left.remove(key)
+            return reply()
+        if request.path.startswith("/v1/kv/") and request.method == "GET":
+            return reply(body=b'[{"ModifyIndex": 5}]') if key in left else reply(404, b"")
+        return reply(body=b'{"ID": "1"}')
+
+    return behave
 
 
 class Server:

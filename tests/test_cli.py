@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
-from urllib.parse import unquote
 
 import pytest
 
@@ -24,7 +23,7 @@ from consul_matchmaker.errors import Unavailable
 from consul_matchmaker.model import Host, Instance
 from consul_matchmaker.testing.local_consul import free_ports
 
-from .http_servers import Request, Server, reply
+from .http_servers import LOST, Server, agent_of_keys
 
 KV, CATALOG = "consul+kv://", "consul+catalog://"
 NOBODY_LISTENS = "127.0.0.1:1"  # tcpmux: refused at once on every machine without it
@@ -179,26 +178,10 @@ def test_expire_says_how_many_it_removed(run: Run, memory: Memory) -> None:
     assert json.loads(out) == {"topic": "scheduler", "host": "10.0.0.1:9501", "removed": 0}
 
 
-LOST = "matchmaker/scheduler/10_2e0_2e0_2e1_3a9501/00000000-0000-0000-0000-000000000000"
-
-
 @contextmanager
 def keys_without_session(*keys: str) -> Iterator[str]:
     """The URL of an agent that has *keys*."""
-    left = list(keys)
-
-    def behave(request: Request) -> bytes:
-        if request.path == "/v1/txn":
-            return reply(409, b'{"Errors": [{"OpIndex": 0}]}')
-        if "keys" in request.target:
-            return reply(body=json.dumps(left).encode())
-        key = unquote(request.path.removeprefix("/v1/kv/"))
-        if request.method == "DELETE":
-            left.remove(key)
-            return reply(body=b"true")
-        return reply(body=b'[{"ModifyIndex": 5}]') if key in left else reply(404, b"")
-
-    with Server(behave) as server:
+    with Server(agent_of_keys(*keys)) as server:
         yield f"{KV}{server.address}"
 
 

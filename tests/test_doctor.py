@@ -13,7 +13,7 @@ from consul_matchmaker.cli.doctor import Finding, findings
 from consul_matchmaker.settings import Settings
 
 from .dns_servers import Answer, Asked, DnsServer, FakeConsul, FakeInstance, reply_to
-from .http_servers import Server, reply
+from .http_servers import LOST, Server, agent_of_keys, reply
 
 pytestmark = pytest.mark.system
 
@@ -186,22 +186,13 @@ def test_a_token_that_may_nothing() -> None:
     assert token not in repr(found)
 
 
-LOST = "matchmaker/scheduler/10_2e0_2e0_2e1_3a9501/00000000-0000-0000-0000-000000000000"
-
-
 def of_keys(*keys: str) -> list[Finding]:
     """What is found of *keys*, none of which a session holds."""
+    answer = agent_of_keys(*keys)
 
     def behave(request: Any) -> bytes:
-        if request.path == "/v1/status/leader":
-            return LEADER
-        if request.target == "/v1/kv/matchmaker/?keys=":
-            return reply(body=json.dumps(keys).encode())
-        if request.path == "/v1/txn":
-            return reply(409, b'{"Errors": [{"OpIndex": 0}]}')
-        if request.path == f"/v1/kv/{LOST}":
-            return reply(body=b'[{"ModifyIndex": 5}]')
-        return reply(body=b'{"ID": "1"}')
+        is_leader = request.path == "/v1/status/leader"
+        return LEADER if is_leader else answer(request)
 
     with Server(behave) as server:
         return [each for each in of_http(server.address) if each.what.startswith("keys")]
