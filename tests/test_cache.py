@@ -25,7 +25,7 @@ from consul_matchmaker.answers.cache import Cache
 from consul_matchmaker.answers.freshness import Freshness
 from consul_matchmaker.answers.refresher import QUICK_SECONDS
 from consul_matchmaker.answers.state_file import StateFiles
-from consul_matchmaker.answers.topics import SECOND_CHANCES
+from consul_matchmaker.answers.topics import SECOND_CHANCES, SPARE_ENDS
 from consul_matchmaker.errors import (
     Closed,
     ConfigurationError,
@@ -970,6 +970,51 @@ def test_a_watcher_is_told_which_topics_are_in_use(cache, consul, clock):
     cache.lookup("one")
     assert (cache.topics_in_use(), told) == (("one",), 3)
     assert len(consul.asked) == 3
+
+
+def test_a_topic_that_turns_out_wrong_is_not_watched(cache, consul):
+    """Whoever plans the watches is told at once; an outage says nothing of the topic."""
+    told = []
+    cache.watched_by(lambda: told.append(cache.topics_in_use()))
+    consul.fail("no such name", InvalidTopic("it is no name"))
+    with pytest.raises(InvalidTopic):
+        cache.lookup("no such name")
+    assert told == [("no such name",), ()]
+    consul.fail("scheduler")
+    with pytest.raises(Unavailable):
+        cache.lookup("scheduler")
+    assert told[2:] == [("scheduler",)]
+
+
+def test_what_is_remembered_of_topics_in_use_is_bounded(consul, clock):
+    """By max_topics, however many other topics are asked for in a minute."""
+    cache = made(consul, clock, max_topics=10)
+    cache.watched_by(lambda: None)
+    for number in range(1000):
+        cache.lookup(f"topic{number}")
+        assert len(cache._topics._ends) <= 2 * 10 + SPARE_ENDS + 1
+    assert len(cache.topics_in_use()) == 10
+    clock.advance(61)
+    assert cache.topics_in_use() == ()
+    assert cache._topics._ends == []
+
+
+def test_a_topic_that_changes_all_the_time_stays_in_use(cache, consul, clock):
+    """Although its answer is never old enough to be looked at again; until nobody asks for it."""
+    cache.watched_by(lambda: None)
+    cache.lookup("scheduler")
+    freshness = offer(cache, {}, 8)
+    for number in range(50):
+        clock.advance(3)
+        freshness.confirm(clock(), clock() + 8)
+        cache.offer("scheduler", snapshot("scheduler", [A, B][: 1 + number % 2]), freshness)
+        step(cache)
+        cache.lookup("scheduler")
+        assert cache.topics_in_use() == ("scheduler",), f"after {3 * number} s"
+    clock.advance(59)
+    assert cache.topics_in_use() == ("scheduler",)
+    clock.advance(2)
+    assert cache.topics_in_use() == ()
 
 
 def test_a_watcher_may_begin_where_an_answer_ended(clock):

@@ -195,7 +195,8 @@ class Cache:
     # -- what a watcher asks and tells
 
     def watched_by(self, on_topic_used: Callable[[], object]) -> None:
-        """Have *on_topic_used* called, without a lock, when `topics_in_use` has one more."""
+        """Have *on_topic_used* called, without a lock, when `topics_in_use` has another one, or one
+        less that cannot exist."""
         self._topics.on_topic_used = on_topic_used
 
     def topics_in_use(self) -> Sequence[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import heapq
 import logging
 import threading
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -29,6 +30,9 @@ IN_USE_SECONDS = 60.0
 SECOND_CHANCES = 16
 """Of topics in use, when room is made for another one: so that costs the same however many are
 kept."""
+
+SPARE_ENDS = 64
+"""Of topics that are not in use any more: so many are kept, and as many as there are in use."""
 
 
 class Outbox:
@@ -117,7 +121,8 @@ class Topics:
         self._state_files = state_files
         self.counts = Counts()
         self._is_away = False  # a topic with an answer failed, and none has recovered since
-        self._in_use: dict[str, float] = {}  # when it was seen to be; the oldest first
+        self._in_use: dict[str, float] = {}  # until when, unless it is asked for
+        self._ends: list[tuple[float, str]] = []  # the same as a heap, and what does not count
         self._entries = _Bounded(settings.max_topics, self.waiting, self._evicted)
         self.by_key = self._entries.by_key
         """Every entry; may be read without the lock."""
@@ -172,6 +177,9 @@ class Topics:
         entry.settled_at = now
         if entry.held is None and not isinstance(error, (Unavailable, Denied)):
             self._entries.pop(entry.key, None)  # a wrong topic is nothing to remember
+            was_in_use = entry.server is None and self._in_use.pop(entry.topic, None) is not None
+            if was_in_use and self.on_topic_used is not None:
+                self.outbox.put(self.on_topic_used)  # there is one less to watch
         elif isinstance(error, Exception):  # an interrupt of the caller says nothing of Consul
             entry.failed(error, now, is_first=not self._is_away)
             self._is_away = self._is_away or entry.held is not None
@@ -192,17 +200,34 @@ class Topics:
         return is_asked_for or entry.doubt is not None or entry.key in self.waiting
 
     def note_use(self, entry: Entry, now: float) -> None:
-        if self.on_topic_used is None or entry.server is not None:
+        """Somebody asked for *entry*, or waits for it; needed once, as `in_use` sees the rest."""
+        if self.on_topic_used is None or entry.server is not None or entry.topic in self._in_use:
             return
-        if self._in_use.pop(entry.topic, None) is None:
-            self.outbox.put(self.on_topic_used)
-        self._in_use[entry.topic] = now
+        self._use_until(entry.topic, now + IN_USE_SECONDS)
+        self.outbox.put(self.on_topic_used)
 
     def in_use(self, now: float) -> Sequence[str]:
         """Those that somebody asked for in the last `IN_USE_SECONDS`, or waits for."""
-        while self._in_use and next(iter(self._in_use.values())) < now - IN_USE_SECONDS:
-            del self._in_use[next(iter(self._in_use))]
+        while self._ends and self._ends[0][0] <= now:
+            until, topic = heapq.heappop(self._ends)
+            if self._in_use.get(topic) != until:
+                continue  # it was evicted
+            del self._in_use[topic]
+            entry = self.by_key.get(topic)
+            if entry is None:
+                continue  # a wrong topic, as it turned out
+            is_wanted_now = topic in self.waiting or entry.doubt is not None
+            used_until = IN_USE_SECONDS + (now if is_wanted_now else entry.asked_at)
+            if used_until > now:
+                self._use_until(topic, used_until)
         return tuple(self._in_use)
+
+    def _use_until(self, topic: str, until: float) -> None:
+        self._in_use[topic] = until
+        heapq.heappush(self._ends, (until, topic))
+        if len(self._ends) > 2 * len(self._in_use) + SPARE_ENDS:
+            self._ends = [(ends_at, name) for name, ends_at in self._in_use.items()]
+            heapq.heapify(self._ends)
 
     def close(self) -> None:
         """No entry is made any more; whoever waits is told."""
