@@ -12,7 +12,7 @@ import asyncio
 import collections
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
@@ -222,18 +222,32 @@ class Matchmaker:
     async def register(
         self,
         topic: str,
-        host: str | Host,
+        host: str | Host | None = None,
         server: str | None = None,
         *,
         on_change: Callable[[model.Registration, Change], None] | None = None,
         beat_seconds: float | None = None,
+        port: int | None = None,
+        tags: Iterable[str] = (),
+        meta: Mapping[str, str] | None = None,
+        weight: int = 1,
+        check: str | None = None,
     ) -> Registration:
         """Say that *host* serves *topic*; returns at once.  *on_change* is called on a thread of
         the library: hand over with ``loop.call_soon_threadsafe``."""
-        return Registration(
-            self.sync.register(topic, host, server, on_change=on_change, beat_seconds=beat_seconds),
-            self.sync,
+        registration = self.sync.register(
+            topic,
+            host,
+            server,
+            on_change=on_change,
+            beat_seconds=beat_seconds,
+            port=port,
+            tags=tags,
+            meta=meta,
+            weight=weight,
+            check=check,
         )
+        return Registration(registration, self.sync)
 
     async def unregister(self, topic: str, host: str | Host) -> None:
         """Take back what this process registered for *topic* on *host*."""

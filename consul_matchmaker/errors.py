@@ -29,6 +29,9 @@ class TimedOut(Unavailable):
 class LeaseLost(MatchmakerError):
     """Consul answered that our lease is gone.  Retrying is useless: open another, publish again."""
 
+    why = "Consul does not know it any more"
+    """For the line that tells of it."""
+
 
 class Denied(MatchmakerError):
     """Consul refused the token: retrying is useless until the token or its policy changes."""

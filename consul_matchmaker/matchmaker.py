@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from types import TracebackType
@@ -19,17 +19,18 @@ from .answers.belief import is_same
 from .answers.cache import Cache
 from .answers.selection import Quarantine, Selector
 from .backends import Registrar, Resolver
-from .backends.kv.keys import checked_registration
 from .errors import Closed, ConfigurationError, Denied, NoLiveHosts, TimedOut, Unavailable
 from .fork import call_after_fork
-from .model import Host, Registration, Snapshot, checked_topic, warning_of
+from .model import Host, Registration, ServiceOptions, Snapshot, checked_topic, warning_of
 from .registrations.keeper import Change, Keeper
 from .registrations.operators import Operators
+from .registrations.wanted import wanted_registration
 from .settings import Settings
 from .worker import seconds_since_boot
 
 if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reverse
     from .answers.watcher import Watcher
+    from .backends.watching import Watchable
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class Matchmaker:
 
     @classmethod
     def from_url(cls, url: str) -> Matchmaker:
-        """A matchmaker of ``consul+catalog://HOST:PORT`` or ``consul+kv://HOST:PORT/PREFIX``,
+        """A matchmaker of ``consul+MODE://HOST:PORT``, in kv mode perhaps with a ``/PREFIX``, and
         with settings after a ``?``; the environment completes them.  Raises ConfigurationError."""
         return cls(Settings.from_url(url))
 
@@ -200,7 +201,8 @@ class Matchmaker:
         Raises like `hosts` when there is no first answer; a later outage changes nothing and
         raises nothing.
         """
-        return self._changes(self._cache.lookup(topic, server), server)
+        first = self._cache.lookup(topic, server)
+        return _changes(self._cache, self._closing, first, server)
 
     def cached_hosts(self, topic: str, server: str | None = None) -> Snapshot | None:
         """The cached answer, or None; never asks Consul, never waits."""
@@ -234,8 +236,8 @@ class Matchmaker:
         return None if is_same(found, seen) else found
 
     def topics(self) -> list[str]:
-        """Every topic that somebody registered, sorted.  Asks Consul: raises Unavailable, Denied,
-        and ConfigurationError in catalog mode, as DNS cannot list."""
+        """Every topic that somebody registered (service mode: every service), sorted.  Asks Consul:
+        raises Unavailable, Denied, and ConfigurationError in catalog mode, as DNS cannot list."""
         self._check_open()
         return self._registrar.topics()
 
@@ -244,11 +246,16 @@ class Matchmaker:
     def register(
         self,
         topic: str,
-        host: str | Host,
+        host: str | Host | None = None,
         server: str | None = None,
         *,
         on_change: Callable[[Registration, Change], None] | None = None,
         beat_seconds: float | None = None,
+        port: int | None = None,
+        tags: Iterable[str] = (),
+        meta: Mapping[str, str] | None = None,
+        weight: int = 1,
+        check: str | None = None,
     ) -> Registration:
         """Say that *host* serves *topic*, and keep it said until unregistered or closed.
 
@@ -258,7 +265,12 @@ class Matchmaker:
         Raises ConfigurationError for a malformed host or topic, or one too long to be a key, and
         Unavailable, with nothing registered, when the process cannot have the thread for it.
         An address that leads others to themselves (loopback) or nowhere (0.0.0.0) is registered,
-        with a warning in the log.
+        with a warning in the log.  Without *host*, but with *port*, it is the address of this
+        machine that others can reach.
+
+        *tags*, *meta* (texts), *weight* and *check* are what Consul's catalog has in service mode,
+        and errors in kv mode; *check* is a URL that Consul probes: http, https, tcp or grpc.
+        Registered again with others, the service is replaced.
 
         *on_change* is called with the registration and ``"held"`` or ``"lost"``, on a thread of
         the library that renews nothing meanwhile: it has to return at once.  With *beat_seconds*
@@ -266,7 +278,9 @@ class Matchmaker:
         when it does not, because that hangs, the registration is taken back until it does.
         """
         # Refused here, not later on a thread where nobody sees it.
-        wanted = checked_registration(Registration(topic, _host(host), server or None))
+        wanted = wanted_registration(
+            self.settings, topic, host, server, port, ServiceOptions.of(tags, meta, weight, check)
+        )
         if beat_seconds is not None and not beat_seconds > 0:
             raise ConfigurationError(f"beat_seconds must be above 0, not {beat_seconds!r}")
         self._check_open()
@@ -428,18 +442,22 @@ class Matchmaker:
         if self._closing.is_set():
             raise Closed("this matchmaker was closed: make a new one")
 
-    def _changes(self, last: Snapshot, server: str | None) -> Iterator[Snapshot]:
-        yield last
-        while True:
-            try:
-                last = self._cache.wait_for_change(last.topic, last, math.inf, server)
-            except Closed:
+
+def _changes(
+    cache: Cache, closing: threading.Event, last: Snapshot, server: str | None
+) -> Iterator[Snapshot]:
+    """*last*, and what the hosts of its topic become, until *closing*."""
+    yield last
+    while True:
+        try:
+            last = cache.wait_for_change(last.topic, last, math.inf, server)
+        except Closed:
+            return
+        except Unavailable:  # the cache has said so in the log
+            if closing.wait(ASK_AGAIN_SECONDS):
                 return
-            except Unavailable:  # the cache has said so in the log
-                if self._closing.wait(ASK_AGAIN_SECONDS):
-                    return
-                continue
-            yield last
+            continue
+        yield last
 
 
 def _resolver(settings: Settings, clock: Callable[[], float]) -> Resolver:
@@ -448,9 +466,15 @@ def _resolver(settings: Settings, clock: Callable[[], float]) -> Resolver:
 
         return DnsSrv(settings, clock=clock)
     from .backends.http.api import ConsulApi
+
+    api = ConsulApi(settings, clock=clock)
+    if settings.mode == "service":
+        from .backends.service.store import Services
+
+        return Services(api, settings, clock=clock)
     from .backends.kv.store import Kv
 
-    return Kv(ConsulApi(settings, clock=clock), settings, clock=clock)
+    return Kv(api, settings, clock=clock)
 
 
 def _registrar(settings: Settings, backend: Resolver) -> Registrar | Operators:
@@ -469,10 +493,9 @@ def _watcher(
     jitter: Callable[[], float],
 ) -> Watcher:
     from .answers.watcher import Watcher
-    from .backends.kv.store import Kv
 
-    assert isinstance(resolver, Kv)
-    return Watcher(resolver, cache, settings, clock=clock, jitter=jitter)
+    assert hasattr(resolver, "watch")
+    return Watcher(cast("Watchable", resolver), cache, settings, clock=clock, jitter=jitter)
 
 
 def _refuse_to_interrupt_ourselves() -> None:

@@ -24,7 +24,7 @@ _IPV6 = re.compile(
     r"[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\Z"
 )  # ipaddress takes any zone, even a newline
 
-Source = Literal["dns", "kv", "memory", "disk"]
+Source = Literal["dns", "kv", "service", "memory", "disk"]
 Standing = Literal[
     "pending",  # wanted, not confirmed yet
     "published",
@@ -167,14 +167,26 @@ class Host:
         return (self.address, self.port or 0) < (other.address, other.port or 0)
 
 
+_NOTHING: Mapping[str, str] = {}  # one for all that have none
+
+
+def _nothing() -> Mapping[str, str]:
+    return _NOTHING
+
+
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One entry of an answer: a host, the server name it goes by, and its RFC 2782 preference."""
+    """One entry of an answer: a host, the server name it goes by, its RFC 2782 preference, and what
+    its service says of itself (service mode)."""
 
     host: Host
     server: str | None = None
     priority: int = 1
     weight: int = 1
+    tags: tuple[str, ...] = ()
+    meta: Mapping[str, str] = field(default_factory=_nothing, hash=False)
+    node: str | None = None
+    datacenter: str | None = None
 
 
 class RegistrationOwner(Protocol):
@@ -190,6 +202,61 @@ class RegistrationOwner(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class ServiceOptions:
+    """What a registration of service mode has beside its host.  Immutable, checked when made."""
+
+    tags: tuple[str, ...] = ()
+    meta: Mapping[str, str] = field(default_factory=_nothing, hash=False)
+    weight: int = 1
+    check: str | None = None
+    """A URL that Consul probes: http, https, tcp or grpc."""
+
+    @classmethod
+    def of(
+        cls, tags: Iterable[str], meta: Mapping[str, str] | None, weight: int, check: str | None
+    ) -> ServiceOptions:
+        """Those; raises ConfigurationError for what Consul would refuse."""
+        if isinstance(tags, str):
+            raise ConfigurationError("tags must be a list of texts, not one text")
+        tags, meta = tuple(tags), dict(meta or {})
+        if not all(isinstance(tag, str) and tag for tag in tags):
+            raise ConfigurationError("tags must be texts of at least one character")
+        for key, value in meta.items():
+            if not (isinstance(key, str) and _META_KEY.match(key)):
+                raise ConfigurationError(
+                    f"meta: a key has 1 to 128 letters, digits, '_' and '-', not {quoted(key)}"
+                )
+            if not (isinstance(value, str) and len(value.encode()) <= MOST_META_BYTES):
+                raise ConfigurationError(
+                    f"meta: {key} must be a text of at most {MOST_META_BYTES} bytes"
+                )
+            if key.startswith(RESERVED_META):
+                raise ConfigurationError(f"meta: {key} is this library's: choose another name")
+        if len(meta) > MOST_META:
+            raise ConfigurationError(f"meta: at most {MOST_META} keys, as Consul takes 64")
+        if type(weight) is not int or not 1 <= weight <= 65535:
+            raise ConfigurationError("weight must be a whole number from 1 to 65535")
+        if check is not None and not (isinstance(check, str) and _CHECK.match(check)):
+            raise ConfigurationError(
+                "check must be a URL that begins with http://, https://, tcp:// or grpc://, "
+                f"not {quoted(check)}"
+            )
+        return cls(tags, meta, weight, check)
+
+
+_META_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")
+_CHECK = re.compile(r"(https?|tcp|grpc)://[^\s]+\Z")
+RESERVED_META = "matchmaker_"
+MOST_META, MOST_META_BYTES = 61, 512
+"""Consul takes 64 keys, of which three are ours, and 512 bytes in each value."""
+_NO_OPTIONS = ServiceOptions()
+
+
+def _no_options() -> ServiceOptions:
+    return _NO_OPTIONS
+
+
+@dataclass(frozen=True, slots=True)
 class Registration:
     """The wish that *host* serves *topic*, under the name *server* if it has one.
 
@@ -201,6 +268,8 @@ class Registration:
     host: Host
     server: str | None = None
     owner: RegistrationOwner | None = field(default=None, compare=False, repr=False)
+    service: ServiceOptions = field(default_factory=_no_options, compare=False, repr=False)
+    """What Consul's catalog shows of it; of effect in service mode only."""
 
     def wait_until_published(self, *, timeout_seconds: float) -> None:
         """Return once Consul has confirmed it.  Raises TimedOut after *timeout_seconds*,
@@ -277,11 +346,19 @@ class Held(frozenset["Registration"]):
     """What a renewal found Consul to hold; nothing was found out about those in `unchecked`."""
 
     unchecked: frozenset[Registration] = frozenset()
+    cause: str = ""
+    """Why others are missing, if that is known."""
 
     @classmethod
-    def in_part(cls, held: Iterable[Registration], unchecked: Iterable[Registration]) -> Held:
+    def of(
+        cls,
+        held: Iterable[Registration],
+        unchecked: Iterable[Registration] = (),
+        *,
+        cause: str = "",
+    ) -> Held:
         found = cls(held)
-        found.unchecked = frozenset(unchecked)
+        found.unchecked, found.cause = frozenset(unchecked), cause
         return found
 
 
@@ -334,12 +411,13 @@ class Snapshot(Sequence[Host]):
     confirmed: bool = field(default=True, compare=False)
     """False for an answer that may well be wrong: read from disk; kept although Consul's newest
     answer denies most of it; or empty and not repeated yet, for ``confirm_empty_seconds`` from a
-    source that has denied live services before (DNS, stale KV reads), else for 2 s after the last
-    host left."""
+    source that has denied live services before (DNS, stale and cached reads), else in kv mode for
+    2 s after the last host left.  Another empty answer is confirmed at once, as in service mode."""
     details: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)
     """How the backend got it, fit for json; `Matchmaker.explain` shows it."""
     version: int = field(default=0, compare=False, repr=False)
-    """A number that only grows while Consul keeps its data (its index); 0 where there is none."""
+    """A number that only grows while Consul keeps its data: its index; of a denial by DNS, a second
+    of its clock (the SOA's serial).  0 where there is none."""
 
     @_computed_once
     def hosts(self) -> tuple[Host, ...]:

@@ -22,13 +22,15 @@ from .texts import quoted
 
 ENVIRONMENT_PREFIX = "CONSUL_MATCHMAKER_"
 URL_VARIABLE = "CONSUL_MATCHMAKER_URL"
-MODES = ("catalog", "kv")
-DEFAULT_PORTS = {"catalog": 8600, "kv": 8500}  # Consul's own defaults for DNS and HTTP
+MODES = ("catalog", "kv", "service")
+DEFAULT_PORTS = {"catalog": 8600, "kv": 8500, "service": 8500}  # Consul's own, DNS and HTTP
 REQUEST_TIMEOUT_SECONDS = {
     "catalog": 2.0,
     # Above Consul's rpc_hold_timeout of 7 s: without a leader a call takes 7.2 s (fact C8).
     "kv": 10.0,
+    "service": 10.0,
 }
+CHECK_TTL_SECONDS = {"catalog": 1.0, "kv": 1.0, "service": 3.0}
 
 # Consul's own spellings (Go's ParseBool: 1, t, true) and what people write besides.
 _YES = frozenset({"1", "t", "true", "yes", "on"})
@@ -233,10 +235,14 @@ class Settings:
     `from_url`, `from_env` and `from_mapping` also look at the environment.
     """
 
-    mode: str = _setting(_one_of(*MODES), "catalog (Consul DNS) or kv (sessions and keys)", "")
+    mode: str = _setting(
+        _one_of(*MODES),
+        "catalog (Consul DNS), kv (sessions and keys) or service (services of the agent)",
+        "",
+    )
     addresses: tuple[Host, ...] = _setting(
         _agents,
-        "agents as host:port, tried in order; default 127.0.0.1:8600 (catalog), :8500 (kv)",
+        "agents as host:port, tried in order; default 127.0.0.1:8600 (catalog), else :8500",
         (),
         variables=("CONSUL_HTTP_ADDR",),
     )
@@ -261,11 +267,12 @@ class Settings:
     confirm_empty_seconds: float = _setting(
         # A restarted Consul server denies live services for 4.0-4.9 s (fact A9); 6 leaves a margin.
         _seconds(0, 3600),
-        "how long an empty or much smaller DNS answer must repeat before it replaces a good one",
+        "how long an empty or much smaller DNS answer, or another that may be outdated, must "
+        "repeat before it replaces a good one",
         6.0,
     )
     request_timeout_seconds: float = _setting(
-        _seconds(0.05, 600), "one exchange; default 2 (catalog), 10 (kv)", 0.0
+        _seconds(0.05, 600), "one exchange; default 2 (catalog), else 10", 0.0
     )
     domain: str = _setting(_domain, "Consul's DNS domain", "consul")
     datacenters: tuple[str, ...] = _setting(
@@ -280,46 +287,63 @@ class Settings:
     )
     strict_names: bool = _setting(
         _yes_or_no,
-        "refuse a topic that cannot be the name of a Consul service (such as one with a dot); "
-        "off: ask for the service with '-' in place of each such character",
+        "refuse a topic that cannot be the name of a Consul service (such as one with a dot, in "
+        "service mode also with a _); off: its service has '-' in place of each such character",
         False,
     )
     shards: int = _setting(
         _whole(0, 100),
-        "for topics of thousands of hosts: how many tags s00, s01... to ask for; 0: none",
+        "catalog mode, for topics of thousands of hosts: how many tags s00, s01... to ask for; "
+        "0: none",
         0,
+    )
+    near: str | None = _setting(
+        _label,
+        "service mode: Snapshot.instances in order of distance from this node (_agent is ours); "
+        "hosts, iteration and pick go by address as always",
+        None,
+    )
+    accept_warning: bool = _setting(
+        _yes_or_no, "service mode: hosts whose checks warn are hosts too", False
     )
     prefix: str = _setting(_key_prefix, "root of the KV keys", "matchmaker")
     session_ttl_seconds: float = _setting(
         # Consul's floor is 10 unless the servers' session_ttl_min lowers it; its roof is 24 h (B1).
         _seconds(1, 86400),
-        "TTL of the lease; the keys of a crashed process are removed after 2 x this at the latest; "
-        "below 10 the servers' session_ttl_min must allow it",
+        "kv mode: TTL of the lease; the keys of a crashed process are removed after 2 x this at "
+        "the latest; below 10 the servers' session_ttl_min must allow it",
         10.0,
     )
     liveness: str = _setting(
         _one_of("session", "node", "check"),
-        "what ends a lease beside its TTL: session (nothing), node (the agent's node dies), "
-        "check (also the death of the process, within about check_ttl_seconds)",
+        "kv mode: what ends a lease beside its TTL: session (nothing), node (the agent's node "
+        "dies), check (also the death of the process, within about check_ttl_seconds)",
         "session",
     )
     check_ttl_seconds: float = _setting(
         _seconds(0.5, 60),
-        "with liveness=check: a process that has not beaten for this long counts as dead; "
-        "5 keeps its registrations through an ordinary election",
-        1.0,
+        "service mode, and kv mode with liveness=check: a process that has not beaten for this "
+        "long counts as dead; default 3 (service, at least 1), 1 (kv), where 5 keeps its "
+        "registrations through an ordinary election",
+        0.0,
     )
     watch: bool = _setting(
-        _yes_or_no, "keep topics fresh by blocking queries; default on for kv", None
+        _yes_or_no,
+        "keep topics fresh by blocking queries; default on in kv and service mode, but off in "
+        "service mode with several datacenters or consistency=cached; off in catalog mode",
+        None,
     )
     max_watches: int = _setting(
         _whole(0, 100),
         "up to this many topics in use are each watched over a connection of their own, so that "
-        "changes of other topics cost nothing; with more, one query watches all topics",
+        "changes of other topics cost nothing; with more, one query watches all topics (kv mode), "
+        "or the others are asked for when their answers run out (service mode)",
         4,
     )
     consistency: str = _setting(
-        _one_of("default", "stale", "consistent"), "Consul's read consistency", "default"
+        _one_of("default", "stale", "consistent", "cached"),
+        "Consul's read consistency; cached (service mode): from the agent's own cache",
+        "default",
     )
     quarantine_seconds: float = _setting(
         _seconds(0, 3600), "how long a rejected host is avoided the first time", 1.0
@@ -395,7 +419,21 @@ class Settings:
         if not self.request_timeout_seconds:
             fill("request_timeout_seconds", REQUEST_TIMEOUT_SECONDS[self.mode])
         if self.watch is None:
-            fill("watch", self.mode == "kv")
+            fill("watch", self.mode == "kv" or (self.mode == "service" and not self._unwatchable()))
+        if not self.check_ttl_seconds:
+            fill("check_ttl_seconds", CHECK_TTL_SECONDS[self.mode])
+
+    def _unwatchable(self) -> str:
+        """Why service mode cannot watch; "" where it can."""
+        if len(self.datacenters) > 1:
+            return "watch needs one datacenter, and datacenters has more"
+        if self.consistency == "cached":
+            # With an index an agent's cache answers 500 while its servers are away.
+            return (
+                "watch and consistency=cached exclude each other, as the agent's cache follows "
+                "changes by itself"
+            )
+        return ""
 
     def _check_together(self) -> None:
         def ordered(lower: str, upper: str) -> None:
@@ -414,7 +452,21 @@ class Settings:
                 "shards and tag exclude each other: DNS can ask for one tag only"
             )
         if self.watch and self.mode == "catalog":
-            raise ConfigurationError("watch needs kv mode: Consul DNS has no blocking queries")
+            raise ConfigurationError(
+                "watch needs kv or service mode: Consul DNS has no blocking queries"
+            )
+        if self.watch and self.mode == "service" and (why := self._unwatchable()):
+            raise ConfigurationError(f"{why}: set watch to false")
+        names = (self.service_template, *self.service_map.values())
+        if self.mode == "service" and (self.shards or any(n.endswith(".query") for n in names)):
+            raise ConfigurationError(
+                "shards and prepared queries (names that end in .query) are for catalog mode"
+            )
+        if self.mode == "service" and self.check_ttl_seconds < 1:
+            # The beats are 0.3 of it apart, and a busy machine holds one up for longer than that.
+            raise ConfigurationError("check_ttl_seconds must be at least 1 in service mode")
+        if self.consistency == "cached" and self.mode != "service":
+            raise ConfigurationError("consistency=cached needs service mode")
 
     @classmethod
     def from_mapping(
@@ -444,10 +496,15 @@ class Settings:
             return cls.from_url(url, environ)
         if not environ.get(ENVIRONMENT_PREFIX + "MODE"):
             raise ConfigurationError(
-                f"set {URL_VARIABLE}, for example consul+catalog://127.0.0.1:8600 "
-                "or consul+kv://127.0.0.1:8500"
+                f"set {URL_VARIABLE}, for example consul+catalog://127.0.0.1:8600, "
+                "consul+kv://127.0.0.1:8500 or consul+service://127.0.0.1:8500"
             )
         return cls.from_mapping({}, environ)
+
+    @property
+    def lease_ttl_seconds(self) -> float:
+        """How long a lease lives without a renewal."""
+        return self.check_ttl_seconds if self.mode == "service" else self.session_ttl_seconds
 
     def read_token(self) -> str | None:
         """The token to use now: the setting, or what ``token_file`` holds at this moment.
@@ -537,7 +594,7 @@ def _from_environment(environ: Mapping[str, str], explicit: Mapping[str, Any]) -
     }
     found: dict[str, Any] = {}
     # DNS knows no token, no TLS and no HTTP address: catalog mode leaves Consul's variables alone.
-    if (explicit.get("mode") or ours.get("mode")) == "kv":
+    if (explicit.get("mode") or ours.get("mode")) in ("kv", "service"):
         found = _consul_variables(environ, wants_address="addresses" not in {**ours, **explicit})
     return _without_weaker_token({**_without_weaker_token(found, ours), **ours}, explicit)
 
@@ -597,7 +654,7 @@ def _values_of_url(url: str) -> dict[str, Any]:
     family, _, mode = scheme.lower().partition("+")
     if family != "consul" or mode not in MODES:
         raise ConfigurationError(
-            "the URL must begin with consul+catalog:// or consul+kv://, "
+            "the URL must begin with consul+catalog://, consul+kv:// or consul+service://, "
             "for example consul+kv://127.0.0.1:8500/matchmaker"
         )
     user, at, hosts = authority.rpartition("@")
@@ -618,7 +675,7 @@ def _values_of_url(url: str) -> dict[str, Any]:
         values["addresses"] = unquote(hosts)
     prefix = unquote(path).strip("/")
     if prefix and mode != "kv":
-        raise ConfigurationError("a path in the URL is the KV prefix: catalog mode has none")
+        raise ConfigurationError(f"a path in the URL is the KV prefix: {mode} mode has none")
     if prefix:
         values["prefix"] = prefix
     return _with_query(values, query)

@@ -9,10 +9,15 @@ import pytest
 from consul_matchmaker.answers.belief import RETURN_SECONDS, UNSEEN_TTLS, Belief, Rules
 from consul_matchmaker.answers.freshness import Freshness
 from consul_matchmaker.errors import Unavailable
+from consul_matchmaker.settings import Settings
 
 from .doubles import ManualClock, catalog, kv, snapshot
 
 A, B, C, D, E = (f"10.0.0.{number}:5000" for number in range(1, 6))
+
+
+def service(**values):
+    return Settings(mode="service", **values)
 
 
 class Topic:
@@ -21,7 +26,7 @@ class Topic:
     def __init__(self, *hosts, settings=None):
         self.clock, self.notes = ManualClock(), []
         settings = settings or catalog()
-        self.source = "dns" if settings.mode == "catalog" else "kv"
+        self.source = "dns" if settings.mode == "catalog" else settings.mode
 
         def note(level, message, *arguments):
             self.notes.append(message % arguments)
@@ -31,12 +36,15 @@ class Topic:
         if hosts:
             self.hears(*hosts)
 
-    def hears(self, *hosts, after=0.0, is_complete=True, version=0, freshness=None):
+    def hears(
+        self, *hosts, after=0.0, is_complete=True, version=0, freshness=None, age_seconds=0.0
+    ):
         """Which hosts are held then; with *freshness*, from a watch."""
         self.clock.advance(after)
         answer = snapshot("scheduler", hosts, self.source, is_complete=is_complete)
-        stamped = replace(answer, taken_at=self.clock(), clock=self.clock, version=version)
-        self.belief.answered(stamped, self.clock(), freshness)
+        taken_at = self.clock() - age_seconds
+        stamped = replace(answer, taken_at=taken_at, clock=self.clock, version=version)
+        self.is_changed = self.belief.answered(stamped, self.clock(), freshness)
         return self.hosts
 
     def sees(self, *hosts, after=0.0):
@@ -245,6 +253,27 @@ def test_each_step_of_a_doubt_is_noted():
     assert all(word in note for word, note in zip(words, topic.notes, strict=True))
 
 
+# -- from the cache of an agent, and in an order of Consul's
+
+
+def test_an_answer_that_was_old_when_it_came_is_given_for_a_while():
+    """An agent's cache may give one of any age: not every lookup asks for the same again."""
+    topic = Topic(settings=service(consistency="cached"))
+    topic.hears(A, age_seconds=20)
+    assert topic.held.age_seconds == 20
+    assert not topic.belief.must_ask_first(topic.clock())
+    assert topic.belief.must_ask_first(topic.clock() + 2.5)
+
+
+@pytest.mark.parametrize(("near", "order"), [("_agent", [B, A]), (None, [A, B])])
+def test_the_same_hosts_in_another_order(near, order):
+    """That is no change; with `near` the newest order counts all the same."""
+    topic = Topic(A, B, settings=service(near=near))
+    topic.hears(B, A)
+    assert [str(one.host) for one in topic.held.instances] == order
+    assert not topic.is_changed
+
+
 # -- answers that are confirmed
 
 
@@ -309,3 +338,46 @@ def test_an_incomplete_answer_is_as_old_as_the_oldest_that_it_needs():
     topic.hears(A, is_complete=False)
     assert topic.hears(B, after=4, is_complete=False) == [A, B]
     assert topic.held.age_seconds == 4
+
+
+# -- copies of a denial
+
+
+@pytest.mark.parametrize("repeat_seconds", [1, 5])
+def test_copies_of_a_denial_confirm_nothing(repeat_seconds):
+    """A resolver between us and Consul repeats what Consul said at one moment: it is one answer,
+    however long it is repeated."""
+    topic = Topic(A)
+    topic.hears(version=1_000)
+    for _ in range(30 // repeat_seconds):
+        assert topic.hears(after=repeat_seconds, version=1_000) == [A]
+    assert topic.hears(after=1, version=1_003) == [A], "four seconds of Consul's are not six"
+    assert topic.hears(after=1, version=1_005) == []
+    assert topic.held.confirmed
+
+
+def test_a_first_denial_is_confirmed_by_another_moment():
+    """Where nothing was known, an empty answer is given at once, unconfirmed for as long."""
+    topic = Topic()
+    topic.hears(version=1_000)
+    for _ in range(10):
+        assert topic.hears(after=2, version=1_000) == []
+        assert not topic.held.confirmed
+    topic.hears(after=2, version=1_030)
+    assert topic.held.confirmed
+
+
+def test_another_agents_clock_may_be_behind():
+    """What counts then is our own."""
+    topic = Topic(A)
+    topic.hears(version=1_000)
+    assert topic.hears(after=5, version=10) == [A]
+    assert topic.hears(after=1.5, version=11) == []
+
+
+def test_a_denial_without_a_serial_counts_by_our_clock():
+    """Of a server that gives none."""
+    topic = Topic(A)
+    topic.hears()
+    assert topic.hears(after=5) == [A]
+    assert topic.hears(after=1) == []

@@ -10,8 +10,8 @@ from consul_matchmaker.backends.dns.names import (
     address_of,
     node_of,
     query_for,
-    service_of,
 )
+from consul_matchmaker.backends.service_names import service_of
 from consul_matchmaker.errors import InvalidTopic
 from tests.doubles import catalog
 

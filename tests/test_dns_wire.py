@@ -453,7 +453,9 @@ def test_a_denial_lasts_for_the_smaller_of_two_times(minimum: int, ttl: int, sec
 
 def test_a_denial_is_told_in_the_authority_section_only() -> None:
     """An SOA elsewhere, or one too short to have a minimum, says nothing."""
-    assert read_all(soa(5, 5), soa(9, 9), soa(7, 7), counts=(1, 1, 1)).ttl_seconds == 9
+    told = read_all(soa(5, 5), soa(9, 9), soa(7, 7), counts=(1, 1, 1))
+    assert (told.ttl_seconds, told.serial) == (9, 1)
+    assert read_all(soa(5, 5), counts=(1, 0, 0)).serial == 0
     assert read_all(soa(5, 5), counts=(1, 0, 0)).ttl_seconds == 0
     assert read_all(soa(5, 5), counts=(0, 0, 1)).ttl_seconds == 0
     short = record(b"\x00", 6, bytes(17) + struct.pack("!I", 5), ttl=5)

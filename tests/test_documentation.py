@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS_PAGE = ROOT / "docs" / "settings.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
-BY_MODE = ("addresses", "request_timeout_seconds", "watch")
+BY_MODE = ("addresses", "request_timeout_seconds", "check_ttl_seconds", "watch")
 
 
 def default_of(setting: Field[Any]) -> str:
@@ -75,7 +75,7 @@ def test_the_settings_named_in_the_readme_have_the_defaults_it_says() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_in_urls_exist(page: Path) -> None:
     """Every complete URL of ours in the documents can be read."""
-    for url in re.findall(r"consul\+(?:kv|catalog)://[^\s`\"')]+", page.read_text()):
+    for url in re.findall(r"consul\+(?:kv|catalog|service)://[^\s`\"')]+", page.read_text()):
         if not re.search(r"[A-Z<]{3}|\.\.\.", url):  # HOST:PORT and such
             Settings.from_url(url.rstrip(".,;:"), {})
 

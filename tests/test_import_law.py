@@ -36,6 +36,7 @@ LAYERS = {
         "answers.blocking_query",
         "answers.freshness",
         "answers.watch_plan",
+        "backends.service_names",
         "backends.kv.keys",
         "backends.dns.wire",
         "backends.dns.coverage",
@@ -230,6 +231,7 @@ def test_a_module_says_what_it_is_for(module: str) -> None:
     [
         ("consul+catalog://127.0.0.1:8600", ("consul", "requests", "urllib3")),
         ("consul+kv://127.0.0.1:8500", ("dns",)),
+        ("consul+service://127.0.0.1:8500", ("dns",)),
     ],
 )
 @pytest.mark.system
@@ -253,7 +255,8 @@ def test_importing_starts_nothing() -> None:
     program = """
 import gc, socket, threading
 from consul_matchmaker import Matchmaker
-both = [Matchmaker.from_url(f"consul+{mode}://127.0.0.1:1") for mode in ("catalog", "kv")]
+modes = "catalog", "kv", "service"
+each = [Matchmaker.from_url(f"consul+{mode}://127.0.0.1:1") for mode in modes]
 assert threading.active_count() == 1, threading.enumerate()
 assert not [each for each in gc.get_objects() if isinstance(each, socket.socket)]
 """

@@ -787,6 +787,67 @@ def test_draining_waits_after_the_withdrawal(threaded: Callable[[Memory], Keeper
     assert not drained.is_alive()
 
 
+class PausingMemory(Memory):
+    """A Memory that has maintenance, as service mode has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_paused = threading.Event()
+
+    def pause(self, registration: Registration) -> bool:
+        self.is_paused.set()
+        return True
+
+    def resume(self, registration: Registration) -> bool:
+        was_paused = self.is_paused.is_set()
+        self.is_paused.clear()
+        return was_paused
+
+
+def test_draining_is_maintenance_first_where_there_is_one(
+    threaded: Callable[[Memory], Keeper],
+) -> None:
+    """It is withdrawn when the time is over, or the keeper is closed."""
+    memory = PausingMemory()
+    keeper = threaded(memory)
+    registration = keeper.register(A)
+    registration.wait_until_published(timeout_seconds=LONG)
+    drained = threading.Thread(target=registration.drain, args=[LONG])
+    drained.start()
+    assert memory.is_paused.wait(LONG)
+    assert registration.state == "published"
+    assert keeper.close(LONG)
+    drained.join(LONG)
+    assert memory.lookup("scheduler", timeout_seconds=5).hosts == ()
+
+
+def test_registered_again_it_is_drained_no_more(
+    threaded: Callable[[Memory], Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait ends, it is published again, which ends the maintenance, and it stays."""
+    memory = PausingMemory()
+    published: list[Registration] = []
+    publish = memory.publish
+
+    def count(lease: Lease, registration: Registration) -> None:
+        published.append(registration)
+        publish(lease, registration)
+
+    monkeypatch.setattr(memory, "publish", count)
+    keeper = threaded(memory)
+    registration = keeper.register(A)
+    registration.wait_until_published(timeout_seconds=LONG)
+    drained = threading.Thread(target=registration.drain, args=[LONG])
+    drained.start()
+    assert memory.is_paused.wait(LONG)
+    keeper.register(A).wait_until_published(timeout_seconds=LONG)
+    drained.join(LONG)
+    assert not drained.is_alive()
+    assert published == [A, A]
+    assert registration.state == "published"
+    assert not memory.is_paused.is_set()
+
+
 def test_draining_says_when_consul_does_not_confirm(by_hand: ByHand) -> None:
     """Peers may go on sending: whoever stops serving now has to know."""
     registration = by_hand.keeper.register(A)

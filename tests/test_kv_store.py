@@ -19,10 +19,11 @@ from consul_matchmaker.backends.http.api import Answer, TooLarge
 from consul_matchmaker.backends.http.exchange import MAX_ANSWER_BYTES
 from consul_matchmaker.backends.kv.keys import Key
 from consul_matchmaker.backends.kv.orphans import NOT_OURS, find_orphans, remove_orphans
-from consul_matchmaker.backends.kv.poll import PIECE_BYTES, PROOF_SECONDS, Polled, Route
+from consul_matchmaker.backends.kv.poll import PIECE_BYTES, PROOF_SECONDS, Polled
 from consul_matchmaker.backends.kv.reader import REMEMBERED_KEYS, REMEMBERED_LENGTH
 from consul_matchmaker.backends.kv.session_checks import CHECKS_PER_REQUEST
 from consul_matchmaker.backends.kv.store import Kv
+from consul_matchmaker.backends.watching import Route
 from consul_matchmaker.errors import Denied, LeaseLost, TimedOut, Unavailable
 from consul_matchmaker.model import Host, Instance, Lease, Registration
 from consul_matchmaker.settings import Settings

@@ -5,8 +5,9 @@ import time
 
 import pytest
 
+from consul_matchmaker.backends.beats import BEAT_EVERY
 from consul_matchmaker.backends.http.api import Answer, ConsulApi
-from consul_matchmaker.backends.liveness import BEAT_EVERY, Liveness
+from consul_matchmaker.backends.liveness import Liveness
 from consul_matchmaker.errors import Denied, Unavailable
 from consul_matchmaker.model import Host
 from consul_matchmaker.settings import Settings
@@ -29,7 +30,18 @@ class FakeApi:
         self.timeouts: list[float] = []
         self.token_changes = 1
 
-    def call(self, method, path, params=None, body=b"", *, at=None, line=None, timeout_seconds=10):
+    def call(
+        self,
+        method,
+        path,
+        params=None,
+        body=b"",
+        *,
+        accept=(),
+        at=None,
+        line=None,
+        timeout_seconds=10,
+    ):
         self.paths.append(path)
         if "/check/pass/" in path:
             assert (at, line) == (HERE, self)
@@ -72,7 +84,7 @@ def liveness(api, clock):
 
 def test_nothing_is_beaten_for_before_it_is_registered(api, liveness):
     """No request is owed to anybody then."""
-    assert liveness.step() is None
+    assert liveness._beats.step() is None
     liveness.deregister()
     assert api.paths == []
 
@@ -81,7 +93,7 @@ def test_beats_come_three_times_a_ttl(api, clock, liveness, doubts):
     """However often the thread wakes, one beat is sent per interval."""
     liveness.register(doubts.append)
     for _ in range(100):
-        assert 0 < liveness.step() <= BEAT_SECONDS
+        assert 0 < liveness._beats.step() <= BEAT_SECONDS
         clock.advance(BEAT_SECONDS / 10)
     assert api.beats in (9, 10)
     assert set(api.timeouts) == {CHECK_TTL_SECONDS / 2}
@@ -95,15 +107,15 @@ def test_a_failure_is_told_once_and_its_end_once(api, clock, liveness, doubts):
     api.error = Unavailable("status 500")
     for _ in range(3):
         clock.advance(BEAT_SECONDS)
-        liveness.step()
+        liveness._beats.step()
     assert (api.beats, doubts) == (3, ["status 500"])
     api.error = Denied("403")
     clock.advance(BEAT_SECONDS)
-    liveness.step()
+    liveness._beats.step()
     api.error = None
     for _ in range(3):
         clock.advance(BEAT_SECONDS)
-        assert liveness.step() == pytest.approx(BEAT_SECONDS)
+        assert liveness._beats.step() == pytest.approx(BEAT_SECONDS)
     assert doubts == ["status 500", None]
 
 
@@ -118,18 +130,18 @@ def test_a_beat_that_took_its_time_is_followed_by_the_next_at_once(api, clock, l
         return call(*args, **how)
 
     api.call = slow
-    assert liveness.step() == 0
+    assert liveness._beats.step() == 0
 
 
 def test_a_late_beat_is_told(api, clock, liveness, doubts):
     """A suspended machine beats on as if nothing had been, but Consul has seen a dead process."""
     liveness.register(doubts.append)
     clock.advance(CHECK_TTL_SECONDS + 60)
-    liveness.step()
+    liveness._beats.step()
     (doubt,) = doubts
     assert "60.0 s late" in doubt
     clock.advance(BEAT_SECONDS)
-    liveness.step()
+    liveness._beats.step()
     assert doubts == [doubt, None]
 
 
@@ -140,7 +152,7 @@ def test_another_token_registers_anew(api, clock, liveness):
     api.token_changes += 1
     for _ in range(3):
         clock.advance(BEAT_SECONDS)
-        liveness.step()
+        liveness._beats.step()
     assert api.paths.count("/v1/agent/service/register") == 2
     assert api.beats == 2
 
@@ -151,7 +163,7 @@ def test_what_cannot_be_deregistered_is_left_to_consul(api, clock, liveness, dou
     api.error = Unavailable("gone")
     liveness.deregister()
     clock.advance(BEAT_SECONDS)
-    assert liveness.step() is None
+    assert liveness._beats.step() is None
     assert (api.beats, doubts) == (0, [])
 
 
@@ -161,10 +173,10 @@ def test_a_longer_ttl_is_beaten_as_often_in_proportion(api, clock, doubts):
     liveness = made(api, clock, 5.0)
     liveness.register(doubts.append)
     clock.advance(4.9)
-    assert liveness.step() == pytest.approx(5.0 * BEAT_EVERY)
+    assert liveness._beats.step() == pytest.approx(5.0 * BEAT_EVERY)
     assert doubts == []
     clock.advance(5.1)
-    liveness.step()
+    liveness._beats.step()
     assert "0.1 s late" in doubts[0]
 
 
@@ -196,5 +208,5 @@ def test_beats_go_on_whatever_else_hangs():
         eventually(beats, lambda count: count > before)
         started = time.monotonic()
         liveness.close()
-        assert not liveness._worker.is_running
+        assert not liveness._beats._worker.is_running
         assert time.monotonic() - started < 5

@@ -243,7 +243,7 @@ def test_registrations_are_equal_by_what_they_say() -> None:
 def test_what_is_held_may_be_known_in_part() -> None:
     """A set of what is held, and which others were not looked at; of a whole one, none."""
     one, other = (Registration("scheduler", Host(name, 1)) for name in "ab")
-    part = Held.in_part([one], [other])
+    part = Held.of([one], [other])
     assert (part, part.unchecked) == ({one}, {other})
     assert Held([one]).unchecked == frozenset()
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consul_matchmaker.errors import Closed, Denied, LeaseLost, TimedOut, Unavailable
-from consul_matchmaker.model import Held, Host, Lease, Registration
+from consul_matchmaker.model import Held, Host, Lease, Registration, ServiceOptions
 from consul_matchmaker.registrations.reconciler import (
     ASKED_RENEWAL_SECONDS,
     TRANSITIONS,
@@ -90,8 +91,8 @@ class Consul:
             held.add(call.registration)
             return None
         if self.answer == "checks nothing":
-            return Held.in_part((), held)
-        return Held.in_part(held - self.unchecked, self.unchecked)
+            return Held.of((), held)
+        return Held.of(held - self.unchecked, self.unchecked)
 
     @property
     def visible(self) -> set[Registration]:
@@ -636,6 +637,67 @@ def test_registered_again_while_its_withdrawal_is_under_way(held: Play) -> None:
     assert held.consul.visible == {B}
     held.run()
     assert held.consul.visible == {A, B}
+
+
+def with_tag(registration: Registration, tag: str) -> Registration:
+    return replace(registration, service=ServiceOptions.of([tag], None, 1, None))
+
+
+def shown(play: Play) -> list[tuple[str, ...]]:
+    """The tags of A, as it was published from time to time."""
+    calls = [each for each in play.calls if isinstance(each, Publish) and each.registration == A]
+    return [each.registration.service.tags for each in calls]
+
+
+def test_other_options_are_published_whatever_was_under_way(play: Play) -> None:
+    """Registered with others at rest, at once after it was unregistered, while it is published,
+    and while what Consul holds is read."""
+    blue, green = with_tag(A, "blue"), with_tag(A, "green")
+    play.want(blue, B)
+    play.run()
+    play.want(green)
+    assert not play.reconciler.is_published(A)
+    play.run()
+    assert shown(play) == [("blue",), ("green",)]
+
+    play.unwant(A)
+    play.want(blue)
+    play.run()
+    assert shown(play)[2:] == [("blue",)]
+
+    play.want(green)
+    call = play.reconciler.next_action(play.now)
+    assert isinstance(call, Publish)
+    play.want(blue)
+    play.calls.append(call)
+    play.reconciler.handle(play.consul.carry_out(call), play.now, call)
+    assert not play.reconciler.is_published(A)
+    play.run()
+    assert shown(play)[3:] == [("green",), ("blue",)]
+
+    play.now += TTL / 3
+    call = play.reconciler.next_action(play.now)
+    assert isinstance(call, Renew)
+    play.want(green)
+    play.reconciler.handle(play.consul.carry_out(call), play.now, call)
+    play.run()
+    assert shown(play)[5:] == [("green",)]
+    play.want(green)
+    play.run()
+    assert len(shown(play)) == 6, "the same options are no change"
+
+
+def test_published_again_while_it_is_published(held: Play) -> None:
+    """What was asked for meanwhile counts."""
+    held.reconciler.want_again(A, held.now)
+    call = held.reconciler.next_action(held.now)
+    assert isinstance(call, Publish)
+    held.reconciler.want_again(A, held.now)
+    held.reconciler.handle(held.consul.carry_out(call), held.now, call)
+    assert not held.reconciler.is_published(A)
+    held.run()
+    assert held.take_calls() == ["Publish"]
+    assert held.reconciler.is_published(A)
 
 
 def test_registered_again_while_the_lease_is_being_released(held: Play) -> None:

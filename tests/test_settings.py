@@ -85,6 +85,8 @@ CASES: dict[str, Case] = {
         "catalog",
     ),
     "strict_names": Case("yes", True, "off", False, ("", "maybe"), "catalog"),
+    "near": Case("_agent", "_agent", "node-1", "node-1", ("", "a b"), "service"),
+    "accept_warning": Case("yes", True, "no", False, ("", "maybe"), "service"),
     "shards": Case("100", 100, "0", 0, ("-1", "101", "1.5", "x", ""), "catalog"),
     "prefix": Case("a/b_c-d", "a/b_c-d", "/x/", "x", ("", "/", "a//b", "a.b", "a b", "é")),
     "session_ttl_seconds": seconds("1", "86400", "0.9", "86401"),
@@ -251,8 +253,15 @@ def test_one_agent_may_be_given_in_many_ways(value: object) -> None:
 
 
 def test_defaults_depend_on_the_mode() -> None:
-    """Agents, timeout and watch are Consul's own defaults for DNS and for HTTP."""
-    kv, catalog = Settings(mode="kv"), Settings(mode="catalog")
+    """Agents, timeout and watch are Consul's own defaults for DNS and for HTTP; a process that does
+    not beat counts as dead sooner in kv mode, as a lease is checked there beside its session."""
+    kv, catalog, service = (Settings(mode=mode) for mode in ("kv", "catalog", "service"))
+    assert (service.addresses, service.request_timeout_seconds) == (kv.addresses, 10.0)
+    assert (service.watch, service.check_ttl_seconds, kv.check_ttl_seconds) == (True, 3.0, 1.0)
+    assert not Settings(mode="service", datacenters=("dc1", "dc2")).watch
+    assert not Settings(mode="service", consistency="cached").watch
+    assert Settings(mode="kv", datacenters=("dc1", "dc2")).watch, "it never asks others"
+    assert Settings(mode="kv", datacenters=("dc1", "dc2"), watch=True).watch
     assert (kv.addresses, catalog.addresses) == (hosts("127.0.0.1:8500"), hosts("127.0.0.1:8600"))
     assert (kv.request_timeout_seconds, catalog.request_timeout_seconds) == (10.0, 2.0)
     assert (kv.watch, catalog.watch) == (True, False)
@@ -268,6 +277,15 @@ def test_defaults_depend_on_the_mode() -> None:
         ({"token": "x", "token_file": "y"}, ("token", "token_file")),
         ({"shards": 2, "tag": "x"}, ("shards", "tag")),
         ({"mode": "catalog", "watch": True}, ("watch", "kv")),
+        ({"mode": "service", "datacenters": "a,b", "watch": True}, ("watch", "datacenter")),
+        (
+            {"mode": "service", "consistency": "cached", "watch": True},
+            ("watch", "consistency=cached"),
+        ),
+        ({"mode": "service", "check_ttl_seconds": 0.9}, ("check_ttl_seconds", "service")),
+        ({"mode": "service", "shards": 2}, ("shards", "catalog")),
+        ({"mode": "service", "service_template": "{topic}.query"}, (".query", "catalog")),
+        ({"consistency": "cached"}, ("cached", "service")),
     ],
 )
 def test_settings_that_contradict_each_other_are_both_named(
@@ -506,7 +524,7 @@ def test_settings_never_print_the_token() -> None:
     assert SECRET not in repr(found) + str(found) + f"{found}"
     assert repr(found) == (
         "Settings(mode='kv', addresses=(Host(address='127.0.0.1', port=8500),), ttl_seconds=7.0, "
-        "request_timeout_seconds=10.0, watch=True, token=***)"
+        "request_timeout_seconds=10.0, check_ttl_seconds=1.0, watch=True, token=***)"
     )
 
 

@@ -220,13 +220,28 @@ def test_a_file_is_believed_only_of_what_it_says_that_it_is(tmp_path, clock, pla
 
 @pytest.mark.parametrize(
     "other",
-    [kv(prefix="other"), kv(addresses="10.0.0.9:8500"), catalog(), catalog(tag="v2")],
+    [
+        kv(prefix="other"),
+        kv(addresses="10.0.0.9:8500"),
+        kv(accept_warning=True),
+        catalog(),
+        catalog(tag="v2"),
+    ],
 )
 def test_another_configuration_has_other_files(tmp_path, clock, other):
     """What another cluster, prefix or tag answered is never read here."""
     write(made(tmp_path, clock, other), "scheduler", answer(clock, ONE))
     for settings in (kv(), catalog(tag="v1")):
         assert loaded(made(tmp_path, clock, settings)) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "beginning"), [(kv(), "kv-36f72e87b491b829"), (catalog(), "catalog-b8ce266c8bd7")]
+)
+def test_another_release_has_the_same_files(tmp_path, clock, settings, beginning):
+    """After an upgrade what the release before wrote is read: their names stay."""
+    path = made(tmp_path, clock, settings)._folder.path("scheduler", None)
+    assert path.name.startswith(beginning)
 
 
 @pytest.mark.finding("E15")

@@ -16,15 +16,19 @@ from consul_matchmaker.answers.blocking_query import (
 )
 from consul_matchmaker.answers.watch_plan import FIT_SECONDS, PREFIX
 from consul_matchmaker.answers.watcher import (
+    INVALID_SECONDS,
     LATEST_ANSWER_SECONDS,
     MAX_RETRY_SECONDS,
     SETTLE_SECONDS,
     Watcher,
 )
-from consul_matchmaker.backends.http.api import Overloaded, TooLarge
+from consul_matchmaker.backends.http.api import Answer, Overloaded, TooLarge
 from consul_matchmaker.backends.http.exchange import MAX_ANSWER_BYTES
-from consul_matchmaker.backends.kv.poll import Route, as_answer, fingerprint
-from consul_matchmaker.errors import Denied, Unavailable
+from consul_matchmaker.backends.kv.poll import as_answer, fingerprint
+from consul_matchmaker.backends.service.poll import Poll as ServicePoll
+from consul_matchmaker.backends.service.reader import Reader
+from consul_matchmaker.backends.watching import Route
+from consul_matchmaker.errors import Denied, InvalidTopic, Unavailable
 from consul_matchmaker.model import Host, Instance, Snapshot
 from consul_matchmaker.settings import Settings
 
@@ -80,6 +84,9 @@ class Poll:
             raise event
         return Polled(*event, self.kv.made)
 
+    def fingerprint_of(self, folder):
+        return fingerprint(as_answer(folder))
+
     def interrupt(self):
         self.is_interrupted = True
 
@@ -88,7 +95,10 @@ class Poll:
 
 
 class Kv:
-    def __init__(self):
+    can_watch_all = True
+
+    def __init__(self, consistency="default"):
+        self.is_confirmed_by_leader = consistency != "stale"
         self.scripts = {}
         self.asked, self.waits, self.made, self.polls = [], [], [], {}
         self.route = HERE
@@ -151,7 +161,8 @@ class World:
     query of a topic's folder, or of the prefix."""
 
     def __init__(self, *topics, **settings):
-        self.clock, self.kv, self.cache = ManualClock(), Kv(), Cache(*topics)
+        self.clock, self.cache = ManualClock(), Cache(*topics)
+        self.kv = Kv(settings.get("consistency", "default"))
         self.cpu = 0.0
         self.watcher = Watcher(
             self.kv,
@@ -340,7 +351,7 @@ def test_a_leader_that_was_seen_by_the_second_confirmation_only_confirms_nothing
 
 def test_a_silent_leader_makes_answers_stale_in_time(caplog):
     """Confirmations that fail are tried again ever later, said once, and nothing is fresh longer
-    than promised; the query goes on, and is confirmed when they come again."""
+    than promised; when they come again the query is asked anew with its index, and is confirmed."""
     caplog.set_level(logging.INFO)
     one = world("t")
     asked_at = one.clock()
@@ -355,16 +366,57 @@ def test_a_silent_leader_makes_answers_stale_in_time(caplog):
             assert one.cache.fresh_until("t") == asked_at + FRESH_SECONDS
             one.clock.advance(pauses[-1])
         one.plan()
-        one.clock.advance(SETTLE_SECONDS)
-        one.plan()
         return 7, {"t": [1]}
 
-    one.poll("t", wait)
+    assert one.poll("t", wait) == 0.0
+    one.poll("t", one.confirmed((7, {"t": [1]})))
+    assert one.kv.asked[-1] == ("t", 7, HERE.agent)
     assert one.cache.fresh_until("t") > one.clock()
     assert max(pauses) == MAX_RETRY_SECONDS * 0.5  # the jitter here
     messages = [record.getMessage() for record in caplog.records]
     assert messages[0] == "watch lost, asking for each topic meanwhile: silent"
     assert messages[1].startswith("watching again after ") and len(messages) == 2
+
+
+def test_a_confirmation_after_one_that_failed_proves_nothing_of_what_waited_before():
+    """The agent asks by another server then, and the same leader answers, while the query hangs at
+    one that is frozen."""
+    one = world("t")
+    one.poll("t", (7, {"t": [1]}))
+    before = one.cache.fresh_until("t")
+
+    def hang():
+        one.clock.advance(TTL_SECONDS)
+        one.kv.routes = [Unavailable("hangs")]
+        one.plan()
+        one.clock.advance(MAX_RETRY_SECONDS)
+        return one.confirmed((99, {"t": [99]}))()
+
+    one.poll("t", hang)
+    assert (one.cache.told, one.cache.fresh_until("t")) == ([("t", [1])], before)
+    one.poll("t", (8, {"t": [2]}))
+    assert one.kv.asked[-1] == ("t", 7, HERE.agent)
+    assert one.cache.ports("t") == [2]
+
+
+def test_a_confirmation_after_a_poll_that_failed_proves_nothing_of_others_that_waited():
+    """They wait at the same server as that one, perhaps; and whatever was about to prove them."""
+    one = world("t", "u")
+    one.poll("t", (7, {"t": [1]}))
+    one.poll("u", (8, {"u": [2]}))
+    before = one.cache.fresh_until("t")
+
+    def hang():
+        one.clock.advance(TTL_SECONDS)
+        one.plan()  # confirmed, and not settled
+        one.poll("u", Unavailable("reset"))
+        return one.confirmed((99, {"t": [99]}))()
+
+    one.poll("t", hang)
+    assert (one.cache.told[-1], one.cache.fresh_until("t")) == (("u", [2]), before)
+    one.poll("t", (9, {"t": [3]}))
+    assert one.kv.asked[-1] == ("t", 7, HERE.agent)
+    assert one.cache.ports("t") == [3]
 
 
 def test_nothing_is_polled_while_nobody_knows_by_which_way():
@@ -408,6 +460,32 @@ def test_stale_reads_are_not_confirmed_but_asked_again_in_time():
     assert max(one.kv.waits) * (1 + 1 / 16) * 2 < FRESH_SECONDS
     one.poll("t", Unavailable("x"), (8, {"t": [2]}))
     assert one.cache.ports("t") == [2]
+
+
+@pytest.mark.parametrize(
+    ("values", "near"),
+    [({}, "_agent"), ({"near": "n1"}, "n1"), ({"consistency": "cached"}, None)],
+)
+def test_a_poll_of_service_mode_waits_where_a_confirmation_proves_something(values, near):
+    """At the leader, and not for what an agent of 1.10 or later is streamed by any server; where
+    nothing is confirmed that is no matter, nor is it in a question that does not wait."""
+    asked = []
+
+    class Api:
+        def line(self):
+            return None
+
+        def call(self, method, path, params, **how):
+            asked.append(params.get("near"))
+            return Answer(200, b"[7]", 7, False, path)
+
+    settings = Settings.from_mapping({"mode": "service", **values}, {})
+    reader = Reader(Api(), settings)
+    poll = ServicePoll(reader, "t", "")
+    poll.poll(0, 25, None)
+    poll.poll(7, 25, None)
+    reader.ask("t")
+    assert asked == [near, near, settings.near]
 
 
 # -- losses and doubts ----------------------------------------------------------------------------
@@ -456,6 +534,18 @@ def test_a_pause_is_not_cut_short_by_being_woken():
     pause = one.poll("t", TooLarge("x"))
     assert one.watcher._watches["t"].step() == pytest.approx(pause - 1)
     assert len(one.kv.asked) == 1
+
+
+def test_a_topic_that_cannot_exist_rests_for_long(caplog):
+    """Whoever asks for it is told so; others are watched, and nothing is said to be lost."""
+    one = world("t", "u")
+    one.poll("t", (7, {"t": [1]}))
+    assert one.poll("u", InvalidTopic("no service has this name")) == INVALID_SECONDS
+    one.poll("t", one.confirmed((8, {"t": [2]})))
+    assert one.kv.asked[-1] == ("t", 7, HERE.agent)
+    assert one.cache.fresh_until("t") > one.clock()
+    assert one.watcher._watches["u"].sent is None
+    assert caplog.records == []
 
 
 def test_a_lying_server_is_not_passed_on(caplog):

@@ -70,7 +70,7 @@ class MatchMakerConsul:
 
     def __init__(self, matchmaker: Matchmaker | None = None) -> None:
         self._matchmaker = Matchmaker(_settings()) if matchmaker is None else matchmaker
-        self._has_heartbeat = self._matchmaker.settings.mode == "kv"
+        self._has_heartbeat = self._matchmaker.settings.mode != "catalog"
         self.bindings: list[tuple[Binding, Exchange, bool, bool]] = []
         self.add_binding(FanoutBinding(), _Fanout(self._matchmaker))
         self.add_binding(DirectBinding(), _Direct())
@@ -145,7 +145,7 @@ class MatchMakerConsul:
     def start_heartbeat(self) -> None:
         """Begin again after `stop_heartbeat`; `register` has begun by itself.
 
-        Raises MatchMakerException in kv mode when nothing is registered.
+        Raises MatchMakerException when nothing is registered, but for catalog mode.
         """
         registered = self.host_topic
         if self._has_heartbeat and not registered:

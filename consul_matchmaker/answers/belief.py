@@ -102,7 +102,7 @@ class Rules:
 
     def can_lie(self, answer: Snapshot) -> bool:
         return answer.source == "dns" or (
-            answer.source == "kv" and self.settings.consistency == "stale"
+            answer.source in ("kv", "service") and self.settings.consistency in ("stale", "cached")
         )
 
 
@@ -112,6 +112,7 @@ class Belief:
     __slots__ = (
         "doubt",
         "doubt_since",
+        "empty",
         "empty_since",
         "error",
         "failing_since",
@@ -147,6 +148,7 @@ class Belief:
         self.doubt: Snapshot | None = None  # an answer that is not believed yet
         self.doubt_since = 0.0
         self.empty_since: float | None = None  # since when every answer is without hosts
+        self.empty: Snapshot | None = None  # the first of these
         self.full: Snapshot | None = None  # held before hosts began to leave
         self.full_until = -NEVER
         # Who was in which answer, while answers are incomplete.
@@ -201,7 +203,8 @@ class Belief:
         than ``stale_while_revalidate_seconds``, or from disk, and Consul was not asked since."""
         held = self.held
         assert held is not None
-        if now < held.fresh_until or self.failures or self.had_no_time:
+        # From an agent's cache even an answer that has just come may be older than all that.
+        if now < max(held.fresh_until, self.retry_at) or self.failures or self.had_no_time:
             return False
         seconds = self.rules.settings.stale_while_revalidate_seconds
         return held.source == "disk" or now - held.taken_at >= seconds
@@ -255,11 +258,13 @@ class Belief:
         # While a watch would tell every change, this answer is as fresh as what it told.  But a
         # stale read may have been older.
         is_watched = self.is_watched(now)
-        if is_watched and (freshness is not None or self.rules.settings.consistency != "stale"):
+        if is_watched and (
+            freshness is not None or self.rules.settings.consistency not in ("stale", "cached")
+        ):
             assert self.freshness is not None
             fresh_until = max(fresh_until, self.freshness.fresh_until)
         is_changed = held is None or not is_same(held, answer)
-        if held is not None and not is_changed:
+        if held is not None and not is_changed and self._has_order_of(held, answer):
             answer = answer.sharing(held)
         self._hold(answer, answer.taken_at, fresh_until, confirmed)
         self.usable_until = fresh_until
@@ -318,6 +323,10 @@ class Belief:
             confirmed=confirmed,
         )
 
+    def _has_order_of(self, held: Snapshot, answer: Snapshot) -> bool:
+        """Whether equal hosts are in the same order, or that means nothing."""
+        return self.rules.settings.near is None or answer.instances == held.instances
+
     def _recovered(self, now: float) -> None:
         if self.failures and self.held is not None:
             since = now - self.failing_since
@@ -349,7 +358,7 @@ class Belief:
                     seconds,
                 )
             self.doubt, self.doubt_since = answer, now
-        if now - self.doubt_since < seconds:
+        if _repeated_seconds(self.doubt, answer, now - self.doubt_since) < seconds:
             return False
         note(logging.WARNING, "topic %s: confirmed, it has %d hosts", self.name, len(answer))
         return True
@@ -369,10 +378,12 @@ class Belief:
         settings = self.rules.settings
         if self.rules.can_lie(answer):
             return settings.confirm_empty_seconds if _is_suspicious(answer, held) else 0.0
-        if answer.source != "kv" or held.source == "disk":
+        if answer.source not in ("kv", "service") or held.source == "disk":
             return 0.0
         if answer.version < held.version and not set(held.hosts) <= set(answer.hosts):
             return settings.confirm_empty_seconds
+        if answer.source != "kv":
+            return 0.0
         full = self.full if self.full is not None and now < self.full_until else held
         has_lost = len(full) - len(answer) >= 2 and len(answer) < len(held)
         return RETURN_SECONDS if has_lost and _is_suspicious(answer, full) else 0.0
@@ -390,7 +401,9 @@ class Belief:
             if not can_lie and not held:
                 return True  # Consul is sure of it, and nobody has just left
             self.empty_since = now if self.doubt is None else self.doubt_since
-        return now - self.empty_since >= seconds
+            self.empty = answer if self.doubt is None else self.doubt
+        assert self.empty is not None
+        return _repeated_seconds(self.empty, answer, now - self.empty_since) >= seconds
 
     def _united(self, answer: Snapshot, held: Snapshot | None) -> Snapshot:
         """*answer* and what earlier answers had, without what was in none for a while; as old as
@@ -409,6 +422,17 @@ class Belief:
         instances = tuple(instance for _, instance in self.seen.values())
         taken_at = min((seen_at for seen_at, _ in self.seen.values()), default=now)
         return replace(answer.with_instances(instances), taken_at=taken_at)
+
+
+def _repeated_seconds(first: Snapshot, answer: Snapshot, seconds: float) -> float:
+    """How long Consul has said what *first* and *answer* say, *seconds* after it was heard first.
+
+    Between us and Consul may be a resolver that keeps denials, as CoreDNS does for 30 s: what says
+    the same second of Consul's clock is one answer, however often it is heard (fact G16).
+    """
+    if answer.source != "dns" or not (first.version and answer.version):
+        return seconds
+    return min(seconds, abs(answer.version - first.version) + 1)
 
 
 def _is_suspicious(answer: Snapshot, held: Snapshot) -> bool:

@@ -61,6 +61,9 @@ _OUR_NAMES = re.compile(
 _DO_NOT_WAIT = getattr(os, "O_NONBLOCK", 0)
 
 
+_NOTHING: Mapping[str, str] = {}
+
+
 class _Answer(NamedTuple):
     taken_at: float  # by the wall clock
     is_complete: bool
@@ -225,6 +228,8 @@ class _Folder:
     def __init__(self, settings: Settings, wall_clock: Callable[[], float]) -> None:
         assert settings.state_path is not None
         identity = {name: _plain(getattr(settings, name)) for name in _IDENTITY}
+        if settings.accept_warning:  # else files have the names that they had before it was one
+            identity["accept_warning"] = True
         self._identity = _digest(identity)
         self._folder = Path(settings.state_path)
         self._mode = settings.mode
@@ -287,6 +292,7 @@ class _Folder:
     def _content(self, topic: str, server: str | None, answer: _Answer) -> bytes:
         rows = [
             [one.host.address, one.host.port, one.server, one.priority, one.weight]
+            + ([one.tags, dict(one.meta), one.node, one.datacenter] if one.node else [])
             for one in answer.instances
         ]
         said = [[self._identity, topic, server], answer.taken_at, answer.is_complete, rows]
@@ -357,7 +363,15 @@ def _answer(taken_at: object, is_complete: object, rows: object) -> _Answer:
 
 
 def _instance(
-    address: object, port: object, server: object, priority: object, weight: object
+    address: object,
+    port: object,
+    server: object,
+    priority: object,
+    weight: object,
+    tags: object = (),
+    meta: object = _NOTHING,
+    node: object = None,
+    datacenter: object = None,
 ) -> Instance:
     numbers = (priority, weight) if port is None else (port, priority, weight)
     if not (
@@ -365,7 +379,16 @@ def _instance(
         and all(type(number) is int and 0 <= number < 65536 for number in numbers)
     ):
         raise ValueError("it has a host that is none")
-    return Instance(Host(address, port), server, priority, weight)  # type: ignore[arg-type]
+    if not (
+        isinstance(tags, list | tuple)
+        and isinstance(meta, Mapping)
+        and {*map(type, tags), *map(type, meta.values())} <= {str}
+        and isinstance(node, str | None)
+        and isinstance(datacenter, str | None)
+    ):
+        raise ValueError("it has a service that is none")
+    host = Host(address, port)  # type: ignore[arg-type]
+    return Instance(host, server, priority, weight, tuple(tags), meta, node, datacenter)  # type: ignore[arg-type]
 
 
 def _digest(value: object) -> str:

@@ -39,6 +39,8 @@ class WatchPlan:
     """What should be watched.  Immutable: each event gives the next plan."""
 
     max_watches: int
+    can_watch_all: bool = True
+    """Whether one query can tell of all topics; else those beyond `max_watches` are not watched."""
     folders: tuple[str, ...] = ()
     """Topics that have a query of their own, unless `is_prefix`."""
     is_prefix: bool = False
@@ -71,7 +73,7 @@ class WatchPlan:
         if len(topics) <= plan.max_watches:
             fits_since = now if plan.fits_since is None else plan.fits_since
         is_many = fits_since is None or (plan.is_prefix and now < fits_since + FIT_SECONDS)
-        if topics and is_many and now >= plan.tried_again_at:
+        if topics and is_many and plan.can_watch_all and now >= plan.tried_again_at:
             return replace(plan, is_prefix=True, fits_since=fits_since)
         in_use, most = set(topics), min(plan.max_watches, plan.slots)
         kept = [topic for topic in plan.folders if topic in in_use]

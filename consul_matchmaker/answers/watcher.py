@@ -5,7 +5,9 @@ that led before and is frozen or cut off now.  So it proves little before it end
 be fresh rests on confirmations: about each ``ttl_seconds`` the leader answers a small question, by
 way of the agent where the queries wait, and that agent says who leads.  Who led already when a
 query was sent, and leads still, would have ended it on a change.  Where another agent or another
-leader answers, all queries are asked anew with their index.
+leader answers, all queries are asked anew with their index.  So they are when one of them or a
+confirmation failed: the agent may ask by another server then, and those that hang at a frozen one
+would seem to be confirmed.
 
 With ``consistency=stale`` no question reaches the leader, and nothing of this holds: there the
 queries wait so briefly that their own answers keep topics fresh, in the sense that some server
@@ -25,9 +27,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ..backends.http.api import Overloaded, TooLarge
-from ..backends.kv.poll import Confirmer, Poll, Polled, Route, as_answer, fingerprint
+from ..backends.watching import Poll, Polled, Route, Watchable
 from ..backoff import Backoff
-from ..errors import Denied, Unavailable
+from ..errors import Denied, InvalidTopic, Unavailable
 from ..model import Snapshot
 from ..settings import Settings
 from ..worker import MakeWorker, Worker
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_RETRY_SECONDS = 0.5
 MAX_RETRY_SECONDS = 10.0
+INVALID_SECONDS = 3600.0
+"""A topic that cannot exist rests for so long; it is out of use before."""
 LATEST_ANSWER_SECONDS = 3.0
 """What was proven stays fresh for so long after the next proof was due."""
 CONFIRM_JITTER = 0.2
@@ -52,13 +56,6 @@ PLAN_SECONDS = 5.0
 """Within so long it is noticed that a topic is not in use any more."""
 END_SECONDS = 1.0
 """An interrupted query ends in milliseconds; what does not, keeps its slot until it has."""
-
-
-class Pollable(Protocol):
-    """What a watcher asks; `backends.kv.Kv` is one."""
-
-    def watch(self, topic: str | None) -> Poll: ...
-    def confirmer(self) -> Confirmer: ...
 
 
 class Listener(Protocol):
@@ -115,7 +112,7 @@ class _Watch:
         self.sent: _Sent | None = None
         self.rests_until = -math.inf
         self._owner = owner
-        self.poll: Poll = owner.kv.watch(watched)
+        self.poll: Poll = owner.backend.watch(watched)
         self.worker = owner.make_worker(f"consul-matchmaker-poll-{slot}", self.step)
 
     @property
@@ -151,6 +148,10 @@ class _Watch:
             self.query = self.query.failed()
             owner.on_failure(self, sent.route, error)
             rest = owner.backoff.seconds(self.query.failures)
+        except InvalidTopic:  # whoever asks for it is told; nothing is lost
+            self._end_wait()
+            self.query = self.query.failed()
+            rest = INVALID_SECONDS
         gap = self.query.gap_seconds(work, self.poll.received_bytes, owner.queries)
         self.rests_until = owner.clock() + max(rest, gap)
         return max(rest, gap)
@@ -176,6 +177,7 @@ class _Watch:
 
     def interrupt(self) -> None:
         """Have it asked anew, with its index.  The owner's lock is held."""
+        self.sent = None  # so that nothing confirms it before its thread has noticed
         self.is_interrupted = True
         self.poll.interrupt()
 
@@ -212,7 +214,7 @@ class Watcher:
 
     def __init__(
         self,
-        kv: Pollable,
+        backend: Watchable,
         cache: Listener,
         settings: Settings,
         *,
@@ -221,25 +223,26 @@ class Watcher:
         cpu_clock: Callable[[], float] = time.thread_time,
         make_worker: MakeWorker = Worker,
     ) -> None:
-        self.kv, self.clock, self.cpu_clock, self.make_worker = kv, clock, cpu_clock, make_worker
+        self.backend, self.clock = backend, clock
+        self.cpu_clock, self.make_worker = cpu_clock, make_worker
         self.backoff = Backoff(FIRST_RETRY_SECONDS, MAX_RETRY_SECONDS, jitter)
         self._cache = cache
         self._settings = settings
         self._jitter = jitter
         self._worker = make_worker("consul-matchmaker-watcher", self.step)
         self._fresh_seconds = settings.ttl_seconds + LATEST_ANSWER_SECONDS
-        self._is_confirmed = settings.consistency != "stale"
+        self._is_confirmed = backend.is_confirmed_by_leader
         self._longest_wait = MAX_WAIT_SECONDS
         if not self._is_confirmed:  # the next answer comes before the last one runs out
             self._longest_wait = min(MAX_WAIT_SECONDS, 0.4 * self._fresh_seconds)
         self.lock = threading.Lock()
         self._telling = threading.Lock()  # guards _told, and the order of offers
         self._told: dict[str, _Told] = {}
-        self._plan = WatchPlan(settings.max_watches)
+        self._plan = WatchPlan(settings.max_watches, can_watch_all=backend.can_watch_all)
         self._watches: dict[Watched, _Watch] = {}
         self._ending: list[_Watch] = []
         self._numbers = itertools.count(1)
-        self._confirmer = kv.confirmer()
+        self._confirmer = backend.confirmer()
         self.route: Route | None = None if self._is_confirmed else Route(None, "")
         self._proof: _Proof | None = None
         self._confirmed_at = -math.inf
@@ -384,13 +387,21 @@ class Watcher:
             elif isinstance(error, Overloaded):
                 self._plan = self._plan.overloaded(now)
             elif isinstance(error, Unavailable) and self.route == route and self._is_confirmed:
-                self.route = None
+                self._lose_route()
         if is_refused:
             pause = self._plan.tried_again_at - now
             logger.warning("the prefix is not watched as a whole for %g s: %s", pause, error)
         else:
             self._tell_lost(error)
         self._worker.wake()
+
+    def _lose_route(self) -> None:
+        """The agent may ask by another server now, though the next confirmation names the same
+        route: all that waits is asked anew.  The lock is held."""
+        self.route = None
+        for watch in self._watches.values():
+            if watch.sent is not None:
+                watch.interrupt()
 
     def _tell_lost(self, error: Exception) -> None:
         if self._lost_at is None:
@@ -455,18 +466,18 @@ class Watcher:
                 self._ending.remove(watch)
 
     def _start(self, name: Watched, topics: Sequence[str]) -> None:
-        known, believed = self._cache.known_version, None
+        known, told = self._cache.known_version, self._told.get(name or "")
         if name is None:  # its index is at least that of each folder
             version = max(map(known, topics), default=0)
-        elif (told := self._told.get(name)) is not None:
-            version, believed = told.snapshot.version, fingerprint(as_answer(told.folder))
         else:
-            version = known(name)
+            version = known(name) if told is None else told.snapshot.version
         seconds = self._settings.confirm_empty_seconds
-        query = BlockingQuery(seconds, believed_index=version, believed=believed)
+        query = BlockingQuery(seconds, believed_index=version)
         taken = {watch.slot for watch in self._all()}
         slot = next(number for number in itertools.count(1) if number not in taken)
         watch = _Watch(self, next(self._numbers), slot, name, query)
+        if told is not None:
+            watch.query = replace(query, believed=watch.poll.fingerprint_of(told.folder))
         try:
             watch.worker.start()
         except Unavailable as error:  # the process has all the threads it may have, or is ending
@@ -503,7 +514,7 @@ class Watcher:
                 return
             self._failures += 1
             with self.lock:
-                self.route = None
+                self._lose_route()
                 if isinstance(error, Overloaded):
                     self._plan = self._plan.overloaded(self.clock())
             self._retry_at = self.clock() + self.backoff.seconds(self._failures)

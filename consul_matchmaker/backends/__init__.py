@@ -74,6 +74,13 @@ class Registrar(Protocol):
     def withdraw(self, lease: Lease, registration: Registration) -> None:
         """Take back what *lease* published for *registration*, and nothing else."""
 
+    def pause(self, registration: Registration) -> bool:
+        """Have readers leave *registration* while it stays published, also when it is published
+        again, until it is withdrawn; False where none can."""
+
+    def resume(self, registration: Registration) -> bool:
+        """Undo `pause`, from when it is published again; whether it was paused."""
+
     def renew(self, lease: Lease) -> Collection[Registration]:
         """Keep *lease* alive; return every registration that Consul really holds under it.
 

@@ -103,6 +103,14 @@ class Memory:
             if held is not None:
                 held.registrations.pop(registration, None)
 
+    def pause(self, registration: Registration) -> bool:
+        """There is no maintenance."""
+        return False
+
+    def resume(self, registration: Registration) -> bool:
+        """There is no maintenance."""
+        return False
+
     def renew(self, lease: Lease) -> tuple[Registration, ...]:
         """Keep *lease* alive; return what it holds.  Raises LeaseLost when it has ended."""
         with self._lock:

@@ -13,7 +13,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..errors import Denied, MatchmakerError
-from ..model import Registration
+from ..model import Registration, ServiceOptions
 
 
 @dataclass(slots=True)
@@ -41,11 +41,15 @@ class Differences:
     """
 
     def __init__(self) -> None:
-        self.wanted: dict[Registration, None] = {}  # a set that keeps its order
+        self.wanted: dict[Registration, Registration] = {}  # a set that keeps its order
         self.published: set[Registration] = set()
         """What Consul confirmed."""
         self.maybe_published: set[Registration] = set()
         """What Consul may show: more, where a publish, withdraw or release was not answered."""
+        self._shown_as: dict[Registration, ServiceOptions] = {}
+        """With which options it was published."""
+        self._again: set[Registration] = set()
+        """Those that are to be published whatever is known of them."""
         self.troubles: dict[Registration, Trouble] = {}
         # Ordered ones, because the first of a plain dict is searched for behind what has left it.
         self._to_withdraw: OrderedDict[Registration, None] = OrderedDict()
@@ -54,8 +58,14 @@ class Differences:
         self._rests = itertools.count()
 
     def want(self, registration: Registration, now: float) -> None:
-        """It should be visible."""
-        self.wanted[registration] = None
+        """It should be visible, as a service with these options."""
+        self.wanted.pop(registration, None)  # one with other options looks the same
+        self.wanted[registration] = registration
+        self._compare(registration, now)
+
+    def want_again(self, registration: Registration, now: float) -> None:
+        """It is to be published, whatever is known of it."""
+        self._again.add(registration)
         self._compare(registration, now)
 
     def unwant(self, registration: Registration, now: float) -> None:
@@ -64,8 +74,19 @@ class Differences:
         self._compare(registration, now)
 
     def is_missing(self, registration: Registration) -> bool:
-        """Whether it is wanted, and not known to be visible."""
-        return registration in self.wanted and registration not in self.published
+        """Whether it is wanted, and not known to be visible as it is wanted."""
+        wanted = self.wanted.get(registration)
+        if wanted is None:
+            return False
+        if registration not in self.published or registration in self._again:
+            return True
+        return self._shown_as.get(registration, wanted.service) != wanted.service
+
+    def publishing(self, registration: Registration) -> None:
+        """It is about to be published: until that is confirmed, nobody may rely on it."""
+        self.maybe_published.add(registration)
+        self.published.discard(registration)
+        self._again.discard(registration)
 
     def changed(
         self, registration: Registration, now: float, *, is_published: bool
@@ -74,8 +95,11 @@ class Differences:
         trouble = self.troubles.pop(registration, None)
         if is_published:
             self.published.add(registration)
+            self._shown_as[registration] = registration.service
         else:
             self.maybe_published.discard(registration)
+            self._shown_as.pop(registration, None)
+            self._again.discard(registration)
         self._compare(registration, now)
         return trouble
 
@@ -98,6 +122,9 @@ class Differences:
         strays = held.difference(self.maybe_published, self.wanted)
         self.published = held | self.published.intersection(unchecked)
         self.maybe_published = held | self.maybe_published.intersection(unchecked)
+        for each in self._shown_as.keys() - self.maybe_published:
+            del self._shown_as[each]
+        self._again &= self.maybe_published
         for each in [each for each in self.troubles if each not in unchecked]:
             if (each in held) == (each in self.wanted):
                 del self.troubles[each]
@@ -108,6 +135,8 @@ class Differences:
         """The lease is gone, and all that was published under it."""
         self.published.clear()
         self.maybe_published.clear()
+        self._shown_as.clear()
+        self._again.clear()
         self.troubles.clear()
         self._resting.clear()
         self._compare_all(now)
@@ -122,7 +151,7 @@ class Differences:
         for registration in self._to_withdraw:
             return registration, False
         for registration in self._to_publish:
-            return registration, True
+            return self.wanted[registration], True
         return None
 
     @property

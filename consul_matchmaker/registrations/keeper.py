@@ -91,13 +91,14 @@ class Keeper:
         self._registrar = registrar
         self._worker = self._make_worker("consul-matchmaker-keeper", self.step)
         self._changed = threading.Condition()
-        self._reconciler = Reconciler(self._settings.session_ttl_seconds, self._jitter)
+        self._reconciler = Reconciler(self._settings.lease_ttl_seconds, self._jitter)
         self._events: collections.deque[tuple[float, Note]] = collections.deque(
             maxlen=RECENT_EVENTS
         )
         self._listeners: dict[Registration, Listener] = {}
         self._told: dict[Registration, Change] = {}  # what each listener heard last
         self._beats = Beats()
+        self._draining: set[Registration] = set()
         self._stepping_thread: threading.Thread | None = None
         self._may_give_up = False  # after one more try, if Consul has not answered until then
         self._pid = os.getpid()
@@ -122,6 +123,10 @@ class Keeper:
         with self._changed:
             now = self._clock()
             self._reconciler.want(owned, now)
+            if self._registrar.resume(owned):
+                self._reconciler.want_again(owned, now)
+            self._draining.discard(owned)
+            self._changed.notify_all()
             self._drop_promises(owned)
             if on_change is not None:
                 self._listeners[owned] = on_change
@@ -154,11 +159,28 @@ class Keeper:
         self._wake()
 
     def drain(self, registration: Registration, seconds: float) -> None:
-        """Unregister, wait until Consul has confirmed it, and *seconds* more, or until `close`."""
-        self.unregister(registration)
-        self.wait_until_withdrawn(registration, seconds)
+        """Unregister, wait until Consul has confirmed it, and *seconds* more, or until `close`; in
+        service mode into maintenance, wait, unregister.  Registered again meanwhile, it stays."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closing, seconds)
+            self._draining.add(registration)
+        try:
+            is_paused = False
+            with contextlib.suppress(Unavailable, Denied):
+                is_paused = self._registrar.pause(registration)
+            if not is_paused:
+                self.unregister(registration)
+                self.wait_until_withdrawn(registration, seconds)
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._is_closing or registration not in self._draining, seconds
+                )
+                if not is_paused or registration not in self._draining:
+                    return
+                self.unregister(registration)
+            self.wait_until_withdrawn(registration, seconds)
+        finally:
+            with self._changed:
+                self._draining.discard(registration)
 
     def beat(self, registration: Registration) -> None:
         """See `Registration.beat`; does nothing when it is not registered any more."""

@@ -85,6 +85,6 @@ class Operators:
         if not self._is_told:
             self._is_told = True
             logger.info(
-                "catalog mode: register, unregister and expire have no effect, "
-                "Consul's service definitions say who serves a topic"
+                "catalog mode: register, unregister and expire have no effect, Consul's service "
+                "definitions say who serves a topic; consul+service:// registers there"
             )

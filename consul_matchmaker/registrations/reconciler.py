@@ -234,6 +234,10 @@ class Reconciler:
         if self._repair is not None and registration in self._repair.pending:
             self._repair.missing[registration] = None
 
+    def want_again(self, registration: Registration, now: float) -> None:
+        """Publish *registration*, which is wanted, whatever is known of it."""
+        self._differences.want_again(registration, now)
+
     def unwant(self, registration: Registration, now: float) -> None:
         """From now on *registration* should not be visible; idempotent."""
         self._differences.unwant(registration, now)
@@ -272,8 +276,7 @@ class Reconciler:
 
     def is_published(self, registration: Registration) -> bool:
         """Whether it is wanted and Consul confirmed it; a SUSPECT lease does not undo that."""
-        found = self._differences
-        return registration in found.wanted and registration in found.published
+        return self.is_wanted(registration) and not self._differences.is_missing(registration)
 
     def is_withdrawn(self, registration: Registration) -> bool:
         """Whether it is not wanted, and Consul cannot be showing it for us."""
@@ -336,7 +339,7 @@ class Reconciler:
         self._in_flight, self._sent_at = action, now
         # From the moment it is sent nobody may rely on what it is about to change.
         if isinstance(action, Publish):
-            self._differences.maybe_published.add(action.registration)
+            self._differences.publishing(action.registration)
         elif isinstance(action, Withdraw):
             self._differences.published.discard(action.registration)
         elif isinstance(action, Release):
@@ -392,7 +395,7 @@ class Reconciler:
             if isinstance(action, Release):
                 self._released(now)  # somebody else was faster
             else:
-                self._lost(now)
+                self._lost(now, outcome.why)
         elif isinstance(outcome, MatchmakerError):
             self.counts["failed"] += 1
             if isinstance(action, Publish | Withdraw):
@@ -434,7 +437,8 @@ class Reconciler:
         if strays:
             self._note(Kind.STRAY, f"Consul shows {_names(strays)}, not wanted: withdrawing it")
         if missing:
-            cause = f"Consul did not hold {_names(missing)} any more (deleted by somebody)"
+            why = (held.cause if isinstance(held, Held) else "") or "deleted by somebody"
+            cause = f"Consul did not hold {_names(missing)} any more ({why})"
             self._begin_repair(cause, now, missing)
         self._settle_repair(now)
 
@@ -445,12 +449,12 @@ class Reconciler:
         assert lease is not None
         self._note(Kind.WITHDRAWN, f"released lease {_short(lease)}: nothing is wanted", gone)
 
-    def _lost(self, now: float) -> None:
+    def _lost(self, now: float, why: str) -> None:
         assert self.lease is not None
         self._on(Event.GONE)
         self.counts["lost"] += 1
         missing = self._published_and_wanted()
-        cause = f"lease {_short(self.lease)} lost (Consul does not know it any more)"
+        cause = f"lease {_short(self.lease)} lost ({why})"
         since = self._lease_trouble.since if self._lease_trouble else now
         self._drop_lease(now)
         if missing:
@@ -520,7 +524,7 @@ class Reconciler:
             raise ImpossibleEvent(f"{self.state}: {event.value}") from None
 
     def _published_and_wanted(self) -> list[Registration]:
-        return [each for each in self._differences.wanted if each in self._differences.published]
+        return [each for each in self._differences.wanted if self.is_published(each)]
 
     def _drop_lease(self, now: float) -> None:
         self.lease = self._lease_trouble = None

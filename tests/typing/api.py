@@ -17,6 +17,7 @@ from consul_matchmaker import (
 )
 from consul_matchmaker.backends import Registrar, Resolver
 from consul_matchmaker.backends.memory import Memory
+from consul_matchmaker.model import Instance
 
 
 def look_up(mm: Matchmaker) -> list[str]:
@@ -32,7 +33,11 @@ def look_up(mm: Matchmaker) -> list[str]:
         snapshot.confirmed,
     )
     where: str = f"{first.address} {first.port} {snapshot.topic} {snapshot.source} {age} {marks}"
-    return [where, *map(str, hosts), *map(str, several)]
+    instance: Instance = snapshot.instances[0]
+    described: tuple[str, int] = str(instance.tags), instance.weight
+    placed: list[str | None] = [instance.server, instance.node, instance.datacenter]
+    placed += [f"{key}={value}" for key, value in (instance.meta or {}).items()]
+    return [where, *map(str, hosts), *map(str, several), str(described), str(placed)]
 
 
 def pick(mm: Matchmaker) -> Host:
@@ -68,6 +73,8 @@ def register(mm: Matchmaker) -> Registration:
     beaten.beat()
     beaten.drain(seconds=1.5)
     mm.register(named[0], Host.opaque("identity"))
+    mm.register("web", port=8080, tags=["blue"], meta={"version": "7"}, weight=5)
+    mm.register("web", "10.0.0.5:8080", check="http://10.0.0.5:8080/health").drain(2)
     mm.unregister("scheduler", "10.0.0.5:9501")
     return registration
 
@@ -100,6 +107,8 @@ async def awaited() -> None:
         snapshot: Snapshot = await mm.hosts("scheduler")
         host: Host = await mm.pick("scheduler", key="tenant-42")
         registration: aio.Registration = await mm.register("scheduler", host)
+        web = await mm.register("web", port=8080, tags=["blue"], meta={"version": "7"}, weight=5)
+        await web.unregister()
         async with registration:
             await registration.wait_until_published(timeout_seconds=5)
         async with mm.using("scheduler") as used:
@@ -119,6 +128,8 @@ def about(mm: Matchmaker) -> str:
 def make() -> None:
     with Matchmaker.from_url("consul+catalog://127.0.0.1:8600") as mm:
         look_up(mm)
+    with Matchmaker.from_url("consul+service://127.0.0.1:8500") as mm:
+        register(mm)
     settings = Settings(mode="kv", session_ttl_seconds=10, watch=False)
     memory = Memory(session_ttl_seconds=10)
     both: tuple[Resolver, Registrar] = (memory, memory)

@@ -7,63 +7,14 @@ every version of Consul answers alike; a prepared query ``<name>.query[.<datacen
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Mapping
 
 import dns.exception
 import dns.message
 
 from ...errors import InvalidTopic
-from ...model import checked_topic
 from ...settings import Settings
+from ..service_names import QUERY, SERVICE_LABEL
 from .coverage import UDP_LIMIT
-
-SERVICE_LABEL = re.compile(r"[a-z0-9_-]{1,62}\Z")
-"""A Consul service or tag that DNS can ask for: a label has 63 characters (RFC 1035), and one of
-them is the underscore before it (RFC 2782)."""
-_REPLACED = re.compile(r"[!-,./:-@\[-^`{-~ ]")  # the rest of printable ASCII
-_QUERY = ".query"
-
-
-def service_of(
-    topic: str, template: str, service_map: Mapping[str, str], *, strict: bool = False
-) -> str:
-    """The Consul service that serves *topic*; the prepared query if the rule ends in ``.query``.
-
-    What *service_map* says of the topic, else *template* with the topic for ``{topic}``, in which
-    capitals become small letters (DNS does not tell them apart) and every character but letters,
-    digits, ``_`` and ``-`` becomes ``-``: ``notifications.info`` is the service
-    ``notifications-info``.  That may be another topic's, and the resolver says so in the log.  With
-    *strict* such a topic is refused instead.  That is not the default, because topics of
-    oslo.messaging have dots and its users cannot choose others.
-
-    Raises InvalidTopic where that cannot be asked for: longer than 62 characters, or not ASCII.
-    Nothing is shortened or left out, because operators have to be able to tell the name.
-    """
-    checked_topic(topic)
-    mapped = service_map.get(topic)
-    name = template.replace("{topic}", topic) if mapped is None else mapped
-    is_query = (template if mapped is None else mapped).endswith(_QUERY)
-    if is_query:
-        name = name[: -len(_QUERY)]
-    label = (_REPLACED.sub("-", name) if mapped is None else name).lower()
-    if strict and mapped is None and label != name.lower():
-        raise InvalidTopic(
-            f"topic {topic!r} cannot be the name of a Consul service: ask for {label!r} if that is "
-            "the one, or name it with service_map (strict_names refuses to translate)"
-        )
-    # A prepared query may have dots: Consul joins the labels again.
-    if all(SERVICE_LABEL.match(part) for part in (label.split(".") if is_query else [label])):
-        return label + _QUERY if is_query else label
-    reason = "has more than 62 characters" if len(label) > 62 else "has characters DNS cannot carry"
-    if mapped is not None:
-        raise InvalidTopic(
-            f"service_map: {mapped!r}, for topic {topic!r}, {reason}: give the service another name"
-        )
-    raise InvalidTopic(
-        f"topic {topic!r} {reason} as a Consul service name: "
-        f"name the service it has with service_map, as in service_map={{{topic!r}: 'its-service'}}"
-    )
 
 
 class Names:
@@ -76,14 +27,14 @@ class Names:
 
     def of_topic(self, service: str, datacenter: str) -> list[str]:
         """Together they have every instance; *datacenter* "" is the agent's own."""
-        if service.endswith(_QUERY):
+        if service.endswith(QUERY):
             return [service + self._suffix(datacenter)]
         return [self._of_tag(service, tag, datacenter) for tag in self._tags]
 
     def of_server(self, service: str, server: str, datacenter: str) -> str | None:
         """The name of the instances that have the tag *server*; None where none can have it."""
         tag = server.lower()
-        if service.endswith(_QUERY) or tag == "tcp" or not SERVICE_LABEL.match(tag):
+        if service.endswith(QUERY) or tag == "tcp" or not SERVICE_LABEL.match(tag):
             return None
         return self._of_tag(service, server, datacenter)
 

@@ -21,10 +21,11 @@ from ...model import Host, Instance, Snapshot, ipv6_text
 from ...settings import Settings
 from ..agents import Agents
 from ..host_names import HostNames, resolve_by_system
+from ..service_names import namer
 from ..traffic import Traffic
 from .coverage import TCP_LIMIT, UDP_LIMIT, Union, may_be_cut, shorter
 from .exchange import Channel, Stream
-from .names import Names, address_of, node_of, query_for, service_of
+from .names import Names, address_of, node_of, query_for
 from .wire import NXDOMAIN, SERVFAIL, BadReply, ErrorReply, Reply
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class DnsSrv:
         # Two names of each topic in use, so that nothing is made or said anew for each lookup.
         self._max_remembered = 2 * settings.max_topics
         remembered = functools.lru_cache(self._max_remembered)
-        self._service = remembered(self._chosen_service)
+        self._service = namer(settings)
         self._query = remembered(query_for)
         self._warn_once = remembered(logger.warning)
         self._large: set[str] = set()  # names whose answer did not fit UDP the last time
@@ -129,6 +130,7 @@ class DnsSrv:
             taken_at=asked_at,
             clock=self._clock,
             details={"service": service, "asked": found.asked, "left_out": found.left_out},
+            version=0 if found.instances else found.serial,
         )
 
     def probe(self, agent: Host, labels: str, kind: str, *, by_tcp: bool) -> Reply:
@@ -155,23 +157,6 @@ class DnsSrv:
     def __repr__(self) -> str:
         return f"<DnsSrv {self._agents!r}>"
 
-    def _chosen_service(self, topic: str) -> str:
-        """The service of *topic*; says where it may be another topic's.  `_service` remembers."""
-        settings = self._settings
-        service = service_of(
-            topic, settings.service_template, settings.service_map, strict=settings.strict_names
-        )
-        untranslated = settings.service_template.replace("{topic}", topic).lower()
-        if topic not in settings.service_map and service != untranslated:
-            logger.warning(
-                "topic %r is asked for as the Consul service %r, as DNS cannot carry its name: "
-                "are that service's hosts meant? service_map says which service a topic has, and "
-                "strict_names refuses this",
-                topic,
-                service,
-            )
-        return service
-
 
 class _Lookup:
     """One lookup in one datacenter, until its deadline, and what it found."""
@@ -180,6 +165,8 @@ class _Lookup:
         self.instances: dict[Instance, None] = {}
         self.is_complete = True
         self.ttl_seconds = 0
+        self.serial = 0
+        """When Consul denied that there are more, by its own clock; 0 where it did not."""
         self.asked: list[dict[str, object]] = []
         self.left_out: dict[str, str] = {}
         """Targets whose records name no usable host, and why."""
@@ -295,6 +282,7 @@ class _Lookup:
             if not self._complete(channel, query, union):
                 self.is_complete = False
         self.asked_at = min(self.asked_at, asked_at)
+        self.serial = max(self.serial, reply.serial)
         self.ttl_seconds = shorter(self.ttl_seconds, union.ttl_seconds)
         self.asked.append(
             {

@@ -76,6 +76,8 @@ class Reply:
     """Whether the additional section holds a TXT record."""
     ttl_seconds: int = 0
     """The smallest TTL of *records*; of the denial, by its SOA (RFC 2308), when there are none."""
+    serial: int = 0
+    """Of the SOA of a denial; in Consul's that is its clock, in seconds, when it answered."""
 
 
 def read(wire: bytes, query: bytes) -> Reply:
@@ -113,6 +115,7 @@ def _read(wire: bytes, query: bytes) -> Reply:
     has_text = False
     ttls: list[int] = []
     denials: list[int] = []
+    serial = 0
     length = len(wire)
     first_authority = answers
     first_additional = answers + authorities
@@ -144,15 +147,14 @@ def _read(wire: bytes, query: bytes) -> Reply:
             has_text = has_text or number >= first_additional
         elif kind == _SOA and size >= 22 and first_authority <= number < first_additional:
             denials.append(min(ttl, int.from_bytes(wire[end - 4 : end], "big")))
+            serial = int.from_bytes(wire[end - 20 : end - 16], "big")
         position = end
     if position != length:
         raise BadReply("there is more than the header says")
     ttl = min(ttls or denials or [0])
     if ttl >= 1 << 31:
         ttl = 0  # RFC 2181, 8: as if it were zero
-    return Reply(
-        rcode, length, is_truncated, answers, records, addresses, has_text, ttl_seconds=ttl
-    )
+    return Reply(rcode, length, is_truncated, answers, records, addresses, has_text, ttl, serial)
 
 
 def _question(query: bytes) -> bytes:

@@ -59,6 +59,8 @@ class Answer:
     """Beginning of the body, fit to be shown, where the status is not 200."""
     asked_at: float = 0.0
     """When the request that it answers was sent, by the agent's clock."""
+    age_seconds: float = 0.0
+    """How old it was then already, as it is from the agent's cache."""
 
     def json(self) -> Any:
         """The body, decoded; raises Unavailable when it is not JSON."""
@@ -97,6 +99,8 @@ class _Call(NamedTuple):
     until: float
     """When it is over for all of them, by `time.monotonic`: sockets know no other clock."""
     line: Line
+    needs: str
+    """The rights that the token needs for it; "" where the path says so."""
 
     def at(self, address: Host) -> str:
         """The call in words, for messages."""
@@ -168,6 +172,7 @@ class ConsulApi:
         timeout_seconds: float | None = None,
         wait_seconds: float | None = None,
         line: Line | None = None,
+        needs: str = "",
     ) -> Answer:
         """Carry out one call.  Returns Consul's answer if its status is 200 or one of *accept*.
 
@@ -187,13 +192,19 @@ class ConsulApi:
             params = {**params, "wait": go_duration(wait_seconds)}
             each_seconds = self.poll_timeout_seconds(wait_seconds)
         until = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
-        call = _Call(method, path, params, body, each_seconds, until, line or self._line)
+        call = _Call(method, path, params, body, each_seconds, until, line or self._line, needs)
         answer = self._ask_in_turn(call) if at is None else self._ask(at, call)
-        if _is_server_error(answer):
-            raise self._server_error(answer)
-        if answer.status != 200 and answer.status not in accept:
-            raise self._refusal(call, answer)
-        return answer
+        if answer.status == 200 or answer.status in accept:
+            return answer
+        raise (
+            self._server_error(answer) if _is_server_error(answer) else self._refusal(call, answer)
+        )
+
+    def look_at_token(self) -> int:
+        """`token_changes`, once the token's file was looked at."""
+        with suppress(Denied):
+            self._current_token("the token")
+        return self.token_changes
 
     def line(self) -> Line:
         """A connection of its own, to be handed to `call`."""
@@ -261,13 +272,13 @@ class ConsulApi:
 
     def _ask(self, address: Host, call: _Call) -> Answer:
         """Ask one agent; whatever status it answers is an answer."""
-        token = self._current_token(call, address)
+        token = self._current_token(call.at(address))
         exchange = call.line.exchange_with(address)
         deadline = min(time.monotonic() + call.timeout_seconds, call.until)
         try:
             answer = self._send(exchange, address, call, token, deadline)
             if answer.status == 403 and self._settings.token_file:
-                fresh = self._current_token(call, address, is_refused=True)
+                fresh = self._current_token(call.at(address), is_refused=True)
                 if fresh != token:
                     answer = self._send(exchange, address, call, fresh, deadline)
         except Unavailable:
@@ -297,6 +308,7 @@ class ConsulApi:
         else:
             index = found.headers.get("X-Consul-Index", "")
             filtered = found.headers.get("X-Consul-Results-Filtered-By-ACLs", "")
+            age = found.headers.get("Age", "")
             return Answer(
                 found.status,
                 found.body,
@@ -306,6 +318,7 @@ class ConsulApi:
                 address,
                 "" if found.status == 200 else _shown(found.body.decode("utf-8", "replace"), token),
                 asked_at,
+                float(age) if age.isascii() and age.isdecimal() and len(age) < 10 else 0.0,
             )
         # Not inside `except`: the foreign error may repeat what it was sent.
         raise problem
@@ -341,11 +354,15 @@ class ConsulApi:
         return Unavailable(f"{self._said(answer)}: Consul does not accept this call")
 
     def _rights(self, call: _Call) -> str:
+        if call.needs:
+            return call.needs
+        policy = "read" if call.method == "GET" else "write"
+        if self._settings.mode == "service":
+            return f"service {policy} for the services of its topics"
         if call.path.startswith("/v1/session/"):
             return 'session_prefix "" write'
         if call.path.startswith("/v1/agent/"):
             return 'service "consul-matchmaker" write (because of liveness=check)'
-        policy = "read" if call.method == "GET" else "write"
         return f'key_prefix "{self._settings.prefix}/" {policy}'
 
     def _server_error(self, answer: Answer) -> Unavailable:
@@ -358,7 +375,7 @@ class ConsulApi:
 
     # -- token -------------------------------------------------------------------------------
 
-    def _current_token(self, call: _Call, address: Host, *, is_refused: bool = False) -> str | None:
+    def _current_token(self, what_for: str, *, is_refused: bool = False) -> str | None:
         """The token to send; *is_refused* reads the file again even if it looks unchanged."""
         stamp = self._stamp()
         with self._lock:
@@ -369,7 +386,7 @@ class ConsulApi:
         except ConfigurationError as error:
             if self._token is not None:  # half-way through a rotation, the old one is the best bet
                 return self._token
-            raise Denied(f"{call.at(address)}: {error}") from None
+            raise Denied(f"{what_for}: {error}") from None
         with self._lock:
             self.token_changes += token != self._token
             self._token, self._token_stamp = token, stamp

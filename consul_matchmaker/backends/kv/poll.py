@@ -12,13 +12,13 @@ import logging
 import math
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 from ...errors import Denied, Unavailable
 from ...model import Host, Snapshot
 from ..http.api import Answer, TooLarge
 from ..http.exchange import MAX_ANSWER_BYTES
+from ..watching import Route
 from .keys import SENTINEL, topic_folder
 from .reader import Reader, keys_in, kv_path
 
@@ -33,15 +33,6 @@ LONGEST_KEY_BYTES = 512 * 1024
 """As Consul takes them; nothing but backslashes is written twice as long."""
 PIECE_BYTES = 65536
 """Of an answer, taken apart by one call: about a millisecond."""
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where polls wait: at this agent, which asks the server that leads."""
-
-    agent: Host | None
-    """None: whichever agent answers."""
-    leader: str
 
 
 class Polled:
@@ -130,6 +121,10 @@ class Poll:
         elif answer.status == 404 or answer.is_filtered:
             self._prove(polled, answer)
         return polled
+
+    def fingerprint_of(self, folder: bytes) -> object:
+        """That of an answer which has *folder* and nothing else."""
+        return fingerprint(as_answer(folder))
 
     def interrupt(self) -> None:
         """Make the poll that waits, or else the next one, raise Unavailable at once."""

@@ -39,6 +39,7 @@ class Reader:
     """A Resolver over the keys under one prefix.  Thread-safe."""
 
     finds_servers = False
+    can_watch_all = True
 
     def __init__(
         self, api: ConsulApi, settings: Settings, *, clock: Callable[[], float] = time.monotonic
@@ -50,6 +51,7 @@ class Reader:
         asked = settings.consistency
         self.consistency: Mapping[str, str] = {} if asked == "default" else {asked: ""}
         """The parameter of every read."""
+        self.is_confirmed_by_leader = asked != "stale"
         # Successive answers hold nearly the same keys, and taking one apart is what costs.
         self._remembered: dict[str, Entry | None] = {}
         self._not_remembered = 0

@@ -149,6 +149,14 @@ class Kv(Reader):
             else:
                 published.pop(registration, None)
 
+    def pause(self, registration: Registration) -> bool:
+        """A key has no maintenance."""
+        return False
+
+    def resume(self, registration: Registration) -> bool:
+        """A key has no maintenance."""
+        return False
+
     def renew(self, lease: Lease) -> Collection[Registration]:
         """Keep *lease* alive, and return what Consul holds of what we published under it.
 
@@ -179,7 +187,7 @@ class Kv(Reader):
             )
         self._checks_fail = error is not None
         found = {by_key[key] for key in held}
-        return Held.in_part(found, [by_key[key] for key in unchecked]) if unchecked else found
+        return Held.of(found, [by_key[key] for key in unchecked]) if unchecked else found
 
     def release(self, lease: Lease) -> None:
         """Destroy the session; Consul deletes its keys with it, in the same Raft entry."""

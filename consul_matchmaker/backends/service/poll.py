@@ -1,0 +1,106 @@
+"""Wait for changes of one service.
+
+With ``near`` a poll waits at the leader; without, for what any server streams to a newer agent.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+from ...errors import Unavailable
+from ...model import Host, Snapshot
+from ..http.api import Answer, TooLarge
+from ..http.exchange import MAX_ANSWER_BYTES
+from ..watching import Route
+from .reader import Reader
+
+NOBODYS_SERVICE = "/v1/health/service/consul-matchmaker-nobody"
+"""What a confirmation reads: an empty answer, which takes no rights, from the leader itself."""
+
+
+class Polled:
+    """One answer of a poll, not taken apart yet."""
+
+    def __init__(self, reader: Reader, answer: Answer) -> None:
+        self._reader, self._answer = reader, answer
+        self.index = answer.index
+        self.fingerprint = _fingerprint(answer.body)
+
+    def folders(self, topics: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+        """Each of *topics*, of which there is one, with what Consul wrote of it."""
+        for topic in topics:
+            yield topic, self._answer.body
+
+    def snapshot(self, topic: str, folder: bytes) -> Snapshot:
+        """What this answer says of *topic*; raises Unavailable."""
+        return self._reader.snapshot_of(topic, self._answer, self._answer.asked_at)
+
+
+class Poll:
+    """Blocking queries for one topic; see `watching.Poll`."""
+
+    def __init__(self, reader: Reader, topic: str, datacenter: str) -> None:
+        self._reader, self._topic, self._datacenter = reader, topic, datacenter
+        self._line = reader.api.line()
+        self.received_bytes = 0
+
+    def poll(self, index: int, wait_seconds: float, at: Host | None) -> Polled:
+        """The service once something of it changed after *index*, or after *wait_seconds*."""
+        self.received_bytes = 0
+        try:
+            answer = self._reader.ask(
+                self._topic,
+                self._datacenter,
+                at=at,
+                index=index,
+                wait_seconds=wait_seconds,
+                line=self._line,
+            )
+        except TooLarge:
+            self.received_bytes = MAX_ANSWER_BYTES
+            raise
+        self.received_bytes = len(answer.body)
+        if not answer.index:  # without one the next poll would not wait
+            raise answer.unexpected()
+        return Polled(self._reader, answer)
+
+    def fingerprint_of(self, folder: bytes) -> object:
+        return _fingerprint(folder)
+
+    def interrupt(self) -> None:
+        self._line.interrupt()
+
+    def close(self) -> None:
+        self._line.close()
+
+    def __repr__(self) -> str:
+        return f"<Poll {self._topic}>"
+
+
+class Confirmer:
+    """Asks who leads; see `watching.Confirmer`."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader, self._line = reader, reader.api.line()
+
+    def confirm(self, topic: str | None, timeout_seconds: float) -> Route:
+        ask = partial(
+            self._reader.api.call, "GET", timeout_seconds=timeout_seconds, line=self._line
+        )
+        answer = ask(NOBODYS_SERVICE, self._reader.consistency)
+        said = ask("/v1/status/leader", at=answer.address)
+        leader = said.json()
+        if not isinstance(leader, str):
+            raise said.unexpected()
+        if not leader:
+            raise Unavailable(f"{said.where}: Consul has no leader now")
+        return Route(answer.address, leader)
+
+    def close(self) -> None:
+        self._line.close()
+
+
+def _fingerprint(body: bytes) -> object:
+    return len(body), zlib.crc32(body)
