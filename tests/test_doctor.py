@@ -216,6 +216,92 @@ def test_keys_that_are_not_ours_are_named_and_their_removal_is_not_recommended()
     assert [each.level for each in of_keys(LOST, "matchmaker/x")] == ["warn", "warn"]
 
 
+# --- service -------------------------------------------------------------------------------------
+
+
+def of_service(
+    agent: str, *servers: str, denies: str = "", names: str = "consul web", nodes: str = "server1"
+) -> list[Finding]:
+    """What is found of an agent of that version, beside servers of these; with a token that may
+    read these services and nodes."""
+    services: dict[str, Any] = {}
+
+    def behave(request: Any) -> bytes:
+        path = request.path
+        if denies and path.startswith(denies):
+            return reply(403, b"Permission denied")
+        if path == "/v1/status/leader":
+            return LEADER
+        if path == "/v1/agent/self":
+            return reply(body=json.dumps({"Config": {"Version": agent, "NodeID": "1"}}).encode())
+        if path == "/v1/agent/members":
+            tags = [{"role": "consul", "build": f"{each}:abc"} for each in servers]
+            return reply(body=json.dumps([{"Tags": each} for each in tags]).encode())
+        if path == "/v1/catalog/services":
+            return reply(body=json.dumps({name: [] for name in names.split()}).encode())
+        if path == "/v1/catalog/nodes":
+            return reply(body=json.dumps([{"Node": node} for node in nodes.split()]).encode())
+        if path == "/v1/agent/service/register":
+            service = json.loads(request.body)
+            services[service["ID"]] = service
+        if path.startswith("/v1/agent/service/deregister/"):
+            services.pop(path.rpartition("/")[2])
+        if path == "/v1/agent/services":
+            return reply(body=json.dumps(services).encode())
+        if path.startswith("/v1/health/service/"):
+            return reply(body=json.dumps(list(services)).encode(), headers=["X-Consul-Index: 5"])
+        return reply()
+
+    with Server(behave) as server:
+        found = list(findings(Settings(mode="service", addresses=server.address)))  # type: ignore[arg-type]
+    assert services == {}, "nothing is left"
+    return found
+
+
+def test_service_mode_reads_and_registers() -> None:
+    """One service, which is removed."""
+    found = of_service("1.8.7", "1.8.7")
+    assert levels(found) == ["ok"] * 4
+    assert "1 services" in found[2].text
+    assert "registered and removed" in found[3].text
+
+
+@pytest.mark.parametrize("rights", [{"names": ""}, {"nodes": ""}])
+def test_a_token_that_may_not_read(rights: dict[str, str]) -> None:
+    """Any service, or any node: that is not "none are there"; every program needs both."""
+    found = of_service("1.8.7", "1.8.7", **rights)
+    assert levels(found) == ["ok", "ok", "fail", "ok"]
+    assert 'service_prefix "" read and node_prefix "" read' in found[2].text
+    assert "does not need" not in found[2].text
+
+
+def test_a_token_that_may_not_register() -> None:
+    """The failure says which rights it needs."""
+    found = of_service("1.8.7", "1.8.7", denies="/v1/agent/service/")
+    assert levels(found) == ["ok", "ok", "ok", "fail"]
+    assert 'service "consul-matchmaker-doctor" write' in found[3].text
+
+
+@pytest.mark.parametrize(
+    ("agent", "servers", "level"),
+    [
+        ("1.21.4", ["1.18.2", "1.21.4"], "warn"),
+        ("1.18.2", ["1.18.2"], "ok"),
+        ("1.18.2", ["1.21.4"], "ok"),
+        ("1.21.4", ["1.19.0"], "ok"),
+    ],
+)
+def test_an_agent_that_is_newer_than_its_servers(
+    agent: str, servers: list[str], level: str
+) -> None:
+    """From 1.19 on it leaves the filtering of unhealthy instances to servers, which older ones do
+    not do."""
+    found = of_service(agent, *servers)
+    assert found[1].level == level
+    if level == "warn":
+        assert "upgrade the servers first" in found[1].text and "1.18.2" in found[1].text
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from ..errors import (
     Unavailable,
 )
 from ..matchmaker import Matchmaker
-from ..model import Host, Snapshot, checked_topic
+from ..model import Host, Instance, Snapshot, checked_topic
 from ..settings import URL_VARIABLE, Settings
 from ..texts import escaped_line, escaped_word
 from . import doctor
@@ -115,13 +115,21 @@ def _register(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) ->
     if is_catalog and not arguments.command_to_run:
         raise ConfigurationError(
             "in catalog mode nothing can be registered here: write a service definition for "
-            "Consul, or use consul+kv://"
+            "Consul, or use consul+service:// or consul+kv://"
         )
     with make_matchmaker(settings) as matchmaker:
         holder = Holder(
             None
             if is_catalog
-            else lambda: matchmaker.register(topic, host, server=arguments.server),
+            else lambda: matchmaker.register(
+                topic,
+                host,
+                server=arguments.server,
+                tags=arguments.tag,
+                meta=dict(arguments.meta),
+                weight=arguments.weight,
+                check=arguments.check,
+            ),
             host,
             command=arguments.command_to_run,
             when_listening=not arguments.at_once,
@@ -146,7 +154,7 @@ def _expire(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> i
     if settings.mode == "catalog":
         raise ConfigurationError(
             "in catalog mode this program has no registrations to remove: deregister the service "
-            "in Consul, or use consul+kv://"
+            "in Consul, or use consul+service:// or consul+kv://"
         )
     with make_matchmaker(settings) as matchmaker:
         removed = matchmaker.expire(topic, host)
@@ -160,7 +168,7 @@ def _status(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> i
     with make_matchmaker(settings) as matchmaker:
         problem: MatchmakerError | None = None
         try:
-            if settings.mode == "kv":
+            if settings.mode != "catalog":
                 matchmaker.topics()
             else:  # Consul's own service: only whether an answer comes counts
                 matchmaker.hosts("consul")
@@ -248,6 +256,7 @@ def _object_of(snapshot: Snapshot) -> dict[str, object]:
                 "server": instance.server,
                 "priority": instance.priority,
                 "weight": instance.weight,
+                **_of_service(instance),
             }
             for instance in snapshot.instances
         ],
@@ -255,6 +264,18 @@ def _object_of(snapshot: Snapshot) -> dict[str, object]:
         "age_seconds": round(snapshot.age_seconds, 3),
         "is_stale": snapshot.is_stale,
         "is_complete": snapshot.is_complete,
+    }
+
+
+def _of_service(instance: Instance) -> dict[str, object]:
+    """What service mode knows beside."""
+    if instance.node is None:
+        return {}
+    return {
+        "tags": list(instance.tags),
+        "meta": dict(instance.meta),
+        "node": instance.node,
+        "datacenter": instance.datacenter,
     }
 
 
@@ -401,6 +422,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     register.add_argument("--server", metavar="S", help="the server name of this host")
     register.add_argument(
+        "--tag", metavar="T", action="append", default=[], help="a tag, in service mode; repeatable"
+    )
+    register.add_argument(
+        "--meta",
+        metavar="KEY=VALUE",
+        type=_pair,
+        action="append",
+        default=[],
+        help="what the service says of itself, in service mode; repeatable",
+    )
+    register.add_argument(
+        "--weight", metavar="N", type=int, default=1, help="its share, in service mode; default 1"
+    )
+    register.add_argument(
+        "--check",
+        metavar="URL",
+        help="what Consul probes, in service mode: http://, https://, tcp:// or grpc://",
+    )
+    register.add_argument(
         "--at-once",
         action="store_true",
         help="register when COMMAND starts; do not wait until HOST:PORT accepts TCP connections",
@@ -441,8 +481,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command("status", _status, "print which agents are used, and whether Consul answers")
     command("doctor", _doctor, "check agents, token and keys, and say how to mend what is wrong")
-    command("demo", _demo, "start a Consul cluster of its own and show both modes")
+    command("demo", _demo, "start a Consul cluster of its own and show each mode")
     return parser
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not (key and separator):
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, not {text!r}")
+    return key, value
 
 
 def _seconds(text: str) -> float:
@@ -457,7 +504,8 @@ def _common_options(url: Any, output: Any, verbose: Any) -> _Parser:
     common.add_argument(
         "--url",
         default=url,
-        help=f"consul+catalog://HOST:PORT or consul+kv://HOST:PORT/PREFIX; default ${URL_VARIABLE}",
+        help="consul+catalog://HOST:PORT, consul+service://HOST:PORT or "
+        f"consul+kv://HOST:PORT/PREFIX; default ${URL_VARIABLE}",
     )
     common.add_argument(
         "-o", "--output", choices=("text", "json"), default=output, help="default text"

@@ -1,4 +1,4 @@
-"""Show both modes on a real Consul cluster, and check every claim."""
+"""Show each mode on a real Consul cluster, and check every claim."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ SESSION_TTL_SECONDS = 10.0  # Consul's floor (fact B1)
 CRASH_SECONDS = 2 * SESSION_TTL_SECONDS + 1
 SOON_SECONDS = 1.0  # promised for every change that a process makes itself
 START_SECONDS = 15.0  # a Python process on a busy machine
+GONE_SECONDS = 3.0 + 1.0  # service mode: the TTL of the check, 3 s by default, and one more
+HEALED_SECONDS = 1.0 + SOON_SECONDS  # a renewal comes each third of that
 CHECK_INTERVAL = "1s"  # Consul's floor (facts, F)
 CHECK_SECONDS = 5.0  # one check interval, its timeout, the reader's TTL of 1 s, and a busy machine
 EXIT_SECONDS = 10.0
@@ -214,6 +216,7 @@ def _tell(story: _Story, agent: Node, processes: _Processes) -> None:
     story.happens(f"{restarted} is started again at once, at the same address")
     story.happens(f"Consul gives the dead 2 x TTL = {2 * SESSION_TTL_SECONDS:g} s; meanwhile:")
 
+    _tell_service(story, agent, processes)
     _tell_catalog(story, agent, processes)
 
     story.chapter("kv mode again: the killed processes")
@@ -227,6 +230,46 @@ def _tell(story: _Story, agent: Node, processes: _Processes) -> None:
         f"{restarted} was never missing: its predecessor's end did not affect it",
         reader.always_had(restarted, crashes_at),
     )
+
+
+def _tell_service(story: _Story, agent: Node, processes: _Processes) -> None:
+    story.chapter("service mode: applications register themselves as Consul services")
+    service = f"consul+service://{agent.http}"
+    reader = _Reader(processes, service, "web")
+    crashed, other = "10.0.0.1:8080", "10.0.0.2:8080"
+    running = {
+        host: processes.ours(service, "register", "web", host, "--tag", "blue")
+        for host in (crashed, other)
+    }
+    began = time.monotonic()
+    story.happens("two processes run `consul-matchmaker register web 10.0.0.N:8080 --tag blue`")
+    seconds = reader.seconds_until(lambda hosts: hosts == set(running), began, START_SECONDS)
+    story.claim_in_time("a third, which watches, sees both, {after}", seconds)
+    by_dns = _Reader(processes, f"consul+catalog://{agent.dns}?ttl_seconds=1&tag=blue", "web")
+    seconds = by_dns.seconds_until(lambda hosts: hosts == set(running), began, 2 * START_SECONDS)
+    story.claim("so does whoever asks Consul's DNS, by the tag too", seconds is not None)
+
+    at = time.monotonic()
+    for service_id in _services(agent, "web"):
+        request(agent, "PUT", f"/v1/agent/service/deregister/{service_id}")
+    story.happens("somebody deregisters both services on the agent")
+    seconds = reader.seconds_until(lambda hosts: not hosts, at, SOON_SECONDS)
+    story.claim_in_time("nobody is found, {after}", seconds)
+    if seconds is not None:
+        at += seconds
+    seconds = reader.seconds_until(lambda hosts: hosts == set(running), at, HEALED_SECONDS)
+    story.claim_in_time("they are back by themselves, {after}", seconds)
+
+    running[crashed].kill()
+    at = time.monotonic()
+    story.happens(f"{crashed} is killed (SIGKILL): nobody beats its check any more")
+    seconds = reader.seconds_until(lambda hosts: crashed not in hosts, at, GONE_SECONDS)
+    story.claim_in_time(f"it is gone, {{after}} (promised: {GONE_SECONDS:g} s)", seconds)
+
+
+def _services(agent: Node, name: str) -> list[str]:
+    _, text = request(agent, "GET", f"/v1/health/service/{name}")
+    return [each["Service"]["ID"] for each in json.loads(text)]
 
 
 def _tell_catalog(story: _Story, agent: Node, processes: _Processes) -> None:

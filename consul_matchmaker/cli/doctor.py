@@ -15,7 +15,9 @@ if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reve
     from ..backends.dns.resolver import DnsSrv
     from ..backends.http.api import ConsulApi
     from ..backends.kv.store import Kv
+    from ..backends.service.store import Services
 
+PROBE = "consul-matchmaker-doctor"
 SERVERS = "_consul._tcp.service"
 """The service that every Consul cluster has: its servers."""
 LOOPBACK_NAME, LOOPBACK = "7f000001.addr", b"\x7f\x00\x00\x01"
@@ -34,10 +36,11 @@ def findings(settings: Settings) -> Iterator[Finding]:
     """Every finding as soon as it is known.
 
     Each takes a few requests, and each request at most ``request_timeout_seconds`` per agent.
-    Writes nothing but, in kv mode, one session (with ``liveness=check`` a service too), which is
-    destroyed at once.  Raises ConfigurationError.
+    Writes nothing but, in kv mode, one session (with ``liveness=check`` a service too), and in
+    service mode one service, which readers of that name may see; both are removed at once.  Raises
+    ConfigurationError.
     """
-    return _of_catalog(settings) if settings.mode == "catalog" else _of_kv(settings)
+    return {"catalog": _of_catalog, "kv": _of_kv, "service": _of_service}[settings.mode](settings)
 
 
 # --- catalog -------------------------------------------------------------------------------------
@@ -201,6 +204,69 @@ def _of_keys(kv: Kv, settings: Settings) -> Iterator[Finding]:
         yield Finding("ok", what, "every key is understood, and held by a session")
 
 
+# --- service -------------------------------------------------------------------------------------
+
+
+def _of_service(settings: Settings) -> Iterator[Finding]:
+    from ..backends.http.api import ConsulApi
+    from ..backends.service.store import Services
+
+    api = ConsulApi(settings)
+    with contextlib.closing(Services(api, settings)) as services:
+        usable = 0
+        for address in settings.addresses:
+            if (yield from _of_http(api, address)):
+                usable += 1
+                yield from _of_versions(api, address)
+        if usable:
+            yield _tried("reading services", lambda: _with_a_read(services), is_of_readers=True)
+            yield _tried(f"registering a service {PROBE}", lambda: _with_a_service(services))
+
+
+def _of_versions(api: ConsulApi, address: Host) -> Iterator[Finding]:
+    """An agent of 1.19 or later before older servers does not leave out what is unhealthy."""
+    what = f"{address} version"
+    try:
+        agent = api.call("GET", "/v1/agent/self", at=address).json()["Config"]["Version"]
+        members = api.call("GET", "/v1/agent/members", at=address).json()
+        servers = {
+            each["Tags"]["build"].partition(":")[0]
+            for each in members
+            if each["Tags"].get("role") == "consul"
+        }
+    except (Unavailable, Denied, TypeError, KeyError, AttributeError):
+        return  # it may not be read: nothing depends on it
+    older = sorted(each for each in servers if _numbers(each) < (1, 19) <= _numbers(agent))
+    if older:
+        yield Finding(
+            "warn",
+            what,
+            f"the agent is Consul {agent}, and servers are {', '.join(older)}: programs that ask "
+            "this agent for healthy services also get others (this one leaves them out): upgrade "
+            "the servers first",
+        )
+    elif servers:
+        yield Finding("ok", what, f"Consul {agent}, servers {', '.join(sorted(servers))}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+
+
+def _with_a_read(services: Services) -> str:
+    names = services.topics()
+    services.prove_nodes_readable()
+    return f"allowed: there are {len(names)} services"
+
+
+def _with_a_service(services: Services) -> str:
+    services.prove_writable(PROBE)
+    return "allowed: it was registered and removed"
+
+
+# --- both ----------------------------------------------------------------------------------------
+
+
 def _with_a_session(kv: Kv) -> str:
     lease = kv.open()
     kv.release(lease)
@@ -212,8 +278,10 @@ def _with_a_write(kv: Kv) -> str:
     return "allowed"
 
 
-def _tried(what: str, attempt: Callable[[], str]) -> Finding:
+def _tried(what: str, attempt: Callable[[], str], *, is_of_readers: bool = False) -> Finding:
+    """What *attempt* says; unless that *is_of_readers*, only programs that register need it."""
     try:
         return Finding("ok", what, attempt())
     except (Unavailable, Denied) as error:
-        return Finding("fail", what, f"{error} (a program that only looks up does not need this)")
+        rest = "" if is_of_readers else " (a program that only looks up does not need this)"
+        return Finding("fail", what, f"{error}{rest}")

@@ -11,9 +11,9 @@ from ..settings import Settings
 def sweep(settings: Settings, *, remove: bool) -> tuple[dict[str, str], list[str]]:
     """Those keys, each with the reason, and the ones that were removed: none without *remove*.
 
-    Raises Unavailable and Denied, and ConfigurationError in catalog mode.
+    Raises Unavailable and Denied, and ConfigurationError unless in kv mode.
     """
-    if settings.mode == "catalog":
+    if settings.mode != "kv":
         raise ConfigurationError("only Consul's KV store has such keys: use consul+kv://")
     from ..backends.http.api import ConsulApi
     from ..backends.kv.orphans import find_orphans, remove_orphans
