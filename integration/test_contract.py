@@ -13,12 +13,15 @@ from consul_matchmaker.backends import Resolver
 from consul_matchmaker.backends.dns.resolver import DnsSrv
 from consul_matchmaker.backends.http.api import ConsulApi
 from consul_matchmaker.backends.kv.store import Kv
-from consul_matchmaker.model import Host
+from consul_matchmaker.backends.service.store import Services
+from consul_matchmaker.backends.service_names import service_of
+from consul_matchmaker.errors import ConfigurationError
+from consul_matchmaker.model import Host, Lease, Registration
 from consul_matchmaker.settings import Settings
 from consul_matchmaker.testing.consul_probe import Node
 from integration.cluster import tell
 from tests.awaited import Awaited
-from tests.contract import Backend, RegistrarContract, ResolverContract
+from tests.contract import ONE, Backend, RegistrarContract, ResolverContract
 
 pytestmark = pytest.mark.docker
 
@@ -59,6 +62,49 @@ class TestKvContractWithConsistentReads(TestKvContract):
         backend = Kv(ConsulApi(settings), settings)
         yield backend
         backend.close()
+
+
+class TestServiceContract(RegistrarContract):
+    @pytest.fixture
+    def backend(self, agent: Node) -> Iterator[Backend]:
+        settings = Settings(mode="service", addresses=(Host.parse(agent.http),))
+        backend = Services(ConsulApi(settings), settings)
+        yield backend
+        backend.close()
+
+    @pytest.fixture
+    def topic(self, request: pytest.FixtureRequest) -> str:
+        """The services of a cluster are everybody's."""
+        return f"t-{abs(hash(request.node.nodeid)) % 10**12}"
+
+    @pytest.fixture
+    def away(self) -> Iterator[Resolver]:
+        settings = Settings(mode="service", addresses=(Host.parse(NOBODY),))
+        backend = Services(ConsulApi(settings), settings)
+        yield backend
+        backend.close()
+
+    @pytest.mark.parametrize("name", ["/b", "..x", "notifications.info", " ", "%2F", "a b"])
+    def test_any_text_is_a_topic(
+        self, backend: Backend, lease: Lease, topic: str, name: str
+    ) -> None:
+        """Of ASCII: what cannot be in a service's name is '-' there, and what is one service that
+        way is told apart all the same."""
+        strange = f"{topic}{name}"
+        backend.publish(lease, Registration(strange, ONE, server=name))
+        assert backend.lookup(strange, timeout_seconds=5).hosts == (ONE,)
+        assert backend.lookup(strange, name, timeout_seconds=5).hosts == (ONE,)
+        other = service_of(strange, "{topic}", {})
+        assert backend.lookup(other, timeout_seconds=5).hosts == ()
+        assert other in backend.topics()
+
+    @pytest.mark.parametrize("text", ["10.0.0.1:5001", "host/topic/server/1f2e"])
+    def test_an_opaque_host_is_kept_to_the_byte(
+        self, backend: Backend, lease: Lease, topic: str, text: str
+    ) -> None:
+        """A service has an address and a port."""
+        with pytest.raises(ConfigurationError):
+            backend.publish(lease, Registration(topic, Host.opaque(text)))
 
 
 class TestDnsSrvContract(ResolverContract):
@@ -118,6 +164,20 @@ class TestAioContractOverKv(TestKvContract):
     @pytest.fixture
     def away(self) -> Iterator[Resolver]:
         with awaited("kv", NOBODY) as resolver:
+            yield resolver
+
+
+class TestAioContractOverService(TestServiceContract):
+    """The same in service mode."""
+
+    @pytest.fixture
+    def resolver(self, agent: Node) -> Iterator[Resolver]:
+        with awaited("service", agent.http) as resolver:
+            yield resolver
+
+    @pytest.fixture
+    def away(self) -> Iterator[Resolver]:
+        with awaited("service", NOBODY) as resolver:
             yield resolver
 
 

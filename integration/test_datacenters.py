@@ -99,3 +99,38 @@ def test_a_datacenter_away_makes_no_others_topic_stale(
         for topic in FAR:
             until(lambda topic=topic: not mm.hosts(topic).is_stale, TTL_SECONDS)  # type: ignore[misc]
             assert len(mm.hosts(topic)) == 3
+
+
+def test_service_mode_spills_over_to_the_next_datacenter() -> None:
+    """What a datacenter has is found there; when it has none, in the next one, and when it has one
+    again, there; an instance says where it is."""
+    with contextlib.ExitStack() as stack:
+        near, far = stack.enter_context(two_datacenters())
+        agent = near.nodes["agent1"]
+
+        def joined(where: str, extra: str = "") -> Matchmaker:
+            url = f"consul+service://{where}?{extra}"
+            return stack.enter_context(Matchmaker.from_url(url))
+
+        at_home = joined(agent.http).register("web", "10.0.0.1:80")
+        at_home.wait_until_published(timeout_seconds=10)
+        abroad = joined(far.nodes["server1"].http).register("web", "10.0.0.2:80")
+        abroad.wait_until_published(timeout_seconds=10)
+        often = "ttl_seconds=0.5&empty_ttl_seconds=0.5"
+        home_first = joined(agent.http, f"datacenters=dc1,dc2&{often}")
+        far_first = joined(agent.http, f"datacenters=dc2,dc1&{often}&confirm_empty_seconds=2")
+
+        def found(reader: Matchmaker) -> list[tuple[str, str | None]]:
+            return [(str(each.host), each.datacenter) for each in reader.hosts("web").instances]
+
+        assert found(home_first) == [("10.0.0.1:80", "dc1")]
+        assert found(far_first) == [("10.0.0.2:80", "dc2")]
+        at_home.unregister()
+        until(lambda: found(home_first) == [("10.0.0.2:80", "dc2")], 5, "abroad")
+        joined(agent.http).register("web", "10.0.0.3:80")
+        until(lambda: found(home_first) == [("10.0.0.3:80", "dc1")], 5, "at home again")
+        far.kill("server1")
+        killed_at = time.monotonic()
+        until(lambda: found(far_first) == [("10.0.0.3:80", "dc1")], 10, "it cannot be asked")
+        assert time.monotonic() - killed_at >= 2, "a moment's outage moves nobody"
+        assert found(home_first) == [("10.0.0.3:80", "dc1")]

@@ -21,6 +21,9 @@ WAIT_SECONDS = 30.0
 def here(text: str, agent: Node, prefix: str) -> str:
     """*text* with the test's own agent and keys in place of the default ones."""
     with_http = text.replace("consul+kv://127.0.0.1:8500", f"consul+kv://{agent.http}/{prefix}")
+    with_http = with_http.replace(
+        "consul+service://127.0.0.1:8500", f"consul+service://{agent.http}"
+    )
     return with_http.replace("127.0.0.1:8600", agent.dns)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from consul_matchmaker import Matchmaker
 from consul_matchmaker.answers.freshness import Freshness
 from consul_matchmaker.answers.watch_plan import FIT_SECONDS
 from consul_matchmaker.answers.watcher import LATEST_ANSWER_SECONDS, Watcher
 from consul_matchmaker.backends.http.api import ConsulApi
 from consul_matchmaker.backends.kv.keys import SENTINEL
 from consul_matchmaker.backends.kv.store import Kv
+from consul_matchmaker.backends.service.store import Services
 from consul_matchmaker.errors import Denied, Unavailable
 from consul_matchmaker.model import Host, Registration, Snapshot
 from consul_matchmaker.settings import Settings
@@ -66,23 +68,34 @@ Watch = Callable[..., tuple[Watcher, Told]]
 
 
 @pytest.fixture
-def watch(make_kv: MakeKv) -> Iterator[Watch]:
+def watch(make_kv: MakeKv, agent: Node) -> Iterator[Watch]:
     """Have topics watched; returns when the first is fresh."""
     made: list[Watcher] = []
     before = set(threading.enumerate())  # of other tests in this process
 
-    def start(*topics: str, addresses: tuple[str, ...] = (), **values: Any) -> tuple[Watcher, Told]:
+    def start(
+        *topics: str, addresses: tuple[str, ...] = (), mode: str = "kv", **values: Any
+    ) -> tuple[Watcher, Told]:
         told = Told(*topics)
-        kv = make_kv(*addresses, **values)
-        made.append(Watcher(kv, told, kv._settings))
+        backend: Kv | Services
+        if mode == "kv":
+            backend = make_kv(*addresses, **values)
+            settings = backend._settings
+        else:
+            settings = Settings.from_mapping({"mode": mode, "addresses": (agent.http,)}, {})
+            backend = stack.enter_context(
+                contextlib.closing(Services(ConsulApi(settings), settings))
+            )
+        made.append(Watcher(backend, told, settings))
         made[-1].watch_more()
         if topics:
             eventually(lambda: told.is_fresh(topics[0]), bool, 10)
         return made[-1], told
 
-    yield start
-    for watcher in made:
-        assert watcher.close(5)
+    with contextlib.ExitStack() as stack:
+        yield start
+        for watcher in made:
+            assert watcher.close(5)
     assert [one for one in threads_since(before) if "poll" in one] == []
 
 
@@ -375,6 +388,57 @@ def test_changes_are_told_though_the_leader_is_gone(
             told.wait_for(lambda: len(told.hosts(topic)) == port, FRESH_SECONDS)
 
 
+def follower_between(kv: Kv, cluster: Cluster) -> str:
+    """The follower by which the agent asks the leader.  An agent chooses when it starts."""
+    for _ in range(20):
+        for name in SERVERS:
+            if name == cluster.leader():
+                continue
+            cluster.pause(name)
+            hangs = False
+            try:
+                kv.lookup("nobody", timeout_seconds=1)
+            except Unavailable:
+                hangs = True
+            finally:
+                cluster.resume(name)
+            cluster.wait_ready()
+            if hangs and cluster.leader() != name:
+                return name
+        cluster.restart("agent1")
+        cluster.wait_ready()
+    pytest.fail("the agent asks the leader itself, always")
+
+
+@pytest.mark.parametrize("mode", ["kv", "service"])
+def test_a_frozen_follower_makes_answers_stale_in_time(
+    watch: Watch, kv: Kv, cluster: Cluster, prefix: str, topic: str, mode: str
+) -> None:
+    """Where the agent asks by it, polls hang there while the leader goes on, and confirms by
+    another: nothing is called fresh for longer than promised that is not so any more."""
+    victim = follower_between(kv, cluster)
+    _, told = watch(topic, mode=mode)
+    url = f"consul+{mode}://{cluster.nodes[cluster.leader()].http}" + (
+        f"/{prefix}" if mode == "kv" else ""
+    )
+    with Matchmaker.from_url(url) as writer:
+        writer.register(topic, ONE)
+        told.wait_for(lambda: told.hosts(topic) == (ONE,))
+        time.sleep(0.5)  # the next poll was sent, by the server that confirmations take
+        cluster.pause(victim)
+        writer.register(topic, TWO).wait_until_published(timeout_seconds=5)
+        began, wrong_seconds = time.monotonic(), 0.0
+        while told.hosts(topic) != (ONE, TWO):
+            if told.is_fresh(topic):
+                wrong_seconds = time.monotonic() - began
+            assert wrong_seconds < FRESH_SECONDS + 1
+            assert time.monotonic() - began < ELECTION_SECONDS
+            time.sleep(0.02)
+        seconds = time.monotonic() - began
+        print(f"told {seconds:.2f} s after the change, fresh and wrong until {wrong_seconds:.2f} s")
+        eventually(lambda: told.is_fresh(topic), bool, FRESH_SECONDS)
+
+
 def test_a_watcher_rides_out_an_agent_restart(
     kv: Kv, watch: Watch, cluster: Cluster, topic: str
 ) -> None:
@@ -473,7 +537,7 @@ def test_at_rest_it_costs_the_same_however_much_others_register(
         ops = [{"KV": {"Verb": "set", "Key": key, "Value": "eA=="}} for key in keys]
         tell(agent, "PUT", "/v1/txn", json.dumps(ops))
     watcher, told = watch(topic)
-    reader = watcher.kv
+    reader = watcher.backend
     time.sleep(1)
     before, began = reader.wire()["http"], time.monotonic()  # type: ignore[attr-defined]
     time.sleep(30)
