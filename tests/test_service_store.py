@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from consul_matchmaker.backends.http.api import Answer
-from consul_matchmaker.backends.service.poll import Confirmer
 from consul_matchmaker.backends.service.store import Services
 from consul_matchmaker.backends.watching import Route
 from consul_matchmaker.errors import Denied, InvalidTopic, LeaseLost, TimedOut, Unavailable
@@ -452,7 +451,7 @@ def test_a_confirmation_asks_the_leader_and_who_that_is(
     assert services.confirmer().confirm("web", 3) == Route(AGENT, consul.leader)
     consul.leader = ""
     with pytest.raises(Unavailable):
-        Confirmer(services).confirm("web", 3)
+        services.confirmer().confirm("web", 3)
 
 
 # -- what is written ------------------------------------------------------------------------------

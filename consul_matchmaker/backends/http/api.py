@@ -451,6 +451,11 @@ class Line:
             raise _GivenUp(f"the connection to Consul was {how}")
 
 
+def timeout_until(until: float) -> float | None:
+    """The seconds until then, by `time.monotonic`; None: as many as a call takes by default."""
+    return None if until == math.inf else until - time.monotonic()
+
+
 def go_duration(seconds: float) -> str:
     """*seconds* as Consul reads a duration: ``10s``, ``1500ms``."""
     milliseconds = round(seconds * 1000)

@@ -12,13 +12,12 @@ import logging
 import math
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import partial
 
 from ...errors import Denied, Unavailable
 from ...model import Host, Snapshot
 from ..http.api import Answer, TooLarge
 from ..http.exchange import MAX_ANSWER_BYTES
-from ..watching import Route
+from ..http.leader import Confirmer
 from .keys import SENTINEL, topic_folder
 from .reader import Reader, keys_in, kv_path
 
@@ -175,39 +174,13 @@ class Poll:
             logger.debug("sentinel not written: %s", error)
 
 
-class Confirmer:
-    """Asks who leads, on a connection of its own.
-
-    `confirm` is called by one thread at a time, `close` by any.
-    """
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader, self._line = reader, reader.api.line()
-
-    def confirm(self, topic: str | None, timeout_seconds: float) -> Route:
-        """Have the leader answer, and say who that is: what polls that wait on the same route have
-        not told has not happened before this was called.
-
-        Reads a key that a watch of *topic*, or of the whole prefix, may read; then asks the same
-        agent who leads.  In that order: whoever led before and leads after the reading answered it.
-        Raises Unavailable and Denied.
-        """
-        path = kv_path(_folder_of(self._reader, topic) + SENTINEL)
-        ask = partial(
-            self._reader.api.call, "GET", timeout_seconds=timeout_seconds, line=self._line
-        )
-        answer = ask(path, self._reader.consistency, accept=(404,))
-        said = ask("/v1/status/leader", at=answer.address)
-        leader = said.json()
-        if not isinstance(leader, str):
-            raise said.unexpected()
-        if not leader:
-            raise Unavailable(f"{said.where}: Consul has no leader now")
-        return Route(answer.address, leader)
-
-    def close(self) -> None:
-        """End what is asked now, and every later question."""
-        self._line.close()
+def confirmer(reader: Reader) -> Confirmer:
+    """What reads the sentinel of a topic, or of the whole prefix."""
+    return Confirmer(
+        reader.api,
+        lambda topic: kv_path(_folder_of(reader, topic) + SENTINEL),
+        reader.consistency,
+    )
 
 
 def _folder_of(reader: Reader, topic: str | None) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ...errors import Denied
 from ...model import Instance, Snapshot
 from ...settings import Settings
-from ..http.api import Answer, ConsulApi, Line
+from ..http.api import Answer, ConsulApi, Line, timeout_until
 from .keys import SENTINEL, Key, topic_folder
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Reader:
 
     def keys_under(self, folder: str, until: float = math.inf) -> tuple[list[str], Answer]:
         """The keys that begin with *folder*, and the answer they are from."""
-        params, seconds = {"keys": "", **self.consistency}, _left(until)
+        params, seconds = {"keys": "", **self.consistency}, timeout_until(until)
         path = kv_path(folder)
         answer = self.api.call("GET", path, params, accept=(404,), timeout_seconds=seconds)
         keys = keys_in(answer)
@@ -111,7 +111,7 @@ class Reader:
                 f"{answer.where}: Consul's ACLs hide something there; "
                 f'give the token a policy with key_prefix "{folder}" read'
             )
-        path, seconds = kv_path(folder + SENTINEL), _left(until)
+        path, seconds = kv_path(folder + SENTINEL), timeout_until(until)
         self.api.call(
             "GET", path, self.consistency, accept=(404,), timeout_seconds=seconds, line=line
         )
@@ -197,8 +197,3 @@ def keys_in(answer: Answer) -> list[str]:
 
 def kv_path(key: str) -> str:
     return f"/v1/kv/{key}"
-
-
-def _left(until: float) -> float | None:
-    """The seconds until then; None: as many as a call takes by default."""
-    return None if until == math.inf else until - time.monotonic()

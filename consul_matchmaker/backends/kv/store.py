@@ -25,9 +25,10 @@ from ...settings import Settings
 from ...worker import seconds_since_boot
 from .. import OnDoubt
 from ..http.api import Answer, ConsulApi, go_duration
+from ..http.leader import Confirmer
 from ..liveness import Liveness
 from .keys import SENTINEL, Key, host_folder
-from .poll import Confirmer, Poll
+from .poll import Poll, confirmer
 from .reader import Reader, kv_path
 from .session_checks import held_keys, in_requests
 
@@ -86,7 +87,7 @@ class Kv(Reader):
 
     def confirmer(self) -> Confirmer:
         """What asks whether the queries of `watch` would tell of a change."""
-        return Confirmer(self)
+        return confirmer(self)
 
     # -- Registrar ---------------------------------------------------------------------------
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import partial
 
-from ...errors import Unavailable
 from ...model import Host, Snapshot
 from ..http.api import Answer, TooLarge
 from ..http.exchange import MAX_ANSWER_BYTES
-from ..watching import Route
+from ..http.leader import Confirmer
 from .reader import Reader
 
 NOBODYS_SERVICE = "/v1/health/service/consul-matchmaker-nobody"
@@ -79,27 +77,9 @@ class Poll:
         return f"<Poll {self._topic}>"
 
 
-class Confirmer:
-    """Asks who leads; see `watching.Confirmer`."""
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader, self._line = reader, reader.api.line()
-
-    def confirm(self, topic: str | None, timeout_seconds: float) -> Route:
-        ask = partial(
-            self._reader.api.call, "GET", timeout_seconds=timeout_seconds, line=self._line
-        )
-        answer = ask(NOBODYS_SERVICE, self._reader.consistency)
-        said = ask("/v1/status/leader", at=answer.address)
-        leader = said.json()
-        if not isinstance(leader, str):
-            raise said.unexpected()
-        if not leader:
-            raise Unavailable(f"{said.where}: Consul has no leader now")
-        return Route(answer.address, leader)
-
-    def close(self) -> None:
-        self._line.close()
+def confirmer(reader: Reader) -> Confirmer:
+    """What reads a service that nobody has."""
+    return Confirmer(reader.api, lambda topic: NOBODYS_SERVICE, reader.consistency)
 
 
 def _fingerprint(body: bytes) -> object:

@@ -12,7 +12,8 @@ from typing import Any
 from ...errors import ConfigurationError, Denied, Unavailable
 from ...model import Host, Instance, Snapshot
 from ...settings import Settings
-from ..http.api import NO_PARAMETERS, Answer, ConsulApi, Line
+from ..http.api import NO_PARAMETERS, Answer, ConsulApi, Line, timeout_until
+from ..http.leader import leader_by
 from ..service_names import namer
 
 logger = logging.getLogger(__name__)
@@ -144,12 +145,11 @@ class Reader:
             params["near"] = near
         if index > 0:
             params["index"] = str(index)
-        seconds = None if until == math.inf else until - time.monotonic()
         answer = self.api.call(
             "GET",
             f"/v1/health/service/{name}",
             params,
-            timeout_seconds=seconds,
+            timeout_seconds=timeout_until(until),
             at=at,
             wait_seconds=wait_seconds,
             line=line,
@@ -234,7 +234,6 @@ class Reader:
         own view of one service is refused with 403.  A token for some nodes only cannot be told:
         of the others it sees nothing.
         """
-        seconds = None if until == math.inf else until - time.monotonic()
         path = f"/v1/agent/health/service/name/{name}"
         try:
             self.api.call(
@@ -242,7 +241,7 @@ class Reader:
                 path,
                 {"format": "text"},
                 accept=(404,),
-                timeout_seconds=seconds,
+                timeout_seconds=timeout_until(until),
                 at=answer.address,
                 line=line,
             )
@@ -269,17 +268,17 @@ class Reader:
         if token == self._reads_nodes_by:
             return
 
-        def ask(path: str, params: Mapping[str, str] = NO_PARAMETERS) -> Answer:
-            seconds = None if until == math.inf else until - time.monotonic()
-            return self.api.call("GET", path, params, timeout_seconds=seconds, at=at, line=line)
-
-        answer = ask("/v1/status/leader")
-        leader = answer.json()
-        if not isinstance(leader, str):
-            raise answer.unexpected()
+        leader = leader_by(self.api, at, timeout_seconds=timeout_until(until), line=line)
         address = leader.rpartition(":")[0].strip("[]")
         for params in ({"filter": f'Address == "{address}"'}, NO_PARAMETERS):
-            answer = ask("/v1/catalog/nodes", params)
+            answer = self.api.call(
+                "GET",
+                "/v1/catalog/nodes",
+                params,
+                timeout_seconds=timeout_until(until),
+                at=at,
+                line=line,
+            )
             nodes = answer.json()
             if not isinstance(nodes, list):
                 raise answer.unexpected()

@@ -27,8 +27,9 @@ from ...worker import seconds_since_boot
 from .. import OnDoubt
 from ..beats import REGISTER_PATH, Beats, ttl_check
 from ..http.api import NO_PARAMETERS, Answer, ConsulApi, go_duration
+from ..http.leader import Confirmer, leader_by
 from ..service_names import SERVICE_LABEL
-from .poll import Confirmer, Poll
+from .poll import Poll, confirmer
 from .reader import META_LEASE, META_SERVER, META_TOPIC, Reader
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Services(Reader):
 
     def confirmer(self) -> Confirmer:
         """What asks whether the queries of `watch` would tell of a change."""
-        return Confirmer(self)
+        return confirmer(self)
 
     # -- Registrar ---------------------------------------------------------------------------
 
@@ -383,9 +384,7 @@ class Services(Reader):
         name, condition = self.service_of(registration.topic), f'Service.ID == "{service_id}"'
         if self._becomes(incarnation.agent, name, condition, is_there=True):
             return
-        said = self.api.call("GET", "/v1/status/leader", at=incarnation.agent)
-        if not said.json():
-            raise Unavailable(f"{said.where}: Consul has no leader, so nobody sees {registration}")
+        leader_by(self.api, incarnation.agent)  # without one nobody sees it
         try:
             self.prove_nodes_readable(name, at=incarnation.agent)
         except Denied:
