@@ -19,13 +19,18 @@ from consul_matchmaker.testing.consul_probe import Node
 from integration.cluster import ask, free_ports
 from integration.waiting import until
 
-pytest.importorskip("uvicorn")
-
 WORKERS = 4
 START_SECONDS = 20.0  # four interpreters on a busy machine
 CHECK_TTL = 3.0
 UVICORN = ["uvicorn", "integration.web:app", "--workers", str(WORKERS), "--log-level", "warning"]
 GUNICORN = ["gunicorn", "integration.web:wsgi", "-w", str(WORKERS), "-c", "integration/web.py"]
+
+
+@pytest.fixture(autouse=True)
+def programs() -> None:
+    """What these tests start; not at import, as the module is collected for others as well."""
+    for name in ("gunicorn", "starlette", "uvicorn"):
+        pytest.importorskip(name)
 
 
 def instances(agent: Node, topic: str) -> int:
