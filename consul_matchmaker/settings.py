@@ -502,6 +502,11 @@ class Settings:
         return cls.from_mapping({}, environ)
 
     @property
+    def reads_may_lag(self) -> bool:
+        """Whether another than the leader may answer: any server, or the agent's own cache."""
+        return self.consistency in ("stale", "cached")
+
+    @property
     def lease_ttl_seconds(self) -> float:
         """How long a lease lives without a renewal."""
         return self.check_ttl_seconds if self.mode == "service" else self.session_ttl_seconds

@@ -102,7 +102,7 @@ class Rules:
 
     def can_lie(self, answer: Snapshot) -> bool:
         return answer.source == "dns" or (
-            answer.source in ("kv", "service") and self.settings.consistency in ("stale", "cached")
+            answer.source in ("kv", "service") and self.settings.reads_may_lag
         )
 
 
@@ -258,9 +258,7 @@ class Belief:
         # While a watch would tell every change, this answer is as fresh as what it told.  But a
         # stale read may have been older.
         is_watched = self.is_watched(now)
-        if is_watched and (
-            freshness is not None or self.rules.settings.consistency not in ("stale", "cached")
-        ):
+        if is_watched and (freshness is not None or not self.rules.settings.reads_may_lag):
             assert self.freshness is not None
             fresh_until = max(fresh_until, self.freshness.fresh_until)
         is_changed = held is None or not is_same(held, answer)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import zlib
 from collections.abc import Iterable, Iterator
 
 from ...errors import Denied, Unavailable
 from ...model import Host, Snapshot
-from ..http.api import Answer, TooLarge
-from ..http.exchange import MAX_ANSWER_BYTES
+from ..http.api import Answer
 from ..http.leader import Confirmer
+from ..http.long_poll import LongPoll, fingerprint
 from .keys import SENTINEL, topic_folder
 from .reader import Reader, keys_in, kv_path
 
@@ -68,22 +67,20 @@ class Polled:
             raise self._answer.unexpected() from None
 
 
-class Poll:
+class Poll(LongPoll):
     """Blocking queries of one folder, one after another, on a connection of their own.
 
     `poll` is called by one thread at a time, the other methods by any.
     """
 
     def __init__(self, reader: Reader, topic: str | None) -> None:
+        super().__init__(reader.api)
         self._reader = reader
         self._is_whole_prefix = topic is None
         self._folder = _folder_of(reader, topic)
-        self._line = reader.api.line()
         self._proven_length = 0
         self._proven_for = -1  # token
         self._proven_until = -math.inf
-        self.received_bytes = 0
-        """The size of the last poll's answer, also of one that failed for it."""
 
     def poll(self, index: int, wait_seconds: float, at: Host | None) -> Polled:
         """The folder once something changed after *index*, or after *wait_seconds*, as the agent
@@ -95,9 +92,8 @@ class Poll:
         params = {"keys": "", **self._reader.consistency}
         if index > 0:
             params["index"] = str(index)
-        self.received_bytes = 0
-        try:
-            answer = self._reader.api.call(
+        answer = self.received(
+            lambda: self._reader.api.call(
                 "GET",
                 kv_path(self._folder),
                 params,
@@ -106,12 +102,7 @@ class Poll:
                 wait_seconds=wait_seconds,
                 line=self._line,
             )
-        except TooLarge:
-            self.received_bytes = MAX_ANSWER_BYTES
-            raise
-        self.received_bytes = len(answer.body)
-        if not answer.index:  # without one the next poll would not wait
-            raise answer.unexpected()
+        )
         polled = Polled(self._reader, answer)
         if self._is_whole_prefix:
             if answer.is_filtered or not polled.has(self._folder + SENTINEL):
@@ -124,14 +115,6 @@ class Poll:
     def fingerprint_of(self, folder: bytes) -> object:
         """That of an answer which has *folder* and nothing else."""
         return fingerprint(as_answer(folder))
-
-    def interrupt(self) -> None:
-        """Make the poll that waits, or else the next one, raise Unavailable at once."""
-        self._line.interrupt()
-
-    def close(self) -> None:
-        """Close the connection; every later poll raises Unavailable."""
-        self._line.close()
 
     def __repr__(self) -> str:
         return f"<Poll {self._folder}>"
@@ -185,11 +168,6 @@ def confirmer(reader: Reader) -> Confirmer:
 
 def _folder_of(reader: Reader, topic: str | None) -> str:
     return f"{reader.prefix}/" if topic is None else topic_folder(reader.prefix, topic)
-
-
-def fingerprint(text: bytes) -> object:
-    """What tells answers apart; `zlib.crc32` does not hold up other threads."""
-    return len(text), zlib.crc32(text)
 
 
 def as_answer(folder: bytes) -> bytes:

@@ -51,7 +51,7 @@ class Reader:
         asked = settings.consistency
         self.consistency: Mapping[str, str] = {} if asked == "default" else {asked: ""}
         """The parameter of every read."""
-        self.is_confirmed_by_leader = asked != "stale"
+        self.is_confirmed_by_leader = not settings.reads_may_lag
         # Successive answers hold nearly the same keys, and taking one apart is what costs.
         self._remembered: dict[str, Entry | None] = {}
         self._not_remembered = 0

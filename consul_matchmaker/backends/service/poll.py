@@ -5,13 +5,12 @@ With ``near`` a poll waits at the leader; without, for what any server streams t
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator
 
 from ...model import Host, Snapshot
-from ..http.api import Answer, TooLarge
-from ..http.exchange import MAX_ANSWER_BYTES
+from ..http.api import Answer
 from ..http.leader import Confirmer
+from ..http.long_poll import LongPoll, fingerprint
 from .reader import Reader
 
 NOBODYS_SERVICE = "/v1/health/service/consul-matchmaker-nobody"
@@ -24,7 +23,7 @@ class Polled:
     def __init__(self, reader: Reader, answer: Answer) -> None:
         self._reader, self._answer = reader, answer
         self.index = answer.index
-        self.fingerprint = _fingerprint(answer.body)
+        self.fingerprint = fingerprint(answer.body)
 
     def folders(self, topics: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """Each of *topics*, of which there is one, with what Consul wrote of it."""
@@ -36,19 +35,17 @@ class Polled:
         return self._reader.snapshot_of(topic, self._answer, self._answer.asked_at)
 
 
-class Poll:
+class Poll(LongPoll):
     """Blocking queries for one topic; see `watching.Poll`."""
 
     def __init__(self, reader: Reader, topic: str, datacenter: str) -> None:
+        super().__init__(reader.api)
         self._reader, self._topic, self._datacenter = reader, topic, datacenter
-        self._line = reader.api.line()
-        self.received_bytes = 0
 
     def poll(self, index: int, wait_seconds: float, at: Host | None) -> Polled:
         """The service once something of it changed after *index*, or after *wait_seconds*."""
-        self.received_bytes = 0
-        try:
-            answer = self._reader.ask(
+        answer = self.received(
+            lambda: self._reader.ask(
                 self._topic,
                 self._datacenter,
                 at=at,
@@ -56,22 +53,11 @@ class Poll:
                 wait_seconds=wait_seconds,
                 line=self._line,
             )
-        except TooLarge:
-            self.received_bytes = MAX_ANSWER_BYTES
-            raise
-        self.received_bytes = len(answer.body)
-        if not answer.index:  # without one the next poll would not wait
-            raise answer.unexpected()
+        )
         return Polled(self._reader, answer)
 
     def fingerprint_of(self, folder: bytes) -> object:
-        return _fingerprint(folder)
-
-    def interrupt(self) -> None:
-        self._line.interrupt()
-
-    def close(self) -> None:
-        self._line.close()
+        return fingerprint(folder)
 
     def __repr__(self) -> str:
         return f"<Poll {self._topic}>"
@@ -80,7 +66,3 @@ class Poll:
 def confirmer(reader: Reader) -> Confirmer:
     """What reads a service that nobody has."""
     return Confirmer(reader.api, lambda topic: NOBODYS_SERVICE, reader.consistency)
-
-
-def _fingerprint(body: bytes) -> object:
-    return len(body), zlib.crc32(body)

@@ -47,7 +47,7 @@ class Reader:
         """The parameter of every read."""
         self._reads_nodes_by: int | None = None
         """The token, as `ConsulApi.token_changes` counts it, that was shown a node."""
-        self.is_confirmed_by_leader = asked not in ("stale", "cached") and not settings.datacenters
+        self.is_confirmed_by_leader = not settings.reads_may_lag and not settings.datacenters
 
     def lookup(self, topic: str, server: str | None = None, *, timeout_seconds: float) -> Snapshot:
         """Every healthy instance of *topic*, perhaps none; with *server*, only that server's.

@@ -127,7 +127,8 @@ class Services(Reader):
         with self._lock:
             incarnation.confirmed.discard(registration)
         self._deregister(incarnation, service_id)
-        self._wait_until_gone(incarnation, registration.topic, f'Service.ID == "{service_id}"')
+        name = self.service_of(registration.topic)
+        self._gone(incarnation.agent, name, f'Service.ID == "{service_id}"')
         with self._lock:
             incarnation.services.pop(registration, None)
             self._paused.discard(registration)
@@ -217,7 +218,8 @@ class Services(Reader):
         if failure is not None:
             raise failure
         for topic in {registration.topic for registration in incarnation.services}:
-            self._wait_until_gone(incarnation, topic, f'Service.Meta.{META_LEASE} == "{lease.id}"')
+            condition = f'Service.Meta.{META_LEASE} == "{lease.id}"'
+            self._gone(incarnation.agent, self.service_of(topic), condition)
         with self._lock:
             self._paused.difference_update(incarnation.services)
         self._drop(lease)
@@ -396,9 +398,6 @@ class Services(Reader):
             )
         else:
             raise _not_told(incarnation.agent)
-
-    def _wait_until_gone(self, incarnation: _Incarnation, topic: str, condition: str) -> None:
-        self._gone(incarnation.agent, self.service_of(topic), condition)
 
     def _gone(self, agent: Host, name: str, condition: str) -> None:
         if not self._becomes(agent, name, condition, is_there=False):
