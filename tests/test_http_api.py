@@ -1,6 +1,7 @@
 """One exchange with an agent: form, deadline, token, what each failure means, which agent."""
 
 import contextlib
+import gc
 import gzip
 import http.client
 import logging
@@ -93,18 +94,24 @@ def test_calls_share_one_connection(server):
 
 
 def python_calls(function):
-    """How many functions of Python *function* calls: a cost that no busy machine changes."""
+    """How many functions of Python *function* calls: a cost that no busy machine changes.
+
+    The garbage collector is off meanwhile: it would run, in this thread, the finalizers of what
+    other tests left behind.
+    """
     count = 0
 
     def note(frame, event, argument):
         nonlocal count
         count += event == "call"
 
+    gc.disable()
     sys.setprofile(note)
     try:
         function()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
