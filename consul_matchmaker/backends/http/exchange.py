@@ -3,13 +3,11 @@
 `Exchange` is a transport of the ``consul`` package, of which only the abstract
 ``consul.base.HTTPClient`` is used, in what python-consul2 and py-consul have in common: their own
 transports know no deadline for an answer as a whole.  ``http.client`` writes the request and reads
-the answer, by way of a `_Wire`, which keeps the deadline and counts bytes.
+the answer, by way of a `Wire`, which keeps the deadline and counts bytes.
 """
 
 from __future__ import annotations
 
-import io
-import socket
 import ssl
 import time
 from collections import deque
@@ -17,20 +15,14 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partialmethod
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPResponse, IncompleteRead
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import consul.base
 
-from ...fork import close_after_fork
-from .. import seconds_left
 from ..host_names import HostNames
 from ..traffic import Traffic
+from .wire import CONNECT_TIMEOUT_SECONDS, Wire
 
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
-
-CONNECT_TIMEOUT_SECONDS = 2.0
-"""An agent is on this machine or near it; one lost SYN is sent again after 1 s (RFC 6298)."""
 IDLE_CONNECTIONS = 10
 """Kept open to an agent, if so many were needed at once.  Consul refuses more than 200 from one IP
 address, of all programs there together (fact C5)."""
@@ -50,10 +42,6 @@ class Response(NamedTuple):
     status: int
     headers: HTTPMessage
     body: bytes
-
-
-class AnswerTooLarge(HTTPException):
-    """The answer exceeds MAX_ANSWER_BYTES."""
 
 
 class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no types
@@ -82,8 +70,8 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
         self._traffic = traffic or Traffic()
         self._host_names = host_names or HostNames(ttl_seconds=0, empty_ttl_seconds=0, most=1)
         # No lock guards these: a signal handler may close what its own thread is using.
-        self._idle: deque[_Wire] = deque()
-        self._open: set[_Wire] = set()
+        self._idle: deque[Wire] = deque()
+        self._open: set[Wire] = set()
         self.is_aborted = False
 
     def request(
@@ -135,7 +123,7 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
 
     def _ask(
         self,
-        wire: _Wire,
+        wire: Wire,
         method: str,
         target: str,
         body: bytes | None,
@@ -167,26 +155,19 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
                 self._close(idle.popleft())
         return response
 
-    def _connect(self, deadline: float) -> _Wire:
+    def _connect(self, deadline: float) -> Wire:
         first_error: OSError | None = None
         until = min(deadline, time.monotonic() + CONNECT_TIMEOUT_SECONDS)
         for address in self._host_names.addresses(self.host, until):
-            wire = _Wire(socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET))
+            wire = Wire.to(address, MAX_ANSWER_BYTES)
             self._open.add(wire)
             try:
                 self._raise_if_aborted()
-                wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                wire.sock.settimeout(min(CONNECT_TIMEOUT_SECONDS, seconds_left(deadline)))
-                wire.sock.connect((address, self.port))
+                wire.connect(address, self.port, deadline)
                 if self.scheme == "https":
-                    wire.use(
-                        self._context().wrap_socket(
-                            wire.sock, server_hostname=self.host, do_handshake_on_connect=False
-                        )
-                    )
+                    wire.secure(self._context(), self.host)
                     self._raise_if_aborted()
-                    wire.sock.settimeout(seconds_left(deadline))
-                    wire.sock.do_handshake()
+                    wire.shake_hands(deadline)
             except BaseException as error:
                 self._close(wire)
                 if not isinstance(error, OSError):
@@ -214,7 +195,7 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
         if self.is_aborted:
             raise ConnectionAbortedError("the connection was given up")
 
-    def _close(self, wire: _Wire) -> None:
+    def _close(self, wire: Wire) -> None:
         self._open.discard(wire)
         wire.sock.close()
 
@@ -241,58 +222,6 @@ class Exchange(consul.base.HTTPClient):  # type: ignore[misc]  # which has no ty
     put = partialmethod(_called, "PUT")
     delete = partialmethod(_called, "DELETE")
     post = partialmethod(_called, "POST")
-
-
-class _Wire(io.RawIOBase):
-    """A connection as ``http.client`` uses a socket: whatever it waits for, it has one deadline."""
-
-    sock: Any
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.use(sock)
-
-    def use(self, sock: socket.socket) -> None:
-        self.sock = sock
-        close_after_fork(sock)
-
-    def begin(self, deadline: float) -> None:
-        """Let another exchange begin."""
-        self._deadline = deadline
-        self.sent_bytes = self.received_bytes = 0
-
-    def sendall(self, data: ReadableBuffer) -> None:
-        rest = memoryview(data)
-        while rest:
-            self.sock.settimeout(seconds_left(self._deadline))
-            size = self.sock.send(rest)
-            self.sent_bytes += size
-            rest = rest[size:]
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer) -> int:
-        self.sock.settimeout(seconds_left(self._deadline))
-        size: int = self.sock.recv_into(buffer)
-        self.received_bytes += size
-        if self.received_bytes > MAX_ANSWER_BYTES:
-            raise AnswerTooLarge(f"the answer exceeds {MAX_ANSWER_BYTES} bytes; not read")
-        return size
-
-    def close(self) -> None:
-        """Leave the socket open: ``http.client`` closes whatever it has read to its end."""
-
-    def shut_down(self) -> None:
-        """Wake the thread that waits here; closing would not."""
-        # SSLSocket.shutdown has to be passed by: after it, a thread about to send would send
-        # without encryption.
-        is_secure = isinstance(self.sock, ssl.SSLSocket)
-        plain: Any = super(ssl.SSLSocket, self.sock) if is_secure else self.sock
-        with suppress(OSError):
-            plain.shutdown(socket.SHUT_RDWR)
 
 
 def _body_of(answer: HTTPResponse) -> bytes:
