@@ -49,7 +49,9 @@ def list_opts() -> list[tuple[str, list[Any]]]:
     return [(GROUP, options())]
 
 
-def read_settings(conf: Any, url: Any = None) -> tuple[Settings, float]:
+def read_settings(
+    conf: Any, url: Any = None, *, default_mode: str = DEFAULT_MODE
+) -> tuple[Settings, float]:
     """The settings of *conf* and *url* (a TransportURL, or None), and ``wait_timeout``.
 
     What stands in the URL wins over the group, that over the environment.  Raises
@@ -64,7 +66,7 @@ def read_settings(conf: Any, url: Any = None) -> tuple[Settings, float]:
     if not values and os.environ.get(URL_VARIABLE):
         return Settings.from_env(), wait_timeout
     if "mode" not in values and not os.environ.get(ENVIRONMENT_PREFIX + "MODE"):
-        values["mode"] = DEFAULT_MODE
+        values["mode"] = default_mode
     return Settings.from_mapping(values), wait_timeout
 
 

@@ -1,0 +1,1 @@
+"""oslo.messaging: a matchmaker for its ZeroMQ driver, and RPC over HTTP without a broker."""

@@ -1,0 +1,213 @@
+"""Who gets a message: one server after the other until one takes it, or every one of a topic."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent import futures
+
+from ....backoff import Backoff
+from ....errors import MatchmakerError, NoLiveHosts
+from ....matchmaker import Matchmaker
+from ....model import Host, Snapshot
+from ...extras import extra
+from .client import Answer, Client, Lost, NotTaken
+from .names import Place
+
+with extra("oslo-http"):
+    import oslo_messaging
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
+FANOUT_SECONDS = 5.0
+"""A server of a fanout takes a message within milliseconds; one that hangs holds up to 1 in
+``fanout_connections`` of the others so long."""
+UNKNOWN = "the secret was refused"
+_REASONS = {401: UNKNOWN, 404: "it does not listen for that", 503: "it has too much to do"}
+
+
+class ReplyLost(oslo_messaging.MessagingTimeout):  # type: ignore[misc]  # upstream has no types
+    """The server of a call took it, and its connection broke: whether the call was executed is
+    unknown, and it was not sent again."""
+
+
+class NoAnswer(Exception):
+    """A server took the message, or may have, and there was no answer by the deadline."""
+
+
+class Delivery:
+    """Sends messages to servers found by *matchmaker*.  Thread-safe."""
+
+    def __init__(
+        self,
+        matchmaker: Matchmaker,
+        client: Client,
+        *,
+        fanout_connections: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._matchmaker, self._client, self._clock = matchmaker, client, clock
+        self._backoff = Backoff(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
+        self._closing = threading.Event()
+        self._fanout_connections = fanout_connections
+        self._lock = threading.Lock()
+        self._pool: futures.ThreadPoolExecutor | None = None
+
+    def send(
+        self,
+        place: Place,
+        body: bytes,
+        deadline: float,
+        *,
+        retry: int | None = None,
+        is_mandatory: bool = False,
+        monitor: float | None = None,
+        among: Callable[[Snapshot], Snapshot] | None = None,
+    ) -> Answer:
+        """The answer of the first server of *place* that took *body*.
+
+        One that has not taken it (nothing listens there, the connection broke before it had the
+        whole, it refused) is followed by another; when all were tried, they are tried again, after
+        a pause, at most *retry* times (None or below 0: until *deadline*).  Raises
+        MessageDeliveryFailure when nobody took it by then, with *is_mandatory* MessageUndeliverable
+        after the first round; and when somebody took it, Lost and NoAnswer.
+        """
+        rounds = 0
+        tried: dict[Host, str] = {}
+        while True:
+            snapshot = self._hosts(place, deadline, tried, among)
+            host = self._next(snapshot, place, tried)
+            if host is not None:
+                answer = self._try(host, place, body, deadline, monitor, tried)
+                if answer is not None:
+                    return answer
+                continue
+            if is_mandatory:
+                why = LookupError(_why(place, tried))
+                raise oslo_messaging.MessageUndeliverable(
+                    why, place.exchange, str(place), "nobody took it"
+                )
+            is_hopeless = tried and set(tried.values()) == {UNKNOWN}
+            is_enough = retry is not None and 0 <= retry <= rounds
+            if is_hopeless or is_enough or not self._pause(place, tried, rounds, deadline):
+                raise oslo_messaging.MessageDeliveryFailure(_why(place, tried))
+            rounds += 1
+            tried = {}
+
+    def fan_out(self, place: Place, body: bytes, hosts: Iterable[Host]) -> dict[Host, str]:
+        """Send *body* to every one of *hosts*, several at a time; return why some have not got it.
+
+        Each has `FANOUT_SECONDS`; nobody waits for another one's, but for as many connections.
+        """
+        with self._lock:
+            if self._pool is None:
+                self._pool = futures.ThreadPoolExecutor(
+                    self._fanout_connections, thread_name_prefix="consul-matchmaker-fanout"
+                )
+            pool = self._pool
+        failed: dict[Host, str] = {}
+
+        def send(host: Host) -> None:
+            try:
+                deadline = self._clock() + FANOUT_SECONDS
+                self._try(host, place, body, deadline, None, failed)
+            except (Lost, NoAnswer) as error:
+                failed[host] = str(error)
+
+        futures.wait([pool.submit(send, host) for host in hosts])
+        return failed
+
+    def close(self) -> None:
+        """Have no send wait any longer for a server to come; end the threads of fanouts."""
+        self._closing.set()
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=False)
+
+    # -- one server after the other ----------------------------------------------------------
+
+    def _hosts(
+        self,
+        place: Place,
+        deadline: float,
+        tried: dict[Host, str],
+        among: Callable[[Snapshot], Snapshot] | None,
+    ) -> Snapshot | None:
+        """Those of *place* that were not tried; None when Consul cannot be asked."""
+        try:
+            left = max(0.001, deadline - self._clock())
+            snapshot = self._matchmaker.hosts(place.service, place.server, timeout_seconds=left)
+        except MatchmakerError as error:
+            logger.debug("%s: %s", place, error)
+            return None
+        if among is not None:
+            snapshot = among(snapshot)
+        if tried:
+            rest = [one for one in snapshot.instances if one.host not in tried]
+            snapshot = snapshot.with_instances(rest)
+        return snapshot
+
+    def _next(self, snapshot: Snapshot | None, place: Place, tried: dict[Host, str]) -> Host | None:
+        if snapshot is None:
+            return None
+        try:
+            return self._matchmaker.picked(snapshot, place.server)
+        except NoLiveHosts:
+            return None
+
+    def _try(
+        self,
+        host: Host,
+        place: Place,
+        body: bytes,
+        deadline: float,
+        monitor: float | None,
+        tried: dict[Host, str],
+    ) -> Answer | None:
+        """The answer of *host* if it took *body*, or may never be given it; else None, and why is
+        noted in *tried*."""
+        try:
+            with self._matchmaker.judging(place.service, host):
+                answer = self._client.post(host, body, deadline, monitor=monitor)
+        except NotTaken as error:
+            tried[host] = str(error)
+            return None
+        if answer is None:
+            raise NoAnswer(f"{host} has not answered for {place}")
+        if answer.status in _REASONS:
+            tried[host] = _REASONS[answer.status]
+            return None
+        if answer.status not in (200, 202):
+            said = answer.body[:200].decode("utf-8", "replace").strip()
+            raise oslo_messaging.MessageDeliveryFailure(
+                f"{host} refused the message: status {answer.status}, {said!r}"
+            )
+        return answer
+
+    def _pause(self, place: Place, tried: dict[Host, str], rounds: int, deadline: float) -> bool:
+        """Wait for another try; False when it is too late for one."""
+        left = deadline - self._clock()
+        if left <= 0 or self._closing.is_set():
+            return False
+        if tried:
+            return not self._closing.wait(min(left, self._backoff.seconds(rounds + 1)))
+        seconds = min(left, LONGEST_PAUSE_SECONDS)
+        try:
+            self._matchmaker.wait_for_hosts(
+                place.service, timeout_seconds=seconds, server=place.server
+            )
+        except MatchmakerError:
+            self._closing.wait(min(FIRST_PAUSE_SECONDS, max(0.0, deadline - self._clock())))
+        return True
+
+
+def _why(place: Place, tried: dict[Host, str]) -> str:
+    if not tried:
+        return f"nobody listens for {place} (service {place.service} in Consul)"
+    found = ", ".join(f"{host}: {why}" for host, why in list(tried.items())[:5])
+    more = f", and {len(tried) - 5} more" if len(tried) > 5 else ""
+    return f"nobody took the message for {place}: {found}{more}"

@@ -1,0 +1,348 @@
+"""The driver of ``consul+http``: what oslo.messaging asks of one, over HTTP and Consul."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from ....errors import MatchmakerError
+from ....fork import call_after_fork
+from ....matchmaker import Matchmaker
+from ....model import Snapshot
+from ....registrations.wanted import own_address
+from ...extras import extra
+from .client import Client, Lost
+from .delivery import Delivery, NoAnswer, ReplyLost
+from .listeners import HttpListener, Incoming, IncomingNotification
+from .messages import Malformed, Request, body_of, read_reply
+from .names import BROADCASTER, Place
+from .options import read_options
+from .secret import Secret
+from .serving import Serving
+from .shared import released, shared
+
+with extra("oslo-http"):
+    import oslo_messaging
+    from oslo_messaging._drivers import base, common
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_POOL_SIZE = 64
+"""Of upstream's executor_thread_pool_size."""
+BROADCASTER_SECONDS = 2.0
+"""A broadcaster takes a message at once, or the sender does its work."""
+
+
+class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no types
+    """RPC and notifications between a transport's clients and servers.  Thread-safe.
+
+    Opens nothing and starts nothing when made, so that a service may fork after it has made its
+    transport.  Raises oslo.messaging's errors only; ConfigurationError (also a ValueError) when it
+    is made.
+    """
+
+    def __init__(
+        self,
+        conf: Any,
+        url: Any,
+        default_exchange: str | None = None,
+        allowed_remote_exmods: list[str] | None = None,
+    ) -> None:
+        super().__init__(conf, url, default_exchange, allowed_remote_exmods)
+        register_upstream_options(conf)
+        self._settings, self._options = read_options(conf, url)
+        self._secret = Secret(self._options.rpc_token, self._options.rpc_token_file)
+        self._matchmaker = shared(self._settings)
+        self._is_closed = False
+        self.after_fork()
+        call_after_fork(self)
+
+    def after_fork(self) -> None:
+        """In a forked child: connections of its own."""
+        self._client = Client(self._options, self._secret)
+        self._delivery = Delivery(
+            self._matchmaker,
+            self._client,
+            fanout_connections=self._options.fanout_connections,
+        )
+
+    @property
+    def matchmaker(self) -> Matchmaker:
+        """What finds the servers; shared by the transports of a process that have the same
+        settings."""
+        return self._matchmaker
+
+    def require_features(self, requeue: bool = False) -> None:
+        """Every one is there."""
+
+    # -- clients -----------------------------------------------------------------------------
+
+    def send(
+        self,
+        target: Any,
+        ctxt: dict[str, Any],
+        message: dict[str, Any],
+        wait_for_reply: bool | None = None,
+        timeout: float | None = None,
+        call_monitor_timeout: float | None = None,
+        retry: int | None = None,
+        transport_options: Any = None,
+    ) -> Any:
+        """The reply of a call, or None when a cast was taken.
+
+        Raises MessagingTimeout when there is no reply in time (`ReplyLost`, a MessagingTimeout,
+        when the connection broke before it), MessageDeliveryFailure when nobody took a cast in time
+        or *retry* was reached, MessageUndeliverable when nobody took it and *transport_options* say
+        at_least_once; and what the method raised.
+        """
+        seconds = self._options.delivery_timeout if timeout is None else timeout
+        deadline = time.monotonic() + seconds
+        is_mandatory = bool(getattr(transport_options, "at_least_once", False))
+        if target.fanout:
+            self._fan_out(target, ctxt, message, deadline, retry, is_mandatory)
+            return None
+        place = self._place(target, target.server)
+        request = Request(
+            place.exchange,
+            place.topic,
+            ctxt,
+            message,
+            server=place.server,
+            wait=bool(wait_for_reply),
+            monitor=call_monitor_timeout or None if wait_for_reply else None,
+            id=uuid.uuid4().hex,
+        )
+        body = self._body(request)
+        try:
+            answer = self._delivery.send(
+                place,
+                body,
+                deadline,
+                retry=retry,
+                is_mandatory=is_mandatory,
+                monitor=request.monitor,
+            )
+        except oslo_messaging.MessageDeliveryFailure as error:
+            if wait_for_reply and time.monotonic() >= deadline:
+                raise oslo_messaging.MessagingTimeout(str(error)) from error
+            raise
+        except NoAnswer as error:
+            if wait_for_reply:
+                raise oslo_messaging.MessagingTimeout(f"{error} in time") from error
+            raise oslo_messaging.MessageDeliveryFailure(
+                f"{error} in time: it may have the message, which was not sent again"
+            ) from error
+        except Lost as error:
+            what = f"{place}: the connection broke after the message was sent ({error})"
+            if wait_for_reply:
+                raise ReplyLost(f"{what}: it may have been executed") from error
+            raise oslo_messaging.MessageDeliveryFailure(
+                f"{what}: it may have been taken, and was not sent again"
+            ) from error
+        return self._result(answer.body) if wait_for_reply else None
+
+    def send_notification(
+        self,
+        target: Any,
+        ctxt: dict[str, Any],
+        message: dict[str, Any],
+        version: float,
+        retry: int | None = None,
+    ) -> None:
+        """Give it to one listener of each pool.
+
+        Nobody keeps it: where nobody listens it is dropped, with a line in the log, unless *retry*
+        is 0 or more: then MessageDeliveryFailure is raised after so many more tries.
+        """
+        deadline = time.monotonic() + self._options.delivery_timeout
+        place = self._place(target, None)
+        asks_for_retries = retry is not None and retry >= 0
+        pools = self._pools(place, deadline)
+        if not pools and not asks_for_retries:
+            logger.warning("nobody listens for notifications of %s: dropped", place)
+            return
+        for pool in pools or [None]:
+            request = Request(place.exchange, place.topic, ctxt, message, pool=pool)
+            try:
+                self._delivery.send(
+                    place,
+                    self._body(request),
+                    deadline,
+                    retry=retry,
+                    among=None if pool is None else _of_pool(pool),
+                )
+            except (Lost, NoAnswer) as error:
+                raise oslo_messaging.MessageDeliveryFailure(f"{place}: {error}") from error
+
+    def _fan_out(
+        self,
+        target: Any,
+        ctxt: dict[str, Any],
+        message: dict[str, Any],
+        deadline: float,
+        retry: int | None,
+        is_mandatory: bool,
+    ) -> None:
+        place = self._place(target, None)
+        request = Request(place.exchange, place.topic, ctxt, message, fanout=True)
+        body = self._body(request)
+        found = self._found(place, deadline)
+        if found is None:
+            raise oslo_messaging.MessageDeliveryFailure(f"Consul cannot be asked for {place}")
+        if not found.hosts and is_mandatory:
+            raise oslo_messaging.MessageUndeliverable(
+                LookupError(f"nobody listens for {place}"), place.exchange, str(place), message
+            )
+        threshold = self._options.broadcaster_threshold
+        if threshold and len(found) >= threshold and self._is_broadcast(request):
+            return
+        self.multiply(place, body, found)
+
+    def multiply(self, place: Place, body: bytes, found: Snapshot) -> None:
+        """Send *body* to every host of *found*; says in the log who has not got it."""
+        for host, why in self._delivery.fan_out(place, body, found.hosts).items():
+            logger.warning("%s has not got a fanout for %s: %s", host, place, why)
+
+    def _is_broadcast(self, request: Request) -> bool:
+        """Whether a broadcaster has taken the fanout."""
+        for_it = Request(
+            BROADCASTER.exchange,
+            BROADCASTER.topic,
+            {},
+            {
+                "exchange": request.exchange,
+                "topic": request.topic,
+                "ctxt": request.ctxt,
+                "message": request.message,
+            },
+        )
+        deadline = time.monotonic() + BROADCASTER_SECONDS
+        try:
+            self._delivery.send(BROADCASTER, self._body(for_it), deadline, retry=0)
+        except oslo_messaging.MessageDeliveryFailure as error:
+            logger.debug("no broadcaster: %s", error)
+            return False
+        except (Lost, NoAnswer) as error:  # it may be at it: twice would be worse
+            logger.warning("a broadcaster may not have got a fanout: %s", error)
+        return True
+
+    # -- servers -----------------------------------------------------------------------------
+
+    def listen(self, target: Any, batch_size: int, batch_timeout: float | None) -> HttpListener:
+        """A listener for calls, casts and fanouts; `start` of it makes it known."""
+        return self._listener([self._place(target, target.server)], batch_size, batch_timeout)
+
+    def listen_for_notifications(
+        self,
+        targets_and_priorities: list[tuple[Any, str]],
+        pool: str | None,
+        batch_size: int,
+        batch_timeout: float | None,
+    ) -> HttpListener:
+        """A listener for each topic and priority; those of one *pool* share what there is."""
+        places = [
+            Place(self._exchange(target), f"{target.topic}.{priority}")
+            for target, priority in targets_and_priorities
+        ]
+        return self._listener(
+            places, batch_size, batch_timeout, incoming=IncomingNotification, pool=pool
+        )
+
+    def _listener(
+        self,
+        places: list[Place],
+        batch_size: int,
+        batch_timeout: float | None,
+        *,
+        incoming: type[Incoming] = Incoming,
+        pool: str | None = None,
+    ) -> HttpListener:
+        try:
+            serving = Serving(self._matchmaker, self._options, self._secret, self._address())
+        except (OSError, MatchmakerError) as error:
+            raise base.TransportDriverError(f"{places[0]}: {error}") from error
+        return HttpListener(
+            serving,
+            places,
+            batch_size,
+            batch_timeout,
+            most=self._most_messages(),
+            incoming=incoming,
+            pool=pool,
+        )
+
+    def cleanup(self) -> None:
+        """Close connections, and what nobody else of the process uses; idempotent."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._delivery.close()
+        self._client.close()
+        released(self._matchmaker)
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _exchange(self, target: Any) -> str:
+        return str(target.exchange or self._default_exchange or "openstack")
+
+    def _place(self, target: Any, server: str | None) -> Place:
+        return Place(self._exchange(target), str(target.topic), server)
+
+    def _address(self) -> str:
+        return self._options.host or own_address(self._settings.addresses[0])
+
+    def _most_messages(self) -> int:
+        size = getattr(self.conf, "executor_thread_pool_size", DEFAULT_POOL_SIZE)
+        return self._options.max_messages or 2 * int(size)
+
+    def _body(self, request: Request) -> bytes:
+        body = body_of(request)
+        if len(body) > self._options.max_body_bytes:
+            raise oslo_messaging.MessageDeliveryFailure(
+                f"{request.exchange}/{request.topic}: the message has {len(body)} bytes, and "
+                f"max_body_bytes allows {self._options.max_body_bytes}"
+            )
+        return body
+
+    def _result(self, body: bytes) -> Any:
+        try:
+            result, failure = read_reply(body)
+        except Malformed as error:
+            raise oslo_messaging.MessagingTimeout(str(error)) from error
+        if failure is None:
+            return result
+        raise common.deserialize_remote_exception(failure, self._allowed_remote_exmods)
+
+    def _found(self, place: Place, deadline: float) -> Snapshot | None:
+        try:
+            left = max(0.001, deadline - time.monotonic())
+            return self._matchmaker.hosts(place.service, timeout_seconds=left)
+        except MatchmakerError as error:
+            logger.warning("%s: %s", place, error)
+            return None
+
+    def _pools(self, place: Place, deadline: float) -> list[str | None]:
+        found = self._found(place, deadline)
+        if found is None:
+            return [None]  # the delivery waits for Consul
+        return sorted({one.server for one in found.instances}, key=str)
+
+
+def _of_pool(pool: str) -> Callable[[Snapshot], Snapshot]:
+    return lambda found: found.for_server(pool)
+
+
+def register_upstream_options(conf: Any) -> None:
+    """Make known to *conf* what upstream registers on the global configuration only, and asks of
+    any: without it a configuration of one's own fails in ``call``."""
+    for module, name in (
+        ("_tracing", "oslo_messaging_tracing"),
+        ("_metrics", "oslo_messaging_metrics"),
+    ):
+        with contextlib.suppress(ImportError, AttributeError):
+            found = __import__(f"oslo_messaging.{module}.client", fromlist=[name])
+            conf.register_opts(getattr(found, name), group=name)

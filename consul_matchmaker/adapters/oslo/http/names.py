@@ -1,0 +1,46 @@
+"""Which service of Consul stands for an exchange and a topic.  Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import NamedTuple
+
+MOST_CHARACTERS = 62
+"""A DNS label has 63 characters (RFC 1035), one of which a query by RFC 2782 needs."""
+_PLAIN_EXCHANGE = re.compile(r"[a-z0-9]+\Z")
+_PLAIN_TOPIC = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?\Z")
+
+
+class Place(NamedTuple):
+    """Where a message goes, as in oslo.messaging's Target."""
+
+    exchange: str
+    topic: str
+    server: str | None = None
+
+    @property
+    def service(self) -> str:
+        return service_of(self.exchange, self.topic)
+
+    def __str__(self) -> str:
+        return f"{self.exchange}/{self.topic}" + (f" as {self.server}" if self.server else "")
+
+
+BROADCASTER = Place("consulmatchmaker", "broadcaster")
+
+
+def service_of(exchange: str, topic: str) -> str:
+    """``exchange-topic``, such as ``nova-compute``; no two have the same.
+
+    An exchange of letters and digits alone, and a topic that has ``-`` besides, are readable in it.
+    For others, and for a name of more than 62 characters, what DNS cannot carry becomes ``-``, and
+    a digest is added.
+    """
+    plain = f"{exchange}-{topic}"
+    is_plain = _PLAIN_EXCHANGE.match(exchange) and _PLAIN_TOPIC.match(topic)
+    if is_plain and len(plain) <= MOST_CHARACTERS:
+        return plain
+    digest = hashlib.blake2s(f"{len(exchange)}:{plain}".encode(), digest_size=5).hexdigest()
+    readable = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
+    return f"{readable[: MOST_CHARACTERS - len(digest) - 1].rstrip('-') or 'x'}-{digest}"
