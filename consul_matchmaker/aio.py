@@ -232,6 +232,7 @@ class Matchmaker:
         meta: Mapping[str, str] | None = None,
         weight: int = 1,
         check: str | None = None,
+        is_up: bool = False,
     ) -> Registration:
         """Say that *host* serves *topic*; returns at once.  *on_change* is called on a thread of
         the library: hand over with ``loop.call_soon_threadsafe``."""
@@ -246,6 +247,7 @@ class Matchmaker:
             meta=meta,
             weight=weight,
             check=check,
+            is_up=is_up,
         )
         return Registration(registration, self.sync)
 

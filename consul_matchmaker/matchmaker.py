@@ -256,6 +256,7 @@ class Matchmaker:
         meta: Mapping[str, str] | None = None,
         weight: int = 1,
         check: str | None = None,
+        is_up: bool = False,
     ) -> Registration:
         """Say that *host* serves *topic*, and keep it said until unregistered or closed.
 
@@ -269,8 +270,8 @@ class Matchmaker:
         machine that others can reach.
 
         *tags*, *meta* (texts), *weight* and *check* are what Consul's catalog has in service mode,
-        and errors in kv mode; *check* is a URL that Consul probes: http, https, tcp or grpc.
-        Registered again with others, the service is replaced.
+        and errors in kv mode; *check* is a URL that Consul probes: http, https, tcp or grpc.  Until
+        the first probe it counts as down, but for *is_up*.  With others the service is replaced.
 
         *on_change* is called with the registration and ``"held"`` or ``"lost"``, on a thread of
         the library that renews nothing meanwhile: it has to return at once.  With *beat_seconds*
@@ -278,9 +279,8 @@ class Matchmaker:
         when it does not, because that hangs, the registration is taken back until it does.
         """
         # Refused here, not later on a thread where nobody sees it.
-        wanted = wanted_registration(
-            self.settings, topic, host, server, port, ServiceOptions.of(tags, meta, weight, check)
-        )
+        options = ServiceOptions.of(tags, meta, weight, check, is_up)
+        wanted = wanted_registration(self.settings, topic, host, server, port, options)
         if beat_seconds is not None and not beat_seconds > 0:
             raise ConfigurationError(f"beat_seconds must be above 0, not {beat_seconds!r}")
         self._check_open()

@@ -210,10 +210,17 @@ class ServiceOptions:
     weight: int = 1
     check: str | None = None
     """A URL that Consul probes: http, https, tcp or grpc."""
+    is_up: bool = False
+    """Whether it counts as up until the first probe."""
 
     @classmethod
     def of(
-        cls, tags: Iterable[str], meta: Mapping[str, str] | None, weight: int, check: str | None
+        cls,
+        tags: Iterable[str],
+        meta: Mapping[str, str] | None,
+        weight: int,
+        check: str | None,
+        is_up: bool = False,
     ) -> ServiceOptions:
         """Those; raises ConfigurationError for what Consul would refuse."""
         if isinstance(tags, str):
@@ -241,7 +248,7 @@ class ServiceOptions:
                 "check must be a URL that begins with http://, https://, tcp:// or grpc://, "
                 f"not {quoted(check)}"
             )
-        return cls(tags, meta, weight, check)
+        return cls(tags, meta, weight, check, bool(is_up))
 
 
 _META_KEY = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")

@@ -454,9 +454,10 @@ def definition_of(
     checks = [beaten]
     if options.check is not None:
         every = go_duration(max(1.0, check_ttl_seconds / 3))
-        checks.append(
-            {"CheckID": f"{service_id}:probe", "Interval": every, **probe_of(options.check)}
-        )
+        probe = {"CheckID": f"{service_id}:probe", "Interval": every, **probe_of(options.check)}
+        if options.is_up:
+            probe["Status"] = "passing"
+        checks.append(probe)
     service = {
         "ID": service_id,
         "Name": name,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 from ....errors import MatchmakerError
@@ -19,7 +19,7 @@ from .client import Client, Lost
 from .delivery import Delivery, NoAnswer, ReplyLost
 from .listeners import HttpListener, Incoming, IncomingNotification
 from .messages import Malformed, Request, body_of, read_reply
-from .names import BROADCASTER, Place
+from .names import BROADCASTER, Place, pool_of
 from .options import read_options
 from .secret import Secret
 from .serving import Serving
@@ -173,7 +173,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
                     self._body(request),
                     deadline,
                     retry=retry,
-                    among=None if pool is None else _of_pool(pool),
+                    among=functools.partial(_of_pool, pool=pool),
                 )
             except (Lost, NoAnswer) as error:
                 raise oslo_messaging.MessageDeliveryFailure(f"{place}: {error}") from error
@@ -329,11 +329,11 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         found = self._found(place, deadline)
         if found is None:
             return [None]  # the delivery waits for Consul
-        return sorted({one.server for one in found.instances}, key=str)
+        return sorted({pool_of(one.server) for one in found.instances}, key=str)
 
 
-def _of_pool(pool: str) -> Callable[[Snapshot], Snapshot]:
-    return lambda found: found.for_server(pool)
+def _of_pool(found: Snapshot, pool: str | None) -> Snapshot:
+    return found.with_instances(one for one in found.instances if pool_of(one.server) == pool)
 
 
 def register_upstream_options(conf: Any) -> None:

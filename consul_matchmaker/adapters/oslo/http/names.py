@@ -27,6 +27,15 @@ class Place(NamedTuple):
         return f"{self.exchange}/{self.topic}" + (f" as {self.server}" if self.server else "")
 
 
+POOL = "pool-"
+"""Before the name of a pool of notification listeners, where others have the name of a server."""
+
+
+def pool_of(server: str | None) -> str | None:
+    """The pool that this says, if it is one's."""
+    return server.removeprefix(POOL) if server is not None and server.startswith(POOL) else None
+
+
 BROADCASTER = Place("consulmatchmaker", "broadcaster")
 
 

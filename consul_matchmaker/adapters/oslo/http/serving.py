@@ -12,12 +12,14 @@ from ....matchmaker import Matchmaker
 from ....model import Host, Registration
 from .listeners import HttpListener, Listeners
 from .messages import HEALTH_PATH
-from .names import Place
+from .names import POOL, Place
 from .options import Options
 from .secret import Secret
 from .server import HttpServer
 
 logger = logging.getLogger(__name__)
+
+TAG = "oslo-rpc"
 
 
 class _Shared:
@@ -124,12 +126,14 @@ class Serving:
         self._process.server.stop()
 
     def _register(self, place: Place, pool: str | None) -> Registration:
-        server, mode = place.server or pool, self._matchmaker.settings.mode
+        server = place.server if pool is None else f"{POOL}{pool}"
+        mode = self._matchmaker.settings.mode
         if mode != "service":
             return self._matchmaker.register(place.service, self.host, server)
         meta = {"exchange": place.exchange, "topic": place.topic}
+        check = self._probe()
         return self._matchmaker.register(
-            place.service, self.host, server, tags=["oslo-rpc"], meta=meta, check=self._probe()
+            place.service, self.host, server, tags=[TAG], meta=meta, check=check, is_up=True
         )
 
     def _probe(self) -> str | None:
