@@ -10,9 +10,9 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .extras import extra
-from .oslo_config import options
-from .oslo_names import DIRECT
+from ...extras import extra
+from ..config import options
+from .names import DIRECT
 
 NAME = "consul"
 ZMQ_GROUP = "oslo_messaging_zmq"

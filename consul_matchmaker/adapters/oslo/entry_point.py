@@ -10,10 +10,10 @@ def matchmaker(*args: Any, **kwargs: Any) -> Any:
     """The ZeroMQ driver's matchmaker when called with a configuration, as 2.6 to 8.1.4 do; the
     classic one when called with nothing, as Kilo (1.8) does."""
     if args or kwargs:
-        from .oslo_zmq import MatchmakerConsul
+        from .zmq.matchmaker import MatchmakerConsul
 
         return MatchmakerConsul(*args, **kwargs)
-    from .matchmaker_consul import MatchMakerConsul
+    from .zmq.classic import MatchMakerConsul
 
     return MatchMakerConsul()
 
@@ -21,7 +21,7 @@ def matchmaker(*args: Any, **kwargs: Any) -> Any:
 def proxy() -> int | None:
     """The command ``consul-matchmaker-zmq-proxy``; 1, and one line, where the extra is missing."""
     try:
-        from .oslo_driver import run_proxy
+        from .zmq.driver import run_proxy
     except ImportError as error:
         print(f"consul-matchmaker-zmq-proxy: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,1 @@
+"""oslo.messaging with Consul as its matchmaker: what each kind of release needs, in its folder."""
