@@ -36,7 +36,7 @@ def test_an_adapter_names_the_extra_that_it_needs(module: str, extra: str) -> No
     """Its ImportError ends with the command that cures it."""
     code, said = run(f"import consul_matchmaker.adapters.{module}")
     assert code == 1
-    assert f"consul-matchmaker[{extra}]" in said.splitlines()[-1]
+    assert f"`pip install 'consul-matchmaker[{extra}]'`" in said.splitlines()[-1]
 
 
 def test_the_proxy_command_names_the_extra_in_one_line() -> None:

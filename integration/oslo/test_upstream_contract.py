@@ -16,6 +16,7 @@ from consul_matchmaker import Matchmaker, Settings, errors
 from consul_matchmaker.adapters import oslo_zmq
 from consul_matchmaker.adapters.oslo.config import options, read_settings
 from consul_matchmaker.adapters.oslo.entry_point import matchmaker as entry_point
+from consul_matchmaker.adapters.oslo.zmq.driver import ConsulDriver
 from consul_matchmaker.adapters.oslo.zmq.enable import upstream_imports
 from consul_matchmaker.adapters.oslo.zmq.matchmaker import LATE_SECONDS, _remember
 from consul_matchmaker.backends.memory import Memory
@@ -351,6 +352,26 @@ def test_enable_and_disable(conf: cfg.ConfigOpts) -> None:
     assert state() == before
     with pytest.raises(ValueError, match="consul"):
         conf.set_override("rpc_zmq_matchmaker", "consul", "oslo_messaging_zmq")
+
+
+def test_the_driver_is_made_by_a_function(conf: cfg.ConfigOpts) -> None:
+    """Upstream loads what the entry point names, calls it, and asks no class for anything."""
+    transport = oslo_messaging.get_rpc_transport(conf, url="consul+zmq://127.0.0.1:1/")
+    assert isinstance(transport._driver, ConsulDriver)
+    assert isinstance(transport._driver.matchmaker, oslo_zmq.MatchmakerConsul)
+
+
+def test_a_transport_of_another_release_says_what_to_install(conf: cfg.ConfigOpts) -> None:
+    """Upstream hands our errors on as they are."""
+    with pytest.raises(ImportError, match=r"14 or later.*pip install .*\[oslo-http\]"):
+        oslo_messaging.get_rpc_transport(conf, url="consul+http://127.0.0.1:1/")
+
+
+@pytest.mark.parametrize("scheme", ["consul", "consul+kv"])
+def test_a_transport_that_there_is_not_is_refused(conf: cfg.ConfigOpts, scheme: str) -> None:
+    """The error names those that there are."""
+    with pytest.raises(errors.ConfigurationError, match=r"consul\+zmq://.*consul\+http://"):
+        oslo_messaging.get_rpc_transport(conf, url=f"{scheme}://127.0.0.1:1/")
 
 
 def test_nothing_is_wrapped_twice() -> None:

@@ -15,6 +15,8 @@ from ..config import options
 from .names import DIRECT
 
 NAME = "consul"
+NEEDED = "oslo.messaging 8.1.4"
+"""The last release with ZeroMQ, and the one that the extra `oslo` brings."""
 ZMQ_GROUP = "oslo_messaging_zmq"
 _undo: list[Callable[[], None]] = []
 
@@ -29,7 +31,7 @@ def enable() -> None:
     """
     if _undo:
         return
-    with extra("oslo"), upstream_imports():
+    with extra("oslo", NEEDED), upstream_imports():
         from oslo_messaging._drivers import impl_zmq
 
         try:
