@@ -33,14 +33,15 @@ PACKAGE = "consul_matchmaker"
 ACCEPTED = Path(__file__).parent / "mutation_survivors.txt"
 WANTED_SHARE = 0.95
 
-# Each module, by its own name wherever it lies, and the tests that are about it.
+# Each module, by its own name wherever it lies, and the tests that are about it.  With its folder
+# where another module has the same name.
 MODULES = {
     "backoff": ("test_backoff",),
     "blocking_query": ("test_blocking_query",),
     "differences": ("test_reconciler",),
     "reconciler": ("test_reconciler",),
     "model": ("test_model",),
-    "names": ("test_dns_names",),
+    "dns/names": ("test_dns_names",),
     "keys": ("test_kv_keys",),
     "selection": ("test_selection",),
     "watch_plan": ("test_watch_plan",),
@@ -148,8 +149,9 @@ def is_only_text(original: ast.AST, changed: ast.AST) -> bool:
     return ast.dump(_blanked(original, messages)) == ast.dump(_blanked(changed, messages))
 
 
-def mutants(path: Path) -> Iterator[tuple[str, Mutant, bool]]:
-    """Each change in a file that mutmut made: its name there, what it is, whether of text only."""
+def mutants(module: str, path: Path) -> Iterator[tuple[str, Mutant, bool]]:
+    """Each change in the file that mutmut made of *module*: its name there, what it is, whether of
+    text only."""
     functions = {
         node.name: node
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -168,7 +170,7 @@ def mutants(path: Path) -> Iterator[tuple[str, Mutant, bool]]:
             if line[:2] in by_sign:
                 by_sign[line[:2]].append(line[2:].strip())
         mutant = Mutant(
-            f"{path.stem}.{found[2].replace('ǁ', '.')}",
+            f"{module}.{found[2].replace('ǁ', '.')}",
             " | ".join(by_sign["- "]),
             " | ".join(by_sign["+ "]),
         )
@@ -250,7 +252,7 @@ def scores(tree: Path, modules: list[str]) -> dict[str, Score]:
         path = path_of(module, tree / "mutants")
         codes = json.loads(path.with_suffix(".py.meta").read_text())["exit_code_by_key"]
         by_name = {name.rpartition(".")[2]: code for name, code in codes.items()}
-        for name, mutant, is_text in mutants(path):
+        for name, mutant, is_text in mutants(module, path):
             status = status_by_exit_code[by_name.pop(name)]
             assert status in KILLED | SURVIVED, f"{module}: {name}: {status}"
             if is_text:

@@ -27,8 +27,8 @@ def run(code: str) -> tuple[int, str]:
     ("module", "extra"),
     [
         ("oslo_zmq", "oslo"),
-        ("oslo_config", "oslo"),
-        ("oslo_driver", "oslo"),
+        ("oslo.config", "oslo"),
+        ("oslo.zmq.driver", "oslo"),
         ("prometheus", "metrics"),
     ],
 )
@@ -36,11 +36,12 @@ def test_an_adapter_names_the_extra_that_it_needs(module: str, extra: str) -> No
     """Its ImportError ends with the command that cures it."""
     code, said = run(f"import consul_matchmaker.adapters.{module}")
     assert code == 1
-    assert f"consul-matchmaker[{extra}]" in said.splitlines()[-1]
+    assert f"`pip install 'consul-matchmaker[{extra}]'`" in said.splitlines()[-1]
 
 
 def test_the_proxy_command_names_the_extra_in_one_line() -> None:
     """Without a traceback."""
-    code, said = run("from consul_matchmaker.adapters.entry_point import proxy; sys.exit(proxy())")
+    program = "from consul_matchmaker.adapters.oslo.entry_point import proxy"
+    code, said = run(f"{program}; sys.exit(proxy())")
     assert (code, said.count("\n")) == (1, 1)
     assert "consul-matchmaker[oslo]" in said

@@ -156,6 +156,32 @@ def test_a_foreign_package_has_one_owner(module: str) -> None:
             assert module in OWNERS.get(package, ()), f"{module}:{line} imports {full}"
 
 
+@pytest.mark.parametrize(
+    ("inside", "never"),
+    [
+        ("adapters.oslo.zmq.", "adapters.oslo.http"),
+        ("adapters.oslo.http.", "adapters.oslo.zmq"),
+    ],
+)
+def test_the_drivers_of_oslo_messaging_do_not_know_each_other(inside: str, never: str) -> None:
+    """No release of oslo.messaging has both, so what they share is in their common folder."""
+    for module in MODULES:
+        if f"{module}.".startswith(inside):
+            assert not [name for name in own_imports(module) if name.startswith(never)], module
+
+
+def test_the_folder_of_oslo_messaging_imports_nothing() -> None:
+    """So an entry point imports what it needs, and no more."""
+    assert list(imports("adapters.oslo")) == []
+
+
+@pytest.mark.parametrize("module", ["adapters.matchmaker_consul", "adapters.oslo_zmq"])
+def test_a_name_that_users_were_told_is_no_more_than_a_name(module: str) -> None:
+    """It imports from where the code is, and has none itself."""
+    allowed = ast.Expr | ast.ImportFrom | ast.Assign
+    assert [each for each in tree(module).body if not isinstance(each, allowed)] == []
+
+
 @pytest.mark.finding("D12")
 def test_every_foreign_package_is_declared() -> None:
     """What the package imports, adapters apart, stands among its dependencies."""

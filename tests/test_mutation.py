@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from pathlib import Path
 
 import pytest
+
+import consul_matchmaker
 
 from . import mutation
 from .mutation import Mutant, accepted, is_only_text, listed
@@ -75,3 +78,10 @@ def test_every_accepted_change_has_a_reason_and_a_module_of_the_rules() -> None:
     """So that nothing is accepted that is not looked at."""
     found = accepted(mutation.ACCEPTED.read_text(encoding="utf-8"))
     assert {each.function.split(".")[0] for each in found} <= mutation.MODULES.keys()
+
+
+@pytest.mark.parametrize("module", mutation.MODULES)
+def test_every_module_of_the_rules_is_one_file(module: str) -> None:
+    """Where two have the same name, the list has the folder, too."""
+    tree = Path(consul_matchmaker.__file__).parent.parent
+    assert mutation.path_of(module, tree).is_file()

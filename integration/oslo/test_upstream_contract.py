@@ -14,9 +14,11 @@ from oslo_config import cfg
 
 from consul_matchmaker import Matchmaker, Settings, errors
 from consul_matchmaker.adapters import oslo_zmq
-from consul_matchmaker.adapters.entry_point import matchmaker as entry_point
-from consul_matchmaker.adapters.oslo_config import options, read_settings
-from consul_matchmaker.adapters.oslo_enable import upstream_imports
+from consul_matchmaker.adapters.oslo.config import options, read_settings
+from consul_matchmaker.adapters.oslo.entry_point import matchmaker as entry_point
+from consul_matchmaker.adapters.oslo.zmq.driver import ConsulDriver
+from consul_matchmaker.adapters.oslo.zmq.enable import upstream_imports
+from consul_matchmaker.adapters.oslo.zmq.matchmaker import LATE_SECONDS, _remember
 from consul_matchmaker.backends.memory import Memory
 from tests.doubles import ManualClock
 
@@ -68,8 +70,8 @@ def test_a_target_in_use_outlives_many_others() -> None:
     """What goes is what was put longest ago, also when it was put before."""
     table: OrderedDict[str, int] = OrderedDict()
     for number in range(100):
-        oslo_zmq._remember(table, "in use", number, 20)
-        oslo_zmq._remember(table, f"reply_{number}", number, 20)
+        _remember(table, "in use", number, 20)
+        _remember(table, f"reply_{number}", number, 20)
     assert table["in use"] == 99
     assert len(table) == 20
 
@@ -303,7 +305,7 @@ def test_a_late_register_does_not_bring_a_stopped_server_back(
     in_thread(register)
     assert found() == [ONE], "another server, by other threads"
     server.unregister(target(), ONE, "ROUTER")
-    clock.now += oslo_zmq.LATE_SECONDS
+    clock.now += LATE_SECONDS
     in_thread(register)
     assert found() == [ONE], "nobody is that late"
 
@@ -352,9 +354,29 @@ def test_enable_and_disable(conf: cfg.ConfigOpts) -> None:
         conf.set_override("rpc_zmq_matchmaker", "consul", "oslo_messaging_zmq")
 
 
+def test_the_driver_is_made_by_a_function(conf: cfg.ConfigOpts) -> None:
+    """Upstream loads what the entry point names, calls it, and asks no class for anything."""
+    transport = oslo_messaging.get_rpc_transport(conf, url="consul+zmq://127.0.0.1:1/")
+    assert isinstance(transport._driver, ConsulDriver)
+    assert isinstance(transport._driver.matchmaker, oslo_zmq.MatchmakerConsul)
+
+
+def test_a_transport_of_another_release_says_what_to_install(conf: cfg.ConfigOpts) -> None:
+    """Upstream hands our errors on as they are."""
+    with pytest.raises(ImportError, match=r"14 or later.*pip install .*\[oslo-http\]"):
+        oslo_messaging.get_rpc_transport(conf, url="consul+http://127.0.0.1:1/")
+
+
+@pytest.mark.parametrize("scheme", ["consul", "consul+kv"])
+def test_a_transport_that_there_is_not_is_refused(conf: cfg.ConfigOpts, scheme: str) -> None:
+    """The error names those that there are."""
+    with pytest.raises(errors.ConfigurationError, match=r"consul\+zmq://.*consul\+http://"):
+        oslo_messaging.get_rpc_transport(conf, url=f"{scheme}://127.0.0.1:1/")
+
+
 def test_nothing_is_wrapped_twice() -> None:
     """Our own driver after `enable`: the wait before a message is one wait."""
-    from consul_matchmaker.adapters.oslo_enable import sending
+    from consul_matchmaker.adapters.oslo.zmq.enable import sending
 
     plain = impl_zmq.ZmqDriver.send
     assert sending(sending(plain)).__wrapped__ is plain  # type: ignore[attr-defined]

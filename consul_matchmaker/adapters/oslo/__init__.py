@@ -1,1 +1,1 @@
-"""oslo.messaging: a matchmaker for its ZeroMQ driver, and RPC over HTTP without a broker."""
+"""oslo.messaging with Consul as its matchmaker: what each kind of release needs, in its folder."""

@@ -120,6 +120,11 @@ class Delivery:
         futures.wait([pool.submit(send, host) for host in hosts])
         return failed
 
+    def may_try_again(self, deadline: float) -> bool:
+        """Wait a little, as what was asked for was not to be had; False when it is too late."""
+        left = deadline - self._clock()
+        return left > 0 and not self._closing.wait(min(left, LONGEST_PAUSE_SECONDS))
+
     def close(self) -> None:
         """Have no send wait any longer for a server to come; end the threads of fanouts."""
         self._closing.set()

@@ -71,6 +71,11 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         )
 
     @property
+    def delivery_seconds(self) -> float:
+        """How long a cast, a fanout or a notification may take to be delivered."""
+        return self._options.delivery_timeout
+
+    @property
     def matchmaker(self) -> Matchmaker:
         """What finds the servers; shared by the transports of a process that have the same
         settings."""
@@ -103,7 +108,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         deadline = time.monotonic() + seconds
         is_mandatory = bool(getattr(transport_options, "at_least_once", False))
         if target.fanout:
-            self._fan_out(target, ctxt, message, deadline, retry, is_mandatory)
+            self._fan_out(target, ctxt, message, deadline, is_mandatory)
             return None
         place = self._place(target, target.server)
         request = Request(
@@ -184,15 +189,11 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         ctxt: dict[str, Any],
         message: dict[str, Any],
         deadline: float,
-        retry: int | None,
         is_mandatory: bool,
     ) -> None:
         place = self._place(target, None)
         request = Request(place.exchange, place.topic, ctxt, message, fanout=True)
-        body = self._body(request)
         found = self._found(place, deadline)
-        if found is None:
-            raise oslo_messaging.MessageDeliveryFailure(f"Consul cannot be asked for {place}")
         if not found.hosts and is_mandatory:
             raise oslo_messaging.MessageUndeliverable(
                 LookupError(f"nobody listens for {place}"), place.exchange, str(place), message
@@ -200,10 +201,15 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         threshold = self._options.broadcaster_threshold
         if threshold and len(found) >= threshold and self._is_broadcast(request):
             return
-        self.multiply(place, body, found)
+        self._send_to_all(request, found)
 
-    def multiply(self, place: Place, body: bytes, found: Snapshot) -> None:
-        """Send *body* to every host of *found*; says in the log who has not got it."""
+    def multiply(self, request: Request, deadline: float) -> None:
+        """Send *request* to every host of its topic; says in the log who has not got it."""
+        place = Place(request.exchange, request.topic)
+        self._send_to_all(request, self._found(place, deadline))
+
+    def _send_to_all(self, request: Request, found: Snapshot) -> None:
+        place, body = Place(request.exchange, request.topic), self._body(request)
         for host, why in self._delivery.fan_out(place, body, found.hosts).items():
             logger.warning("%s has not got a fanout for %s: %s", host, place, why)
 
@@ -317,18 +323,19 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
             return result
         raise common.deserialize_remote_exception(failure, self._allowed_remote_exmods)
 
-    def _found(self, place: Place, deadline: float) -> Snapshot | None:
-        try:
-            left = max(0.001, deadline - time.monotonic())
-            return self._matchmaker.hosts(place.service, timeout_seconds=left)
-        except MatchmakerError as error:
-            logger.warning("%s: %s", place, error)
-            return None
+    def _found(self, place: Place, deadline: float) -> Snapshot:
+        """Every host of *place*, for which Consul may be asked until *deadline*; raises
+        MessageDeliveryFailure when it could not be."""
+        while True:
+            try:
+                left = max(0.001, deadline - time.monotonic())
+                return self._matchmaker.hosts(place.service, timeout_seconds=left)
+            except MatchmakerError as error:
+                if not self._delivery.may_try_again(deadline):
+                    raise oslo_messaging.MessageDeliveryFailure(f"{place}: {error}") from error
 
     def _pools(self, place: Place, deadline: float) -> list[str | None]:
         found = self._found(place, deadline)
-        if found is None:
-            return [None]  # the delivery waits for Consul
         return sorted({pool_of(one.server) for one in found.instances}, key=str)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ....errors import ConfigurationError
 from ....settings import Settings
 from ...extras import extra
-from ...oslo_config import read_settings
+from ..config import read_settings
 
 with extra("oslo-http"):
     from oslo_config import cfg
@@ -159,7 +159,7 @@ def read_options(conf: Any, url: Any) -> tuple[Settings, Options]:
 
 
 def _refuse_unknown(name: str, names: set[str]) -> None:
-    from ...oslo_config import is_ours
+    from ..config import is_ours
 
     if is_ours(name):
         return

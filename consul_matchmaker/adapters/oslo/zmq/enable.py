@@ -10,11 +10,13 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .extras import extra
-from .oslo_config import options
-from .oslo_names import DIRECT
+from ...extras import extra
+from ..config import options
+from .names import DIRECT
 
 NAME = "consul"
+NEEDED = "oslo.messaging 8.1.4"
+"""The last release with ZeroMQ, and the one that the extra `oslo` brings."""
 ZMQ_GROUP = "oslo_messaging_zmq"
 _undo: list[Callable[[], None]] = []
 
@@ -29,7 +31,7 @@ def enable() -> None:
     """
     if _undo:
         return
-    with extra("oslo"), upstream_imports():
+    with extra("oslo", NEEDED), upstream_imports():
         from oslo_messaging._drivers import impl_zmq
 
         try:

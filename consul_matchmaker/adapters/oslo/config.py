@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ..errors import ConfigurationError
-from ..settings import ENVIRONMENT_PREFIX, URL_VARIABLE, Settings
-from .extras import extra
+from ...errors import ConfigurationError
+from ...settings import ENVIRONMENT_PREFIX, URL_VARIABLE, Settings
+from ..extras import extra
 
 with extra("oslo"):
     from oslo_config import cfg

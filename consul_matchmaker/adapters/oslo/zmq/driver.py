@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .extras import extra
-from .oslo_enable import NAME, enable, register_our_query, sending, upstream_imports
+from ...extras import extra
+from .enable import NAME, NEEDED, enable, register_our_query, sending, upstream_imports
 
-with extra("oslo"), upstream_imports():
+with extra("oslo", NEEDED), upstream_imports():
     from oslo_messaging._drivers import impl_zmq
 
 

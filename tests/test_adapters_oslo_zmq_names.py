@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consul_matchmaker.adapters.oslo_names import (
+from consul_matchmaker.adapters.oslo.zmq.names import (
     addresses_of,
     host_of,
     key_of,

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from consul_matchmaker import Matchmaker, errors
-from consul_matchmaker.adapters.matchmaker_consul import (
+from consul_matchmaker.adapters import matchmaker_consul
+from consul_matchmaker.adapters.oslo.zmq.classic import (
     MatchMakerConsul,
     MatchMakerException,
 )
@@ -155,12 +156,18 @@ def test_an_outage_is_not_an_empty_answer(matcher: MatchMakerConsul, memory: Mem
         matcher.queues("unknown")
 
 
+def test_it_has_the_name_that_users_were_told() -> None:
+    """Configuration files name it, so it stays where it was."""
+    assert matchmaker_consul.MatchMakerConsul is MatchMakerConsul
+    assert matchmaker_consul.MatchMakerException is MatchMakerException
+
+
 def test_constructed_without_arguments() -> None:
     """As upstream does: without oslo.config it is told by the environment."""
     program = """
 import sys
 sys.modules["oslo_config"] = None  # any import of it fails
-from consul_matchmaker.adapters.entry_point import matchmaker
+from consul_matchmaker.adapters.oslo.entry_point import matchmaker
 assert matchmaker().hosts == set()
 """
     environment = {**os.environ, "CONSUL_MATCHMAKER_URL": "consul+kv://127.0.0.1:1/prefix"}

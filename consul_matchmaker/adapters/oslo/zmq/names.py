@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import ConfigurationError
-from ..model import Host
+from ....errors import ConfigurationError
+from ....model import Host
 
 DIRECT = "ROUTER"
 """The type of listener that clients connect to themselves."""
