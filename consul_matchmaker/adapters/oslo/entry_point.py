@@ -46,7 +46,7 @@ def driver(conf: Any, url: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def broadcaster() -> int | None:
-    """The command ``consul-matchmaker-broadcaster``; 1, and one line, where the extra is missing."""
+    """The command ``consul-matchmaker-broadcaster``; 1, and one line, without the extra."""
     try:
         from .http.broadcaster import main
     except ImportError as error:

@@ -76,9 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="consul-matchmaker-broadcaster", description=(__doc__ or "").partition(": ")[2]
     )
-    parser.add_argument(
-        "--url", help="the transport URL, consul+http://...; default: transport_url"
-    )
+    parser.add_argument("--url", help="consul+http://...; default: transport_url of the file")
     parser.add_argument("--config-file", action="append", default=[], help="of oslo.config")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
