@@ -26,8 +26,8 @@ from ...texts import SHOWN_LENGTH, escaped, without_secret
 from ..agents import Agents
 from ..host_names import HostNames, resolve_by_system
 from ..traffic import Traffic
+from .connection import AnswerTooLarge
 from .exchange import Exchange
-from .wire import AnswerTooLarge
 
 logger = logging.getLogger(__name__)
 

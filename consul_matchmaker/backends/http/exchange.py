@@ -21,7 +21,7 @@ import consul.base
 
 from ..host_names import HostNames
 from ..traffic import Traffic
-from .wire import CONNECT_TIMEOUT_SECONDS, Wire
+from .connection import CONNECT_TIMEOUT_SECONDS, Wire
 
 IDLE_CONNECTIONS = 10
 """Kept open to an agent, if so many were needed at once.  Consul refuses more than 200 from one IP

@@ -12,7 +12,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any, NamedTuple
 
 from ....backends.host_names import HostNames
-from ....backends.http.wire import Wire
+from ....backends.http.connection import Wire
 from ....model import Host
 from .messages import HEARTBEAT, PATH
 from .options import Options
