@@ -1,0 +1,180 @@
+"""Run the functional tests of the oslo.messaging that is installed, unchanged, and count.
+
+    python -m integration.rpc.upstream [--url URL] [--executor threading|eventlet]
+
+Without a URL a RabbitMQ of its own is started, by which the count of all tests is known.  Left out
+is MetricsTestCase, which takes port 3000 of the machine.  Two tests, which upstream reserves to
+`rabbit://`, run for every URL.  Exits 1 when a test failed, or when none passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import os
+import sys
+import tempfile
+import unittest
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from integration.rpc.rabbitmq import NoRabbitMQ, RabbitMQ
+
+MODULES = ("functional.test_functional", "functional.notify.test_logger")
+LEFT_OUT = ("MetricsTestCase",)
+RESERVED = ("test_mandatory_call", "test_monitor_long_call")
+"""They skip unless the URL starts with `rabbit://`."""
+TEST_SECONDS = 120  # the longest waits 15 s; one that hangs fails and the rest runs
+
+
+class Unreserved(str):
+    """A URL that says of itself that it is RabbitMQ's, whatever it is."""
+
+    def startswith(self, prefix: Any, *where: Any) -> bool:
+        return prefix == "rabbit://" or super().startswith(prefix, *where)
+
+
+def unreserve(case: Any) -> None:
+    """Have the reserved tests of *case* run, with the transport that the URL names."""
+    set_up = case.setUp
+
+    def set_up_unreserved(self: Any) -> None:
+        set_up(self)
+        if self._testMethodName in RESERVED:
+            self.rpc_url = Unreserved(self.rpc_url)
+
+    case.setUp = set_up_unreserved
+
+
+def use_threads() -> None:
+    """Upstream's tests patch all of Python by eventlet when they are imported, and their fixtures
+    name `eventlet`: they find it patched already, and whatever they make gets `threading`."""
+    import eventlet
+    import oslo_messaging
+
+    with mock.patch.object(eventlet, "monkey_patch"):
+        importlib.import_module("oslo_messaging.tests")
+
+    def threaded(make: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(make)
+        def made(*values: Any, **words: Any) -> Any:
+            values = tuple("threading" if each == "eventlet" else each for each in values)
+            if words.get("executor") == "eventlet":
+                words["executor"] = "threading"
+            return make(*values, **words)
+
+        return made
+
+    for name in (
+        "get_rpc_server",
+        "get_notification_listener",
+        "get_batch_notification_listener",
+    ):
+        setattr(oslo_messaging, name, threaded(getattr(oslo_messaging, name)))
+
+
+def each_test(suite: Any) -> Iterator[unittest.TestCase]:
+    for test in suite:
+        if isinstance(test, unittest.TestSuite):
+            yield from each_test(test)
+        else:
+            yield test
+
+
+def tests(only: str) -> unittest.TestSuite:
+    """Those whose names have *only* in them."""
+    from oslo_messaging.tests.functional import test_functional
+
+    unreserve(test_functional.CallTestCase)
+    loader = unittest.TestLoader()
+    found = loader.loadTestsFromNames([f"oslo_messaging.tests.{name}" for name in MODULES])
+    if loader.errors:
+        raise SystemExit("\n".join(loader.errors))
+    return unittest.TestSuite(
+        test
+        for test in each_test(found)
+        if type(test).__name__ not in LEFT_OUT and only in test.id()
+    )
+
+
+class Result(unittest.TextTestResult):
+    """Keeps also the names of those that passed."""
+
+    def __init__(self, *values: Any, **words: Any) -> None:
+        super().__init__(*values, **words)
+        self.passed: list[str] = []
+
+    def addSuccess(self, test: unittest.TestCase) -> None:
+        super().addSuccess(test)
+        self.passed.append(test.id())
+
+
+def run(url: str, executor: str, only: str = "") -> int:
+    """Print what passed, failed and was skipped; return the exit code."""
+    os.environ.update(RPC_TRANSPORT_URL=url, NOTIFY_TRANSPORT_URL=url)
+    os.environ.setdefault("OS_TEST_TIMEOUT", str(TEST_SECONDS))
+    os.environ.setdefault("OS_LOG_CAPTURE", "1")  # what a test logged is shown where it failed
+    if executor == "threading":
+        use_threads()
+    runner = unittest.TextTestRunner(verbosity=2, resultclass=Result)
+    result = runner.run(tests(only))
+    assert isinstance(result, Result)
+    from eventlet.patcher import is_monkey_patched
+
+    if is_monkey_patched("socket") != (executor == "eventlet"):
+        raise SystemExit(f"the tests did not run with {executor}: something patched Python")
+    failed = [test.id() for test, _ in (*result.failures, *result.errors)]
+    groups = {
+        "passed": result.passed,
+        "failed": failed,
+        "skipped": [f"{test.id()}: {why}" for test, why in result.skipped],
+    }
+    print(f"\n{release()}, {executor}, {url.partition(':')[0]}")
+    for name, ids in groups.items():
+        print(f"{len(ids):3} {name}")
+        for each in sorted(ids):
+            print(f"      {each.removeprefix('oslo_messaging.tests.functional.')}")
+    return 1 if failed or not result.passed else 0
+
+
+def release() -> str:
+    from importlib.metadata import version
+
+    return f"oslo.messaging {version('oslo.messaging')}"
+
+
+@contextlib.contextmanager
+def own_rabbitmq() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder, RabbitMQ(Path(folder)) as node:
+        yield node.url
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m integration.rpc.upstream", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--url", help="the transport; without it a RabbitMQ of its own")
+    parser.add_argument("--executor", choices=("threading", "eventlet"), default="threading")
+    parser.add_argument("--only", default="", metavar="WORD", help="tests that have it in the name")
+    options = parser.parse_args()
+    if options.executor == "eventlet":
+        import eventlet
+
+        eventlet.monkey_patch()
+    try:
+        with contextlib.nullcontext(options.url) if options.url else own_rabbitmq() as url:
+            return run(url, options.executor, options.only)
+    except NoRabbitMQ as error:
+        print(error)
+        return 2
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a test that hung leaves threads behind that are not daemons
