@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import logging
 import subprocess
@@ -147,6 +148,39 @@ class Program:
         began = time.monotonic()
         side_by_side(work, threads)
         return {"seconds": time.monotonic() - began, "failed": failed}
+
+    def load(
+        self,
+        topic: str,
+        seconds: float,
+        pause: float,
+        timeout: float,
+        call_threads: int,
+        cast_threads: int,
+    ) -> list[tuple[int, bool, float, float, str]]:
+        """`record` for so long, each thread with that pause between two messages.
+
+        Of each message: its number, whether it was a call, when it began, how long it took, and
+        the class of the exception, if any.
+        """
+        client, numbers = self._client(topic, timeout), itertools.count()
+        made: list[tuple[int, bool, float, float, str]] = []
+        end = time.monotonic() + seconds
+
+        def work(which: int) -> None:
+            is_call = which < call_threads
+            send = client.call if is_call else client.cast
+            while time.monotonic() < end:
+                number, began, error = next(numbers), time.monotonic(), ""
+                try:
+                    send({}, "record", number=number)
+                except Exception as failure:
+                    error = type(failure).__name__
+                made.append((number, is_call, began, time.monotonic() - began, error))
+                time.sleep(pause)
+
+        side_by_side(work, call_threads + cast_threads)
+        return made
 
 
 def main() -> None:
