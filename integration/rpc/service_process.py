@@ -44,9 +44,11 @@ class ServiceProcess:
     ) -> None:
         words = ["--topic", topic, "--name", name, "--servers", str(servers)]
         words += [] if record is None else ["--record", str(record)]
+        patched = ["integration.rpc.patched"] if executor == "eventlet" else []
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-W", "ignore", "-m", "integration.rpc.service_process"),
+                *(sys.executable, "-W", "ignore", "-m", *patched),
+                "integration.rpc.service_process",
                 *(*transport.words, *words, "--executor", executor),
             ],
             stdin=subprocess.DEVNULL,
@@ -138,7 +140,7 @@ def serve(options: argparse.Namespace) -> None:
     """Until SIGTERM: then stop every server, wait for what they still do, and end."""
     import oslo_messaging
 
-    ended = threading.Event()
+    ended, parent = threading.Event(), os.getppid()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     transport = oslo_messaging.get_rpc_transport(configured(options.config_file), url=options.url)
     record = None
@@ -158,7 +160,8 @@ def serve(options: argparse.Namespace) -> None:
         server.start()
     print("ready", flush=True)
     while not ended.wait(0.5):  # under eventlet a wait without end hears no signal
-        pass
+        if os.getppid() != parent:  # it was killed, and cannot end us
+            os._exit(1)
     for server in servers:
         server.stop()
     for server in servers:
@@ -174,12 +177,13 @@ def main() -> None:
     parser.add_argument("--name", default="server", help="servers are called NAME-0, NAME-1 ...")
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--record", help="the file that `record` appends to")
-    parser.add_argument("--executor", choices=("threading", "eventlet"), default="threading")
+    parser.add_argument(
+        "--executor",
+        choices=("threading", "eventlet"),
+        default="threading",
+        help="for eventlet run it by integration.rpc.patched",
+    )
     options = parser.parse_args()
-    if options.executor == "eventlet":
-        import eventlet
-
-        eventlet.monkey_patch()
     logging.basicConfig(
         level=logging.WARNING,
         format=f"%(asctime)s {options.name} %(process)d %(name)s %(message)s",
