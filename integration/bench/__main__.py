@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("cache", "dns", "fleet", "growth", "kv", "oslo", "service", "watch")
+BENCHMARKS = ("cache", "dns", "fleet", "growth", "kv", "oslo", "rpc", "service", "watch")
 
 
 def main() -> int:

@@ -20,6 +20,8 @@ SECONDS_BETWEEN_KNOCKS = 0.05
 DEBIAN = "/usr/lib/rabbitmq/bin/rabbitmq-server"
 """What Debian's command calls, after it has become the user and gone to the folder of the
 system's own node."""
+_ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv") else ()
+"""Of util-linux.  A node whose owner is killed would run on for ever."""
 
 
 class NoRabbitMQ(Exception):
@@ -37,8 +39,8 @@ class RabbitMQ:
         if program is None or epmd is None:
             raise NoRabbitMQ("rabbitmq-server is needed: apt-get install rabbitmq-server")
         self._port, self._tls_port, distribution, names = free_ports(4)
-        self._log, self._command = folder / "output", [program]
-        self._epmd_command = [epmd, "-port", str(names), "-address", "127.0.0.1"]
+        self._log, self._command = folder / "output", [*_ENDS_WITH_US, program]
+        self._epmd_command = [*_ENDS_WITH_US, epmd, "-port", str(names), "-address", "127.0.0.1"]
         self._epmd: subprocess.Popen[bytes] | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self.url = f"rabbit://guest:guest@127.0.0.1:{self._port}//"

@@ -1,28 +1,29 @@
 """Run the functional tests of the oslo.messaging that is installed, unchanged, and count.
 
-    python -m integration.rpc.upstream [--url URL] [--executor threading|eventlet]
+    python -m integration.rpc.upstream [--url URL|rabbitmq|consul] [--executor threading|eventlet]
 
-Without a URL a RabbitMQ of its own is started, by which the count of all tests is known.  Left out
-is MetricsTestCase, which takes port 3000 of the machine.  Two tests, which upstream reserves to
-`rabbit://`, run for every URL.  Exits 1 when a test failed, or when none passed.
+`rabbitmq`, the default, and `consul` start what they need; RabbitMQ passes all 30 tests.  A URL has
+to say all by itself, as upstream's tests read no configuration file.  Left out is MetricsTestCase,
+which takes port 3000 of the machine.  Two tests, which upstream reserves to `rabbit://`, run for
+every URL.  Exits 1 when a test failed, or when none passed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib
 import os
 import sys
-import tempfile
 import unittest
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from integration.rpc.rabbitmq import NoRabbitMQ, RabbitMQ
+from consul_matchmaker.errors import MatchmakerError
+from integration.rpc.certificates import NoOpenssl
+from integration.rpc.rabbitmq import NoRabbitMQ
+from integration.rpc.transports import named
 
 MODULES = ("functional.test_functional", "functional.notify.test_logger")
 LEFT_OUT = ("MetricsTestCase",)
@@ -147,28 +148,30 @@ def release() -> str:
     return f"oslo.messaging {version('oslo.messaging')}"
 
 
-@contextlib.contextmanager
-def own_rabbitmq() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder, RabbitMQ(Path(folder)) as node:
-        yield node.url
+def run_patched() -> None:
+    """Start this program again under eventlet, unless it is."""
+    from eventlet.patcher import is_monkey_patched
+
+    if not is_monkey_patched("socket"):
+        flags = [f"-W{each}" for each in sys.warnoptions]
+        modules = ["-m", "integration.rpc.patched", "integration.rpc.upstream"]
+        os.execv(sys.executable, [sys.executable, *flags, *modules, *sys.argv[1:]])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m integration.rpc.upstream", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--url", help="the transport; without it a RabbitMQ of its own")
+    parser.add_argument("--url", default="rabbitmq", help="rabbitmq, consul, or a transport's URL")
     parser.add_argument("--executor", choices=("threading", "eventlet"), default="threading")
     parser.add_argument("--only", default="", metavar="WORD", help="tests that have it in the name")
     options = parser.parse_args()
     if options.executor == "eventlet":
-        import eventlet
-
-        eventlet.monkey_patch()
+        run_patched()
     try:
-        with contextlib.nullcontext(options.url) if options.url else own_rabbitmq() as url:
-            return run(url, options.executor, options.only)
-    except NoRabbitMQ as error:
+        with named(options.url) as transports:
+            return run(transports[False].url, options.executor, options.only)
+    except (NoRabbitMQ, NoOpenssl, MatchmakerError) as error:
         print(error)
         return 2
 
