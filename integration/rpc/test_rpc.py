@@ -117,6 +117,20 @@ def test_a_server_of_two_that_share_a_port_goes_on_when_the_other_stops(
         caller.prepare(server="one", timeout=1).call({}, "who")
 
 
+def test_two_servers_of_one_name_both_serve(
+    serve: Serve, client: Make, transport: Make, topic: str
+) -> None:
+    """In one process, with everything the same: when one stops, the other one is still found."""
+    shared = transport()
+    first, second = (serve(topic, "same", over=shared) for _ in range(2))
+    caller = client(topic)
+    assert caller.call({}, "who") == "same"
+    first.stop()
+    for _ in range(3):
+        caller.prepare(server="same").call({}, "note", what="second")
+    assert second.endpoint.got[-3:] == ["second"] * 3
+
+
 def test_two_exchanges_have_each_their_own_topic(serve: Serve, client: Make, topic: str) -> None:
     """A topic of one name in another exchange is another topic, also in one process."""
     for exchange in ("one", "two"):

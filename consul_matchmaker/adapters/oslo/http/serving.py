@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
 import threading
@@ -29,6 +30,8 @@ class _Shared:
         self.listeners = Listeners()
         self.server = HttpServer(options, secret, address, self.listeners.take)
         self.users = 0
+        self.registered: collections.Counter[tuple[int, Registration]] = collections.Counter()
+        """How many listeners each registration is for, by the id of its matchmaker."""
 
 
 _shared: dict[tuple[Options, str], _Shared] = {}
@@ -86,6 +89,8 @@ class Serving:
         made = [self._register(place, listener.pool) for place in listener.places]
         with self._lock:
             self._registrations += made
+        with _lock():
+            self._process.registered.update((id(self._matchmaker), each) for each in made)
         try:
             for registration in made:
                 left = max(0.0, deadline - time.monotonic())
@@ -96,7 +101,8 @@ class Serving:
     def withdraw(self, listener: HttpListener) -> None:
         """Take the registrations back, and bring requests for ``drain_seconds`` more."""
         with self._lock:
-            ended, self._registrations = self._registrations, []
+            mine, self._registrations = self._registrations, []
+        ended = [each for each in mine if self._is_last(each)]
         deadline = time.monotonic() + self._options.drain_seconds
         for registration in ended:
             registration.unregister()
@@ -124,6 +130,16 @@ class Serving:
                 return
             del _shared[self._key]
         self._process.server.stop()
+
+    def _is_last(self, registration: Registration) -> bool:
+        """Whether no other listener of this process needs it any more."""
+        counts, key = self._process.registered, (id(self._matchmaker), registration)
+        with _lock():
+            counts[key] -= 1
+            if counts[key] > 0:
+                return False
+            del counts[key]
+            return True
 
     def _register(self, place: Place, pool: str | None) -> Registration:
         server = place.server if pool is None else f"{POOL}{pool}"
