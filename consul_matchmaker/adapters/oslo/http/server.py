@@ -119,6 +119,7 @@ class HttpServer:
         self._is_ready.set()
         await stopping.wait()
         server.close()
+        connections.pre_shutdown()  # closes those that wait for a request, as kept ones do
         await connections.shutdown(CLOSING_SECONDS)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
