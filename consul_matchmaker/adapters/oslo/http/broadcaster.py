@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from concurrent import futures
 from typing import Any
 
@@ -58,8 +57,7 @@ class Broadcaster:
 
     def _multiply(self, incoming: Incoming) -> None:
         try:
-            request = _request_of(incoming.message)
-            self._driver.multiply(request, time.monotonic() + self._driver.delivery_seconds)
+            self._driver.multiply(_request_of(incoming.message))
         except Exception:
             logger.exception("a fanout was not sent")
         finally:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from concurrent import futures
 
 from ....backoff import Backoff
-from ....errors import MatchmakerError, NoLiveHosts
-from ....matchmaker import Matchmaker
-from ....model import Host, Snapshot
+from ....errors import MatchmakerError
+from ....model import Host
 from ...extras import extra
 from .client import Answer, Client, Lost, NotTaken
 from .names import Place
+from .zones import Among, Found, Zones
 
 with extra("oslo-http"):
     import oslo_messaging
@@ -39,17 +39,17 @@ class NoAnswer(Exception):
 
 
 class Delivery:
-    """Sends messages to servers found by *matchmaker*.  Thread-safe."""
+    """Sends messages to servers that *zones* finds.  Thread-safe."""
 
     def __init__(
         self,
-        matchmaker: Matchmaker,
+        zones: Zones,
         client: Client,
         *,
         fanout_connections: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._matchmaker, self._client, self._clock = matchmaker, client, clock
+        self._zones, self._client, self._clock = zones, client, clock
         self._backoff = Backoff(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS)
         self._closing = threading.Event()
         self._fanout_connections = fanout_connections
@@ -65,7 +65,7 @@ class Delivery:
         retry: int | None = None,
         is_mandatory: bool = False,
         monitor: float | None = None,
-        among: Callable[[Snapshot], Snapshot] | None = None,
+        among: Among | None = None,
     ) -> Answer:
         """The answer of the first server of *place* that took *body*.
 
@@ -78,10 +78,9 @@ class Delivery:
         rounds = 0
         tried: dict[Host, str] = {}
         while True:
-            snapshot = self._hosts(place, deadline, tried, among)
-            host = self._next(snapshot, place, tried)
-            if host is not None:
-                answer = self._try(host, place, body, deadline, monitor, tried)
+            found = self._zones.next_host(place, deadline, tried, among)
+            if found is not None:
+                answer = self._try(found, body, deadline, monitor, tried)
                 if answer is not None:
                     return answer
                 continue
@@ -97,7 +96,7 @@ class Delivery:
             rounds += 1
             tried = {}
 
-    def fan_out(self, place: Place, body: bytes, hosts: Iterable[Host]) -> dict[Host, str]:
+    def fan_out(self, body: bytes, hosts: Iterable[Found]) -> dict[Host, str]:
         """Send *body* to every one of *hosts*, several at a time; return why some have not got it.
 
         Each has `FANOUT_SECONDS`; nobody waits for another one's, but for as many connections.
@@ -110,14 +109,13 @@ class Delivery:
             pool = self._pool
         failed: dict[Host, str] = {}
 
-        def send(host: Host) -> None:
+        def send(found: Found) -> None:
             try:
-                deadline = self._clock() + FANOUT_SECONDS
-                self._try(host, place, body, deadline, None, failed)
-            except (Lost, NoAnswer) as error:
-                failed[host] = str(error)
+                self._try(found, body, self._clock() + FANOUT_SECONDS, None, failed)
+            except (Lost, NoAnswer, oslo_messaging.MessageDeliveryFailure) as error:
+                failed[found.host] = str(error)
 
-        futures.wait([pool.submit(send, host) for host in hosts])
+        futures.wait([pool.submit(send, found) for found in hosts])
         return failed
 
     def may_try_again(self, deadline: float) -> bool:
@@ -133,50 +131,19 @@ class Delivery:
         if pool is not None:
             pool.shutdown(wait=False)
 
-    # -- one server after the other ----------------------------------------------------------
-
-    def _hosts(
-        self,
-        place: Place,
-        deadline: float,
-        tried: dict[Host, str],
-        among: Callable[[Snapshot], Snapshot] | None,
-    ) -> Snapshot | None:
-        """Those of *place* that were not tried; None when Consul cannot be asked."""
-        try:
-            left = max(0.001, deadline - self._clock())
-            snapshot = self._matchmaker.hosts(place.service, place.server, timeout_seconds=left)
-        except MatchmakerError as error:
-            logger.debug("%s: %s", place, error)
-            return None
-        if among is not None:
-            snapshot = among(snapshot)
-        if tried:
-            rest = [one for one in snapshot.instances if one.host not in tried]
-            snapshot = snapshot.with_instances(rest)
-        return snapshot
-
-    def _next(self, snapshot: Snapshot | None, place: Place, tried: dict[Host, str]) -> Host | None:
-        if snapshot is None:
-            return None
-        try:
-            return self._matchmaker.picked(snapshot, place.server)
-        except NoLiveHosts:
-            return None
-
     def _try(
         self,
-        host: Host,
-        place: Place,
+        found: Found,
         body: bytes,
         deadline: float,
         monitor: float | None,
         tried: dict[Host, str],
     ) -> Answer | None:
-        """The answer of *host* if it took *body*, or may never be given it; else None, and why is
+        """The answer of *found* if it took *body*, or may never be given it; else None, and why is
         noted in *tried*."""
+        host, place = found.host, found.place
         try:
-            with self._matchmaker.judging(place.service, host):
+            with found.judging():
                 answer = self._client.post(host, body, deadline, monitor=monitor)
         except NotTaken as error:
             tried[host] = str(error)
@@ -202,9 +169,7 @@ class Delivery:
             return not self._closing.wait(min(left, self._backoff.seconds(rounds + 1)))
         seconds = min(left, LONGEST_PAUSE_SECONDS)
         try:
-            self._matchmaker.wait_for_hosts(
-                place.service, timeout_seconds=seconds, server=place.server
-            )
+            self._zones.wait(place, seconds)
         except MatchmakerError:
             self._closing.wait(min(FIRST_PAUSE_SECONDS, max(0.0, deadline - self._clock())))
         return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import time
 import uuid
@@ -12,18 +11,19 @@ from typing import Any
 from ....errors import MatchmakerError
 from ....fork import call_after_fork
 from ....matchmaker import Matchmaker
-from ....model import Snapshot
 from ....registrations.wanted import own_address
 from ...extras import extra
 from .client import Client, Lost
 from .delivery import Delivery, NoAnswer, ReplyLost
+from .fanout import Fanout
 from .listeners import HttpListener, Incoming, IncomingNotification
 from .messages import Malformed, Request, body_of, read_reply
-from .names import BROADCASTER, Place, pool_of
+from .names import Place
 from .options import read_options
 from .secret import Secret
 from .serving import Serving
 from .shared import released, shared
+from .zones import Zones, settings_by_zone
 
 with extra("oslo-http"):
     import oslo_messaging
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_POOL_SIZE = 64
 """Of upstream's executor_thread_pool_size."""
-BROADCASTER_SECONDS = 2.0
-"""A broadcaster takes a message at once, or the sender does its work."""
 
 
 class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no types
@@ -56,7 +54,8 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         register_upstream_options(conf)
         self._settings, self._options = read_options(conf, url)
         self._secret = Secret(self._options.rpc_token, self._options.rpc_token_file)
-        self._matchmaker = shared(self._settings)
+        self._matchmakers = [shared(one) for one in settings_by_zone(self._settings)]
+        self._zones = Zones(self._matchmakers)
         self._is_closed = False
         self.after_fork()
         call_after_fork(self)
@@ -64,22 +63,15 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
     def after_fork(self) -> None:
         """In a forked child: connections of its own."""
         self._client = Client(self._options, self._secret)
-        self._delivery = Delivery(
-            self._matchmaker,
-            self._client,
-            fanout_connections=self._options.fanout_connections,
-        )
-
-    @property
-    def delivery_seconds(self) -> float:
-        """How long a cast, a fanout or a notification may take to be delivered."""
-        return self._options.delivery_timeout
+        at_a_time = self._options.fanout_connections
+        self._delivery = Delivery(self._zones, self._client, fanout_connections=at_a_time)
+        self._fanout = Fanout(self._delivery, self._zones, self._options.broadcaster_threshold)
 
     @property
     def matchmaker(self) -> Matchmaker:
-        """What finds the servers; shared by the transports of a process that have the same
-        settings."""
-        return self._matchmaker
+        """What finds the servers, in the nearest datacenter; shared by the transports of a process
+        that have the same settings."""
+        return self._matchmakers[0]
 
     def require_features(self, requeue: bool = False) -> None:
         """Every one is there."""
@@ -108,7 +100,10 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         deadline = time.monotonic() + seconds
         is_mandatory = bool(getattr(transport_options, "at_least_once", False))
         if target.fanout:
-            self._fan_out(target, ctxt, message, deadline, is_mandatory)
+            place = self._place(target, None)
+            request = Request(place.exchange, place.topic, ctxt, message, fanout=True)
+            self._body(request)
+            self._fanout.send(request, deadline, is_mandatory=is_mandatory)
             return None
         place = self._place(target, target.server)
         request = Request(
@@ -163,78 +158,15 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         Nobody keeps it: where nobody listens it is dropped, with a line in the log, unless *retry*
         is 0 or more: then MessageDeliveryFailure is raised after so many more tries.
         """
+        place = self._place(target, None)
+        request = Request(place.exchange, place.topic, ctxt, message)
+        self._body(request)
         deadline = time.monotonic() + self._options.delivery_timeout
-        place = self._place(target, None)
-        asks_for_retries = retry is not None and retry >= 0
-        pools = self._pools(place, deadline)
-        if not pools and not asks_for_retries:
-            logger.warning("nobody listens for notifications of %s: dropped", place)
-            return
-        for pool in pools or [None]:
-            request = Request(place.exchange, place.topic, ctxt, message, pool=pool)
-            try:
-                self._delivery.send(
-                    place,
-                    self._body(request),
-                    deadline,
-                    retry=retry,
-                    among=functools.partial(_of_pool, pool=pool),
-                )
-            except (Lost, NoAnswer) as error:
-                raise oslo_messaging.MessageDeliveryFailure(f"{place}: {error}") from error
+        self._fanout.notify(request, deadline, retry)
 
-    def _fan_out(
-        self,
-        target: Any,
-        ctxt: dict[str, Any],
-        message: dict[str, Any],
-        deadline: float,
-        is_mandatory: bool,
-    ) -> None:
-        place = self._place(target, None)
-        request = Request(place.exchange, place.topic, ctxt, message, fanout=True)
-        found = self._found(place, deadline)
-        if not found.hosts and is_mandatory:
-            raise oslo_messaging.MessageUndeliverable(
-                LookupError(f"nobody listens for {place}"), place.exchange, str(place), message
-            )
-        threshold = self._options.broadcaster_threshold
-        if threshold and len(found) >= threshold and self._is_broadcast(request):
-            return
-        self._send_to_all(request, found)
-
-    def multiply(self, request: Request, deadline: float) -> None:
-        """Send *request* to every host of its topic; says in the log who has not got it."""
-        place = Place(request.exchange, request.topic)
-        self._send_to_all(request, self._found(place, deadline))
-
-    def _send_to_all(self, request: Request, found: Snapshot) -> None:
-        place, body = Place(request.exchange, request.topic), self._body(request)
-        for host, why in self._delivery.fan_out(place, body, found.hosts).items():
-            logger.warning("%s has not got a fanout for %s: %s", host, place, why)
-
-    def _is_broadcast(self, request: Request) -> bool:
-        """Whether a broadcaster has taken the fanout."""
-        for_it = Request(
-            BROADCASTER.exchange,
-            BROADCASTER.topic,
-            {},
-            {
-                "exchange": request.exchange,
-                "topic": request.topic,
-                "ctxt": request.ctxt,
-                "message": request.message,
-            },
-        )
-        deadline = time.monotonic() + BROADCASTER_SECONDS
-        try:
-            self._delivery.send(BROADCASTER, self._body(for_it), deadline, retry=0)
-        except oslo_messaging.MessageDeliveryFailure as error:
-            logger.debug("no broadcaster: %s", error)
-            return False
-        except (Lost, NoAnswer) as error:  # it may be at it: twice would be worse
-            logger.warning("a broadcaster may not have got a fanout: %s", error)
-        return True
+    def multiply(self, request: Request) -> None:
+        """Give the fanout *request* to every host of its topic, within ``delivery_timeout``."""
+        self._fanout.multiply(request, time.monotonic() + self._options.delivery_timeout)
 
     # -- servers -----------------------------------------------------------------------------
 
@@ -268,7 +200,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         pool: str | None = None,
     ) -> HttpListener:
         try:
-            serving = Serving(self._matchmaker, self._options, self._secret, self._address())
+            serving = Serving(self.matchmaker, self._options, self._secret, self._address())
         except (OSError, MatchmakerError) as error:
             raise base.TransportDriverError(f"{places[0]}: {error}") from error
         return HttpListener(
@@ -288,7 +220,8 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         self._is_closed = True
         self._delivery.close()
         self._client.close()
-        released(self._matchmaker)
+        for matchmaker in self._matchmakers:
+            released(matchmaker)
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -322,25 +255,6 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         if failure is None:
             return result
         raise common.deserialize_remote_exception(failure, self._allowed_remote_exmods)
-
-    def _found(self, place: Place, deadline: float) -> Snapshot:
-        """Every host of *place*, for which Consul may be asked until *deadline*; raises
-        MessageDeliveryFailure when it could not be."""
-        while True:
-            try:
-                left = max(0.001, deadline - time.monotonic())
-                return self._matchmaker.hosts(place.service, timeout_seconds=left)
-            except MatchmakerError as error:
-                if not self._delivery.may_try_again(deadline):
-                    raise oslo_messaging.MessageDeliveryFailure(f"{place}: {error}") from error
-
-    def _pools(self, place: Place, deadline: float) -> list[str | None]:
-        found = self._found(place, deadline)
-        return sorted({pool_of(one.server) for one in found.instances}, key=str)
-
-
-def _of_pool(found: Snapshot, pool: str | None) -> Snapshot:
-    return found.with_instances(one for one in found.instances if pool_of(one.server) == pool)
 
 
 def register_upstream_options(conf: Any) -> None:
