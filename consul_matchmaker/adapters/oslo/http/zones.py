@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ....errors import MatchmakerError, NoLiveHosts
 from ....matchmaker import Matchmaker
@@ -41,7 +41,8 @@ def settings_by_zone(settings: Settings) -> list[Settings]:
     """
     if len(settings.datacenters) < 2 or settings.mode == "kv":
         return [settings]
-    return [replace(settings, datacenters=(zone,), watch=None) for zone in settings.datacenters]
+    anew: dict[str, Any] = {"watch": None}  # off with several datacenters, on with one
+    return [replace(settings, datacenters=(zone,), **anew) for zone in settings.datacenters]
 
 
 class Zones:
@@ -95,8 +96,8 @@ class Zones:
             found += [(Found(one.host, place, matchmaker), one) for one in snapshot.instances]
         if len(failures) == len(self._matchmakers):
             raise failures[0]
-        for error in failures:
-            logger.warning("%s: a datacenter could not be asked: %s", place, error)
+        for failure in failures:
+            logger.warning("%s: a datacenter could not be asked: %s", place, failure)
         return found
 
     def wait(self, place: Place, seconds: float) -> None:
