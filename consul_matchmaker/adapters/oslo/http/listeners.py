@@ -84,7 +84,8 @@ class HttpListener(base.Listener):  # type: ignore[misc]  # upstream has no type
         super().__init__(batch_size, batch_timeout)
         self.places, self.pool = places, pool
         self._serving, self._incoming = serving, incoming
-        self._most = max(most, 2 * batch_size)
+        # A batch has to fit, and the next one is gathered while it is worked at.
+        self._most = most if batch_size == 1 else max(most, 2 * batch_size)
         self._lock = threading.Lock()
         self._taken: set[Incoming] = set()
         self._batches = _Batches(batch_size, batch_timeout) if batch_size > 1 else None
