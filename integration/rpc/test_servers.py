@@ -108,6 +108,40 @@ def test_one_caller_never_meets_itself_in_a_server_that_takes_one_message(
     assert [caller.call({}, "echo", what=n) for n in range(500)] == list(range(500))
 
 
+def test_room_is_made_before_the_reply_is_sent() -> None:
+    """Who hears it may send the next message at once."""
+    from consul_matchmaker.adapters.oslo.http.listeners import HttpListener
+    from consul_matchmaker.adapters.oslo.http.messages import Request
+
+    taken: list[Any] = []
+    listener = HttpListener(Idle(), [], 1, None, most=1)
+    listener.start(taken.extend)
+    request = Request("e", "t", {}, {}, wait=True)
+
+    class Next:
+        """Takes the next message as soon as the reply to the last one is sent."""
+
+        def heartbeat(self) -> None: ...
+
+        def finish(self, body: bytes) -> None:
+            assert listener.take(request, Next())
+
+    assert listener.take(request, Next())
+    assert not listener.take(request, Next())
+    taken[0].reply("reply")
+    assert len(taken) == 2
+
+
+class Idle:
+    """Makes no listener known."""
+
+    def publish(self, listener: Any) -> None: ...
+
+    def withdraw(self, listener: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @pytest.mark.parametrize("size", [2000, 2_000_000])
 def test_a_message_that_is_too_long_is_refused(
     size: int, serve: Serve, client: Make, topic: str

@@ -37,14 +37,16 @@ class Incoming(base.RpcIncomingMessage):  # type: ignore[misc]  # upstream has n
 
     def reply(self, reply: Any = None, failure: Any = None) -> None:
         """The result of a call, or the ``sys.exc_info()`` of its failure; a cast's goes nowhere."""
-        if self._waits:
-            try:
-                body = reply_of(reply) if failure is None else _failure(failure)
-            except Exception as error:  # what JSON cannot say
-                logger.exception("the reply to message %s cannot be sent", self.msg_id)
-                body = _failure((type(error), error, error.__traceback__))
-            self._exchange.finish(body)
-        self._listener.done(self)
+        if not self._waits:
+            self._listener.done(self)
+            return
+        try:
+            body = reply_of(reply) if failure is None else _failure(failure)
+        except Exception as error:  # what JSON cannot say
+            logger.exception("the reply to message %s cannot be sent", self.msg_id)
+            body = _failure((type(error), error, error.__traceback__))
+        self._listener.done(self)  # first: who hears the reply may send the next message at once
+        self._exchange.finish(body)
 
     def heartbeat(self) -> None:
         self._exchange.heartbeat()
