@@ -103,8 +103,8 @@ class Served:
 
     def stop(self) -> None:
         """As a service does: no more messages, and then the end of those that it has."""
-        self.server.stop()
         self.endpoint.let_go.set()
+        self.server.stop()
         self.server.wait()
 
 

@@ -37,14 +37,16 @@ class Incoming(base.RpcIncomingMessage):  # type: ignore[misc]  # upstream has n
 
     def reply(self, reply: Any = None, failure: Any = None) -> None:
         """The result of a call, or the ``sys.exc_info()`` of its failure; a cast's goes nowhere."""
-        if self._waits:
-            try:
-                body = reply_of(reply) if failure is None else _failure(failure)
-            except Exception as error:  # what JSON cannot say
-                logger.exception("the reply to message %s cannot be sent", self.msg_id)
-                body = _failure((type(error), error, error.__traceback__))
-            self._exchange.finish(body)
-        self._listener.done(self)
+        if not self._waits:
+            self._listener.done(self)
+            return
+        try:
+            body = reply_of(reply) if failure is None else _failure(failure)
+        except Exception as error:  # what JSON cannot say
+            logger.exception("the reply to message %s cannot be sent", self.msg_id)
+            body = _failure((type(error), error, error.__traceback__))
+        self._listener.done(self)  # first: who hears the reply may send the next message at once
+        self._exchange.finish(body)
 
     def heartbeat(self) -> None:
         self._exchange.heartbeat()
@@ -84,7 +86,8 @@ class HttpListener(base.Listener):  # type: ignore[misc]  # upstream has no type
         super().__init__(batch_size, batch_timeout)
         self.places, self.pool = places, pool
         self._serving, self._incoming = serving, incoming
-        self._most = max(most, 2 * batch_size)
+        # A batch has to fit, and the next one is gathered while it is worked at.
+        self._most = most if batch_size == 1 else max(most, 2 * batch_size)
         self._lock = threading.Lock()
         self._taken: set[Incoming] = set()
         self._batches = _Batches(batch_size, batch_timeout) if batch_size > 1 else None
@@ -159,16 +162,19 @@ class _Queue(base.PollStyleListener):  # type: ignore[misc]  # upstream has no t
     def __init__(self) -> None:
         super().__init__()
         self.messages: queue.Queue[Incoming | None] = queue.Queue()
+        self._is_stopped = False
 
     @base.batch_poll_helper  # type: ignore[untyped-decorator]
     def poll(self, timeout: float | None = None) -> Incoming | None:
+        """The next message; None after *timeout*, and once it is stopped where there is none."""
         try:
-            return self.messages.get(timeout=timeout)
+            return self.messages.get(block=not self._is_stopped, timeout=timeout)
         except queue.Empty:
             return None
 
     def stop(self) -> None:
-        self.messages.put(None)
+        self._is_stopped = True
+        self.messages.put(None)  # wakes who waits for one
 
 
 class Listeners:
