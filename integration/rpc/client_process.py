@@ -17,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
-from integration.rpc.service_process import configured
+from integration.rpc.service_process import configured, end_with_parent
 from integration.rpc.transports import Transport
 
 TEXT = "x" * 250
@@ -191,6 +191,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s client %(process)d %(name)s %(message)s"
     )
+    end_with_parent()  # a call to a broker that is gone would keep us
     program = Program(options.url, options.config_file)
     for line in sys.stdin:
         words = json.loads(line)

@@ -22,6 +22,7 @@ from integration.rpc.transports import Transport
 
 READY_SECONDS = 120.0  # 200 servers on a busy machine
 STOP_SECONDS = 60.0
+SECONDS_BETWEEN_LOOKS = 1.0  # whether our parent still lives
 
 
 class ServiceProcess:
@@ -136,11 +137,23 @@ def configured(config_files: list[str]) -> Any:
     return cfg.CONF
 
 
+def end_with_parent() -> None:
+    """Have this process end soon after the one that started it, which may be killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def serve(options: argparse.Namespace) -> None:
     """Until SIGTERM: then stop every server, wait for what they still do, and end."""
     import oslo_messaging
 
-    ended, parent = threading.Event(), os.getppid()
+    ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     transport = oslo_messaging.get_rpc_transport(configured(options.config_file), url=options.url)
     record = None
@@ -160,8 +173,7 @@ def serve(options: argparse.Namespace) -> None:
         server.start()
     print("ready", flush=True)
     while not ended.wait(0.5):  # under eventlet a wait without end hears no signal
-        if os.getppid() != parent:  # it was killed, and cannot end us
-            os._exit(1)
+        pass
     for server in servers:
         server.stop()
     for server in servers:
@@ -188,6 +200,7 @@ def main() -> None:
         level=logging.WARNING,
         format=f"%(asctime)s {options.name} %(process)d %(name)s %(message)s",
     )
+    end_with_parent()
     serve(options)
 
 

@@ -94,7 +94,7 @@ def tests(only: str) -> unittest.TestSuite:
     loader = unittest.TestLoader()
     found = loader.loadTestsFromNames([f"oslo_messaging.tests.{name}" for name in MODULES])
     if loader.errors:
-        raise SystemExit("\n".join(loader.errors))
+        raise SystemExit("\n".join(map(str, loader.errors)))
     return unittest.TestSuite(
         test
         for test in each_test(found)
