@@ -24,11 +24,12 @@ class Certificates:
 
 
 def make(folder: Path) -> Certificates:
-    """For 127.0.0.1, localhost and this machine's name.  Raises NoOpenssl."""
+    """For 127.0.0.1, localhost, and this machine's name and address.  Raises NoOpenssl."""
     if shutil.which("openssl") is None:
         raise NoOpenssl("openssl is needed to make certificates: apt-get install openssl")
     folder.mkdir(parents=True, exist_ok=True)
-    names = f"IP:127.0.0.1,DNS:localhost,DNS:{socket.gethostname()}"
+    own = f"DNS:{socket.gethostname()},IP:{_own_address()}"
+    names = f"IP:127.0.0.1,DNS:localhost,{own}"
     (folder / "names").write_text(
         f"subjectAltName={names}\nextendedKeyUsage=serverAuth,clientAuth\n"
     )
@@ -45,6 +46,16 @@ def make(folder: Path) -> Certificates:
         *("-CAcreateserial", "-days", str(DAYS), "-extfile", "names", "-out", "cert.pem"),
     )
     return Certificates(folder / "ca.pem", folder / "cert.pem", folder / "key.pem")
+
+
+def _own_address() -> str:
+    """The one that connections to elsewhere leave from, by which servers may be found."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        try:
+            asking.connect(("192.0.2.1", 9))  # of the documentation's network; sends nothing
+        except OSError:  # this machine has no way out
+            return "127.0.0.1"
+        return str(asking.getsockname()[0])
 
 
 def _openssl(folder: Path, *words: str) -> None:
