@@ -85,10 +85,20 @@ class Wire(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer) -> int:
         self.sock.settimeout(seconds_left(self.deadline))
         size: int = self.sock.recv_into(buffer)
+        self._count(size)
+        return size
+
+    def _count(self, size: int) -> None:
         self.received_bytes += size
         if self.received_bytes > self._most_bytes:
             raise AnswerTooLarge(f"the answer exceeds {self._most_bytes} bytes; not read")
-        return size
+
+    def receive(self, most: int) -> bytes:
+        """What comes next, at most *most* bytes; nothing at the end."""
+        self.sock.settimeout(seconds_left(self.deadline))
+        piece: bytes = self.sock.recv(most)
+        self._count(len(piece))
+        return piece
 
     def close(self) -> None:
         """Leave the socket open: ``http.client`` closes whatever it has read to its end."""

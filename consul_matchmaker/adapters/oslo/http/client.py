@@ -8,15 +8,19 @@ import ssl
 import threading
 import time
 from collections import deque
-from http.client import HTTPConnection, HTTPException, HTTPResponse
-from typing import Any, NamedTuple
+from http.client import HTTPException
+from typing import NamedTuple
 
 from ....backends.host_names import HostNames
 from ....backends.http.connection import Wire
 from ....model import Host
-from .messages import HEARTBEAT, PATH
+from ...extras import extra
+from .messages import PATH
 from .options import Options
 from .secret import Secret
+
+with extra("oslo-http"):
+    import httptools
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +30,8 @@ meets a connection that is being closed."""
 MOST_IDLE = 64
 """Connections to one host that are kept: as many as callers at a time, in an executor of 64."""
 MOST_REPLY_BYTES = 128 * 1024 * 1024
-LONGEST_WAIT_SECONDS = 10 * 365 * 86400.0
+PIECE_BYTES = 65536
+"""Read at a time."""
 
 
 class NotTaken(Exception):
@@ -62,18 +67,15 @@ class Client:
 
         Raises NotTaken and Lost.
         """
-        headers = {"Content-Type": "application/json", **self._secret.header()}
+        said = self._head(host, len(body)) + body
         while True:
             wire = self._kept(host)
             is_kept = wire is not None
             if wire is None:
                 wire = self._connect(host, deadline)
-            connection = _Connection(host.address, host.port)
-            connection.sock = wire
             wire.begin(deadline)
             try:
-                connection.request("POST", PATH, body, headers)
-                connection.flush()
+                wire.sendall(said)
             except OSError as error:
                 wire.sock.close()
                 if is_kept and not isinstance(error, TimeoutError):
@@ -82,7 +84,7 @@ class Client:
             except BaseException:
                 wire.sock.close()
                 raise
-            return self._read(host, wire, connection, monitor)
+            return self._read(host, wire, monitor)
 
     def close(self) -> None:
         """Close every connection that is not in use."""
@@ -95,38 +97,34 @@ class Client:
 
     # -- one exchange ------------------------------------------------------------------------
 
-    def _read(
-        self, host: Host, wire: Wire, connection: _Connection, monitor: float | None
-    ) -> Answer | None:
-        is_kept = False
+    def _head(self, host: Host, size: int) -> bytes:
+        lines = [
+            f"POST {PATH} HTTP/1.1",
+            f"Host: {host}",
+            "Content-Type: application/json",
+            f"Content-Length: {size}",
+            *(f"{name}: {value}" for name, value in self._secret.header().items()),
+        ]
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+    def _read(self, host: Host, wire: Wire, monitor: float | None) -> Answer | None:
+        deadline, reply, is_kept = wire.deadline, _Reply(), False
         try:
-            answer, body = self._answer_of(connection, wire, monitor)
-            is_kept = not answer.will_close
-            return Answer(answer.status, body)
+            while not reply.is_complete:
+                if monitor is not None:
+                    wire.deadline = min(deadline, time.monotonic() + monitor)
+                reply.feed(wire.receive(PIECE_BYTES))
+            is_kept = reply.may_be_kept
+            return Answer(reply.status, b"".join(reply.body))
         except TimeoutError:
             return None
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, httptools.HttpParserError) as error:
             raise Lost(f"{type(error).__name__}: {error}") from error
         finally:
             if is_kept:
                 self._keep(host, wire)
             else:
                 wire.sock.close()
-
-    def _answer_of(
-        self, connection: _Connection, wire: Wire, monitor: float | None
-    ) -> tuple[HTTPResponse, bytes]:
-        deadline = wire.deadline
-        if monitor is None:
-            answer = connection.getresponse()
-            return answer, answer.read()
-        wire.deadline = min(deadline, time.monotonic() + monitor)
-        answer = connection.getresponse()
-        if answer.status != 200:
-            return answer, answer.read()
-        while (line := answer.readline()) == HEARTBEAT:
-            wire.deadline = min(deadline, time.monotonic() + monitor)
-        return answer, line + answer.read()
 
     # -- connections -------------------------------------------------------------------------
 
@@ -202,19 +200,38 @@ class Client:
         return context
 
 
-class _Connection(HTTPConnection):
-    """Writes a request at once, head and body, when it is told to: until then nothing was sent."""
+class _Reply:
+    """An answer as it comes in; a parser in C tells of its parts."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._unsent: list[Any] = []
+    def __init__(self) -> None:
+        self.body: list[bytes] = []
+        self.is_complete = False
+        self.status = 0
+        self._messages = 0
+        self._parser = httptools.HttpResponseParser(self)
 
-    def send(self, data: Any) -> None:
-        self._unsent.append(data)
+    def feed(self, piece: bytes) -> None:
+        """Take what was read; raises ConnectionResetError where that was the end."""
+        if not piece:
+            raise ConnectionResetError("the connection was closed before the answer was complete")
+        self._parser.feed_data(piece)
 
-    def flush(self) -> None:
-        assert self.sock is not None
-        self.sock.sendall(b"".join(self._unsent))
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether the connection serves for another request: nothing else has come over it."""
+        return self._messages == 1 and bool(self._parser.should_keep_alive())
+
+    def on_message_begin(self) -> None:
+        self._messages += 1
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+
+    def on_body(self, piece: bytes) -> None:
+        self.body.append(piece)
+
+    def on_message_complete(self) -> None:
+        self.is_complete = True
 
 
 def _has_news(wire: Wire) -> bool:
