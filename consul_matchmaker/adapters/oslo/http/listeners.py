@@ -159,16 +159,19 @@ class _Queue(base.PollStyleListener):  # type: ignore[misc]  # upstream has no t
     def __init__(self) -> None:
         super().__init__()
         self.messages: queue.Queue[Incoming | None] = queue.Queue()
+        self._is_stopped = False
 
     @base.batch_poll_helper  # type: ignore[untyped-decorator]
     def poll(self, timeout: float | None = None) -> Incoming | None:
+        """Once it is stopped: what is left, and then None without waiting."""
         try:
-            return self.messages.get(timeout=timeout)
+            return self.messages.get(not self._is_stopped, timeout)
         except queue.Empty:
             return None
 
     def stop(self) -> None:
-        self.messages.put(None)
+        self._is_stopped = True
+        self.messages.put(None)  # wakes who waits
 
 
 class Listeners:

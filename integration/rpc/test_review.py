@@ -1,0 +1,44 @@
+"""What reviews of the driver found, each as users meet it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import oslo_messaging
+
+SECONDS = 10.0
+"""What takes milliseconds has so long on a busy machine."""
+
+
+class Batches:
+    """Remembers the payloads of notifications."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def info(self, batch: list[dict[str, Any]]) -> None:
+        self.heard += [each["payload"] for each in batch]
+
+
+def test_a_batch_listener_without_a_timeout_stops_and_gives_what_it_has(
+    transport: Callable[..., Any], topic: str
+) -> None:
+    """It waits for a full batch as long as that takes, but not when it is stopped."""
+    through, endpoint = transport(notifies=True), Batches()
+    listener = oslo_messaging.get_batch_notification_listener(
+        through,
+        [oslo_messaging.Target(topic=topic)],
+        [endpoint],
+        executor="threading",
+        batch_size=5,
+    )
+    listener.start()
+    notifier = oslo_messaging.Notifier(through, "here", driver="messaging", topics=[topic])
+    notifier.info({}, "event", 1)
+    ending = threading.Thread(target=lambda: (listener.stop(), listener.wait()), daemon=True)
+    ending.start()
+    ending.join(SECONDS)
+    assert not ending.is_alive()
+    assert endpoint.heard == [1]
