@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import oslo_messaging
+import pytest
+
+from consul_matchmaker.adapters.oslo.http.names import Place
+from consul_matchmaker.model import Snapshot
+from integration.rpc.endpoints import Listener
 
 SECONDS = 10.0
 """What takes milliseconds has so long on a busy machine."""
@@ -42,3 +48,22 @@ def test_a_batch_listener_without_a_timeout_stops_and_gives_what_it_has(
     ending.join(SECONDS)
     assert not ending.is_alive()
     assert endpoint.heard == [1]
+
+
+def test_a_pool_that_has_left_is_waited_for_without_a_busy_loop(
+    transport: Callable[..., Any], listen: Callable[..., Any], topic: str
+) -> None:
+    """Of a topic that another pool listens for, Consul's answer is looked at a few times a second."""
+    listen(topic, Listener("a"), pool="a")
+    through = transport(notifies=True)
+    looks = []
+
+    def among(found: Snapshot) -> Snapshot:
+        looks.append(found)
+        return found.with_instances(())
+
+    with pytest.raises(oslo_messaging.MessageDeliveryFailure):
+        through._driver._delivery.send(
+            Place("openstack", f"{topic}.info"), b"{}", time.monotonic() + 2, among=among
+        )
+    assert len(looks) < 100
