@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from consul_matchmaker.adapters.oslo.http.names import Place
 from consul_matchmaker.model import Snapshot
+from integration.rpc.conftest import wait_for_hosts
 from integration.rpc.endpoints import Listener
 
 SECONDS = 10.0
@@ -67,3 +69,19 @@ def test_a_pool_that_has_left_is_waited_for_without_a_busy_loop(
             Place("openstack", f"{topic}.info"), b"{}", time.monotonic() + 2, among=among
         )
     assert len(looks) < 100
+
+
+def test_a_server_with_too_many_connections_leaves_calls_to_others(
+    serve: Callable[..., Any],
+    client: Callable[..., Any],
+    topic: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It says that it has not taken them; nothing stands in its log, where strangers could fill it."""
+    full = serve(topic, "full", max_connections=1).server.listener._serving.host
+    serve(topic, "other")
+    caller = client(topic)
+    wait_for_hosts(caller, 2)
+    with socket.create_connection((full.address, full.port)):
+        assert {caller.call({}, "who") for _ in range(6)} == {"other"}
+    assert not [each for each in caplog.records if each.levelname == "ERROR"]
