@@ -55,7 +55,7 @@ def test_a_batch_listener_without_a_timeout_stops_and_gives_what_it_has(
 def test_a_pool_that_has_left_is_waited_for_without_a_busy_loop(
     transport: Callable[..., Any], listen: Callable[..., Any], topic: str
 ) -> None:
-    """Of a topic that another pool listens for, Consul's answer is looked at a few times a second."""
+    """Where another pool listens, Consul's answer is looked at a few times a second."""
     listen(topic, Listener("a"), pool="a")
     through = transport(notifies=True)
     looks = []
@@ -77,7 +77,7 @@ def test_a_server_with_too_many_connections_leaves_calls_to_others(
     topic: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It says that it has not taken them; nothing stands in its log, where strangers could fill it."""
+    """It says that it has not taken them, and writes no errors, by which strangers fill a log."""
     full = serve(topic, "full", max_connections=1).server.listener._serving.host
     serve(topic, "other")
     caller = client(topic)
@@ -85,3 +85,26 @@ def test_a_server_with_too_many_connections_leaves_calls_to_others(
     with socket.create_connection((full.address, full.port)):
         assert {caller.call({}, "who") for _ in range(6)} == {"other"}
     assert not [each for each in caplog.records if each.levelname == "ERROR"]
+
+
+def test_listeners_without_a_pool_are_found_on_any_node(
+    transport: Callable[..., Any], listen: Callable[..., Any], cluster: Any, topic: str
+) -> None:
+    """Also on one whose name in Consul looks as the name of a pool does."""
+    agent, endpoint = cluster.add_agent("pool-1"), Listener("a")
+    try:
+        through = transport(
+            f"consul+http://{agent.http}/?host=127.0.0.1&drain_seconds=0", notifies=True
+        )
+        listener = oslo_messaging.get_notification_listener(
+            through, [oslo_messaging.Target(topic=topic)], [endpoint], executor="threading"
+        )
+        listener.start()
+        oslo_messaging.Notifier(through, "here", driver="messaging", topics=[topic], retry=0).info(
+            {}, "event", 1
+        )
+        listener.stop()
+        listener.wait()
+    finally:
+        cluster.stop("pool-1")
+    assert endpoint.got == [1]
