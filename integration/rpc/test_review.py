@@ -6,12 +6,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import oslo_messaging
 import pytest
 
 from consul_matchmaker.adapters.oslo.http.names import Place
+from consul_matchmaker.adapters.oslo.http.secret import Secret
 from consul_matchmaker.model import Snapshot
 from integration.rpc.conftest import wait_for_hosts
 from integration.rpc.endpoints import Listener
@@ -108,3 +110,17 @@ def test_listeners_without_a_pool_are_found_on_any_node(
     finally:
         cluster.stop("pool-1")
     assert endpoint.got == [1]
+
+
+def test_a_token_file_that_is_gone_is_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Requests, which anybody may send, do not fill the log; the secret stays the one it held."""
+    file = tmp_path / "token"
+    file.write_text("abc\n")
+    secret = Secret(None, str(file))
+    file.unlink()
+    for _ in range(3):
+        assert not secret.accepts("Bearer wrong")
+    assert secret.accepts("Bearer abc")
+    assert len(caplog.records) == 1
