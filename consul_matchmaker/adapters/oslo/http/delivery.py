@@ -91,7 +91,7 @@ class Delivery:
                 )
             is_hopeless = tried and set(tried.values()) == {UNKNOWN}
             is_enough = retry is not None and 0 <= retry <= rounds
-            if is_hopeless or is_enough or not self._pause(place, tried, rounds, deadline):
+            if is_hopeless or is_enough or not self._pause(place, tried, rounds, deadline, among):
                 raise oslo_messaging.MessageDeliveryFailure(_why(place, tried))
             rounds += 1
             tried = {}
@@ -160,7 +160,14 @@ class Delivery:
             )
         return answer
 
-    def _pause(self, place: Place, tried: dict[Host, str], rounds: int, deadline: float) -> bool:
+    def _pause(
+        self,
+        place: Place,
+        tried: dict[Host, str],
+        rounds: int,
+        deadline: float,
+        among: Among | None,
+    ) -> bool:
         """Wait for another try; False when it is too late for one."""
         left = deadline - self._clock()
         if left <= 0 or self._closing.is_set():
@@ -169,9 +176,10 @@ class Delivery:
             return not self._closing.wait(min(left, self._backoff.seconds(rounds + 1)))
         seconds = min(left, LONGEST_PAUSE_SECONDS)
         try:
-            self._zones.wait(place, seconds)
+            self._zones.wait(place, seconds, among)
         except MatchmakerError:
-            self._closing.wait(min(FIRST_PAUSE_SECONDS, max(0.0, deadline - self._clock())))
+            left = max(0.0, deadline - self._clock())
+            self._closing.wait(min(left, self._backoff.seconds(rounds + 1)))
         return True
 
 

@@ -187,7 +187,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
             for target, priority in targets_and_priorities
         ]
         return self._listener(
-            places, batch_size, batch_timeout, incoming=IncomingNotification, pool=pool
+            places, batch_size, batch_timeout, incoming=IncomingNotification, pool=pool or None
         )
 
     def _listener(

@@ -28,12 +28,13 @@ class Place(NamedTuple):
 
 
 POOL = "pool-"
-"""Before the name of a pool of notification listeners, where others have the name of a server."""
+"""Before the name of a pool of notification listeners, where others have the name of a server;
+alone, it stands for listeners of no pool."""
 
 
 def pool_of(server: str | None) -> str | None:
     """The pool that this says, if it is one's."""
-    return server.removeprefix(POOL) if server is not None and server.startswith(POOL) else None
+    return (server.removeprefix(POOL) or None) if server and server.startswith(POOL) else None
 
 
 BROADCASTER = Place("consulmatchmaker", "broadcaster")

@@ -18,6 +18,7 @@ class Secret:
         self._path = None if path is None else Path(path)
         self._tokens: tuple[bytes, ...] = () if token is None else (token.encode(),)
         self._stamp: tuple[int, int, int] | None = None
+        self._is_told = False
         if self._path is not None:
             self._look()
             if not self._tokens:
@@ -50,8 +51,12 @@ class Secret:
             lines = self._path.read_text(encoding="ascii").split("\n")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is not ASCII text"
-            logger.warning("rpc_token_file %s: %s; keeping the secret it held", self._path, reason)
+            if not self._is_told:  # once: this is looked at with every request, of whomever
+                self._is_told = True
+                logger.warning(
+                    "rpc_token_file %s: %s; keeping the secret it held", self._path, reason
+                )
             return
         found = tuple(line.strip().encode() for line in lines if line.strip())
         if found:
-            self._tokens, self._stamp = found, stamp
+            self._tokens, self._stamp, self._is_told = found, stamp, False

@@ -179,7 +179,8 @@ class HttpServer:
 
 
 class _Connections(web.Server):
-    """The connections of a server; of more than *most* it closes those that come last."""
+    """The connections of a server; of more than *most* it answers those that come last by 503, so
+    that clients know that nothing was taken, and closes them."""
 
     def __init__(
         self,
@@ -196,10 +197,10 @@ class _Connections(web.Server):
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         self._open += 1
-        if self._open > self._most:
-            transport.abort()
-            return
         loop = asyncio.get_running_loop()
+        if self._open > self._most:
+            loop.call_soon(_turn_away, transport)  # aiohttp does not bear it before it has begun
+            return
         self._silent[handler] = loop.call_later(READ_SECONDS, transport.abort)
 
     def heard(self, handler: Any) -> None:
@@ -211,6 +212,11 @@ class _Connections(web.Server):
         super().connection_lost(handler, exc)
         self._open -= 1
         self.heard(handler)
+
+
+def _turn_away(transport: asyncio.Transport) -> None:
+    transport.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+    transport.close()
 
 
 class _Call:

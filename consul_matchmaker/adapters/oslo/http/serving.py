@@ -142,7 +142,8 @@ class Serving:
             return True
 
     def _register(self, place: Place, pool: str | None) -> Registration:
-        server = place.server if pool is None else f"{POOL}{pool}"
+        # A service without a server goes by the name of its node in Consul, which may be any.
+        server = place.server or f"{POOL}{pool or ''}"
         mode = self._matchmaker.settings.mode
         if mode != "service":
             return self._matchmaker.register(place.service, self.host, server)

@@ -100,11 +100,14 @@ class Zones:
             logger.warning("%s: a datacenter could not be asked: %s", place, failure)
         return found
 
-    def wait(self, place: Place, seconds: float) -> None:
-        """Return when the nearest has a host of *place*, or after *seconds*."""
-        self._matchmakers[0].wait_for_hosts(
+    def wait(self, place: Place, seconds: float, among: Among | None = None) -> None:
+        """Return when the nearest has a host of *place*.  Raises MatchmakerError after *seconds*,
+        and at once when Consul cannot be asked, or has others only than are meant."""
+        found = self._matchmakers[0].wait_for_hosts(
             place.service, timeout_seconds=seconds, server=place.server
         )
+        if among is not None and not among(found).instances:
+            raise NoLiveHosts(f"{place}: there are others only")
 
     def _share(self, deadline: float, number: int) -> float:
         """How long one may be asked: the others need time, too."""
