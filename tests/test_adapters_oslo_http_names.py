@@ -93,6 +93,15 @@ def test_no_two_places_have_the_same(one: tuple[str, str], two: tuple[str, str])
     assert (service_of(*one) == service_of(*two)) == (one == two)
 
 
+@given(PLACES)
+@example(("", "t.u"))
+def test_a_topic_that_looks_like_the_service_of_another_is_another(place: tuple[str, str]) -> None:
+    """Who names an exchange and a topic after a service that has a digest gets one more."""
+    service = service_of(*place)
+    exchange, _, topic = service.partition("-")
+    assert (service_of(exchange, topic) == service) == ((exchange, topic) == place)
+
+
 def test_a_place_says_itself() -> None:
     """For logs and errors; the server, if one is meant, behind it."""
     assert str(Place("nova", "compute")) == "nova/compute"
