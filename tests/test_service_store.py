@@ -495,6 +495,27 @@ def test_probes(consul: FakeConsul, services: Services, url: str, expected: dict
     assert expected.items() <= probe.items()
 
 
+@pytest.mark.parametrize("is_up", [True, False])
+def test_a_probed_service_counts_as_down_until_the_first_probe_unless_it_is_up(
+    consul: FakeConsul, services: Services, is_up: bool
+) -> None:
+    """A probe has no status of its own then, which Consul takes for critical; the beat is no
+    probe."""
+    options = ServiceOptions.of((), None, 1, "http://10.0.0.1:5001/health", is_up)
+    services.publish(services.open(), Registration("web", ONE, service=options))
+    ((beaten, probe),) = (each["Checks"] for each in consul.agents[AGENT].values())
+    assert probe.get("Status") == ("passing" if is_up else None)
+    assert beaten["Status"] == "passing"
+
+
+def test_without_a_probe_is_up_changes_nothing(consul: FakeConsul, services: Services) -> None:
+    """A service that is beaten only is up from the start."""
+    options = ServiceOptions.of((), None, 1, None, is_up=True)
+    services.publish(services.open(), Registration("web", ONE, service=options))
+    ((beaten,),) = (each["Checks"] for each in consul.agents[AGENT].values())
+    assert beaten["Status"] == "passing"
+
+
 def test_published_means_that_the_catalog_shows_it(
     consul: FakeConsul, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:

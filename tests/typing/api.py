@@ -75,6 +75,7 @@ def register(mm: Matchmaker) -> Registration:
     mm.register(named[0], Host.opaque("identity"))
     mm.register("web", port=8080, tags=["blue"], meta={"version": "7"}, weight=5)
     mm.register("web", "10.0.0.5:8080", check="http://10.0.0.5:8080/health").drain(2)
+    mm.register("web", "10.0.0.5:8081", check="tcp://10.0.0.5:8081", is_up=True)
     mm.unregister("scheduler", "10.0.0.5:9501")
     return registration
 

@@ -77,24 +77,28 @@ class Delivery:
         """
         rounds = 0
         tried: dict[Host, str] = {}
+        trouble = ""
         while True:
-            found = self._zones.next_host(place, deadline, tried, among)
+            try:
+                found = self._zones.next_host(place, deadline, tried, among)
+            except MatchmakerError as error:
+                found, trouble = None, str(error)
             if found is not None:
                 answer = self._try(found, body, deadline, monitor, tried)
                 if answer is not None:
                     return answer
                 continue
             if is_mandatory:
-                why = LookupError(_why(place, tried))
+                why = LookupError(_why(place, tried, trouble))
                 raise oslo_messaging.MessageUndeliverable(
                     why, place.exchange, str(place), "nobody took it"
                 )
             is_hopeless = tried and set(tried.values()) == {UNKNOWN}
             is_enough = retry is not None and 0 <= retry <= rounds
             if is_hopeless or is_enough or not self._pause(place, tried, rounds, deadline, among):
-                raise oslo_messaging.MessageDeliveryFailure(_why(place, tried))
+                raise oslo_messaging.MessageDeliveryFailure(_why(place, tried, trouble))
             rounds += 1
-            tried = {}
+            tried, trouble = {}, ""
 
     def fan_out(self, body: bytes, hosts: Iterable[Found]) -> dict[Host, str]:
         """Send *body* to every one of *hosts*, several at a time; return why some have not got it.
@@ -173,17 +177,20 @@ class Delivery:
         if left <= 0 or self._closing.is_set():
             return False
         if tried:
-            return not self._closing.wait(min(left, self._backoff.seconds(rounds + 1)))
+            is_closing = self._closing.wait(min(left, self._backoff.seconds(rounds + 1)))
+            return not is_closing and self._clock() < deadline
         seconds = min(left, LONGEST_PAUSE_SECONDS)
         try:
             self._zones.wait(place, seconds, among)
         except MatchmakerError:
             left = max(0.0, deadline - self._clock())
             self._closing.wait(min(left, self._backoff.seconds(rounds + 1)))
-        return True
+        return self._clock() < deadline
 
 
-def _why(place: Place, tried: dict[Host, str]) -> str:
+def _why(place: Place, tried: dict[Host, str], trouble: str) -> str:
+    if not tried and trouble:
+        return f"Consul cannot be asked who listens for {place}: {trouble}"
     if not tried:
         return f"nobody listens for {place} (service {place.service} in Consul)"
     found = ", ".join(f"{host}: {why}" for host, why in list(tried.items())[:5])

@@ -10,6 +10,7 @@ MOST_CHARACTERS = 62
 """A DNS label has 63 characters (RFC 1035), one of which a query by RFC 2782 needs."""
 _PLAIN_EXCHANGE = re.compile(r"[a-z0-9]+\Z")
 _PLAIN_TOPIC = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?\Z")
+_ENDS_LIKE_A_DIGEST = re.compile(r".*-[0-9a-f]{10}\Z")
 
 
 class Place(NamedTuple):
@@ -44,12 +45,13 @@ def service_of(exchange: str, topic: str) -> str:
     """``exchange-topic``, such as ``nova-compute``; no two have the same.
 
     An exchange of letters and digits alone, and a topic that has ``-`` besides, are readable in it.
-    For others, and for a name of more than 62 characters, what DNS cannot carry becomes ``-``, and
-    a digest is added.
+    For others, for a name of more than 62 characters, and for one that ends as if it had a digest,
+    what DNS cannot carry becomes ``-``, and a digest is added.
     """
     plain = f"{exchange}-{topic}"
     is_plain = _PLAIN_EXCHANGE.match(exchange) and _PLAIN_TOPIC.match(topic)
-    if is_plain and len(plain) <= MOST_CHARACTERS:
+    is_clear = len(plain) <= MOST_CHARACTERS and not _ENDS_LIKE_A_DIGEST.match(plain)
+    if is_plain and is_clear:
         return plain
     digest = hashlib.blake2s(f"{len(exchange)}:{plain}".encode(), digest_size=5).hexdigest()
     readable = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")

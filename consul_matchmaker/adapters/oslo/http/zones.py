@@ -63,8 +63,9 @@ class Zones:
         tried: Collection[Host],
         among: Among | None = None,
     ) -> Found | None:
-        """One of *place* that is not among *tried*; None where there is none, or where Consul
-        cannot be asked by *deadline*."""
+        """One of *place* that is not among *tried*; None where there is none.  Raises what a
+        Matchmaker raises when no datacenter could be asked by *deadline*."""
+        failures: list[MatchmakerError] = []
         for number, matchmaker in enumerate(self._matchmakers):
             try:
                 left = self._share(deadline, number)
@@ -77,8 +78,12 @@ class Zones:
                 if snapshot.instances:
                     host = matchmaker.picked(snapshot, place.server)
                     return Found(host, place, matchmaker)
-            except (MatchmakerError, NoLiveHosts):
+            except NoLiveHosts:
                 continue
+            except MatchmakerError as error:
+                failures.append(error)
+        if len(failures) == len(self._matchmakers):
+            raise failures[0]
         return None
 
     def everywhere(self, place: Place, deadline: float) -> list[tuple[Found, Instance]]:
