@@ -9,14 +9,16 @@ import threading
 import time
 from collections import deque
 from http.client import HTTPConnection, HTTPException, HTTPResponse
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ....backends.host_names import HostNames
 from ....backends.http.connection import Wire
 from ....model import Host
-from .messages import HEARTBEAT, PATH
-from .options import Options
-from .secret import Secret
+from .protocol import HEARTBEAT, PATH
+
+if TYPE_CHECKING:
+    from .options import Options
+    from .secret import Secret
 
 logger = logging.getLogger(__name__)
 
