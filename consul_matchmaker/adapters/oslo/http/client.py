@@ -8,7 +8,8 @@ import ssl
 import threading
 import time
 from collections import deque
-from http.client import HTTPConnection, HTTPException, HTTPResponse
+from collections.abc import Callable
+from http.client import HTTPConnection, HTTPException, HTTPResponse, IncompleteRead
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ....backends.host_names import HostNames
@@ -28,6 +29,7 @@ meets a connection that is being closed."""
 MOST_IDLE = 64
 """Connections to one host that are kept: as many as callers at a time, in an executor of 64."""
 MOST_REPLY_BYTES = 128 * 1024 * 1024
+PIECE_BYTES = 64 * 1024
 LONGEST_WAIT_SECONDS = 10 * 365 * 86400.0
 
 
@@ -46,14 +48,23 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """Thread-safe.  A forked child has to make its own."""
+    """Thread-safe.  A forked child has to make its own.
 
-    def __init__(self, options: Options, secret: Secret) -> None:
-        self._options, self._secret = options, secret
+    *clock* says how long a connection was not used; deadlines are those of `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        secret: Secret,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._options, self._secret, self._clock = options, secret, clock
         self._names = HostNames(ttl_seconds=30, empty_ttl_seconds=1, most=1000)
         self._idle: dict[Host, deque[tuple[float, Wire]]] = {}
         self._lock = threading.Lock()
-        self._swept_at = time.monotonic()
+        self._swept_at = clock()
         self._is_closed = False
 
     def post(
@@ -118,17 +129,23 @@ class Client:
     def _answer_of(
         self, connection: _Connection, wire: Wire, monitor: float | None
     ) -> tuple[HTTPResponse, bytes]:
+        """Raises HTTPException for an answer that breaks off or does not say where it ends."""
         deadline = wire.deadline
-        if monitor is None:
-            answer = connection.getresponse()
-            return answer, answer.read()
-        wire.deadline = min(deadline, time.monotonic() + monitor)
-        answer = connection.getresponse()
-        if answer.status != 200:
-            return answer, answer.read()
-        while (line := answer.readline()) == HEARTBEAT:
+        if monitor is not None:
             wire.deadline = min(deadline, time.monotonic() + monitor)
-        return answer, line + answer.read()
+        answer = connection.getresponse()
+        if answer.length is None and not answer.chunked:
+            raise HTTPException("the answer does not say where it ends")
+        pieces = []
+        # Not read(), which makes room for as much as the answer says that it has, nor readline(),
+        # to which the end of a connection is the end of the answer.
+        while answer.length != 0 and (piece := answer.read1(PIECE_BYTES)):
+            pieces.append(piece)
+            if monitor is not None:
+                wire.deadline = min(deadline, time.monotonic() + monitor)
+        if answer.length:
+            raise IncompleteRead(b"", answer.length)
+        return answer, b"".join(pieces).lstrip(HEARTBEAT)
 
     # -- connections -------------------------------------------------------------------------
 
@@ -140,13 +157,13 @@ class Client:
                 since, wire = wires.pop()
             except IndexError:  # another thread has it
                 break
-            if time.monotonic() - since < IDLE_SECONDS and not _has_news(wire):
+            if self._clock() - since < IDLE_SECONDS and not _has_news(wire):
                 return wire
             wire.sock.close()
         return None
 
     def _keep(self, host: Host, wire: Wire) -> None:
-        now = time.monotonic()
+        now = self._clock()
         with self._lock:
             wires = self._idle.setdefault(host, deque())
             wires.append((now, wire))
