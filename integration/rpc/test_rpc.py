@@ -291,6 +291,22 @@ def test_a_server_that_hangs_is_noticed_by_its_missing_heartbeats(
     assert 0.5 < took < 2 + SLACK_SECONDS
 
 
+@pytest.mark.parametrize("monitor", [None, 2])
+def test_a_server_that_is_killed_fails_its_calls_at_once(
+    monitor: int | None, process: Process, client: Make, threads: ThreadPoolExecutor, topic: str
+) -> None:
+    """They are ReplyLost, long before their timeout, whether they are watched or not."""
+    from consul_matchmaker.adapters.oslo.http.delivery import ReplyLost
+
+    with_server = process()
+    with_server.ask("serve", topic=topic, server="one")
+    call = threads.submit(client(topic, call_monitor_timeout=monitor).call, {}, "hold", what="x")
+    until(lambda: with_server.ask("got", server="one") == ["x"], FOUND_SECONDS, "it is executed")
+    with_server.kill()
+    with pytest.raises(ReplyLost, match="it may have been executed"):
+        call.result(CALL_LIMIT_SECONDS)
+
+
 CALL_LIMIT_SECONDS = 15.0
 SLACK_SECONDS = 3.0
 """Of a busy machine; far below the timeout of the call."""

@@ -158,6 +158,8 @@ def test_a_message_that_is_too_long_is_refused(
         began = time.monotonic()
         with pytest.raises(oslo_messaging.MessageDeliveryFailure, match=words):
             caller.call({}, "note", what="x" * size)
+        with pytest.raises(oslo_messaging.MessageDeliveryFailure, match=words):
+            caller.cast({}, "note", what="x" * size)
         assert time.monotonic() - began < 5
         assert caller.call({}, "note", what="short") == "one"
     assert served.endpoint.got == ["short"] * 2

@@ -9,15 +9,17 @@ import threading
 import time
 from collections import deque
 from http.client import HTTPException
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ....backends.host_names import HostNames
 from ....backends.http.connection import Wire
 from ....model import Host
 from ...extras import extra
-from .messages import PATH
-from .options import Options
-from .secret import Secret
+from .protocol import PATH
+
+if TYPE_CHECKING:
+    from .options import Options
+    from .secret import Secret
 
 with extra("oslo-http"):
     import httptools

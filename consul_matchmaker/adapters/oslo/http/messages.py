@@ -13,10 +13,6 @@ from typing import Any
 
 from oslo_serialization import jsonutils
 
-PATH = "/rpc"
-HEALTH_PATH = "/health"
-HEARTBEAT = b"\n"
-
 
 class Malformed(Exception):
     """What came is no request; the text says why, and repeats nothing of it."""

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 from ....errors import ConfigurationError, TimedOut
 from ....fork import close_after_fork
 from ...extras import extra
-from .messages import HEALTH_PATH, HEARTBEAT, PATH, Malformed, Request, read_request
+from .messages import Malformed, Request, read_request
 from .options import Options
+from .protocol import HEALTH_PATH, HEARTBEAT, PATH
 from .secret import Secret
 
 with extra("oslo-http"):

@@ -12,9 +12,9 @@ from ....errors import MatchmakerError
 from ....matchmaker import Matchmaker
 from ....model import Host, Registration
 from .listeners import HttpListener, Listeners
-from .messages import HEALTH_PATH
 from .names import POOL, Place
 from .options import Options
+from .protocol import HEALTH_PATH
 from .secret import Secret
 from .server import HttpServer
 
