@@ -220,6 +220,7 @@ class _Reply:
         self.is_complete = False
         self.status = 0
         self._messages = 0
+        self._says_keep = False
         self._parser = httptools.HttpResponseParser(self)
 
     def feed(self, piece: bytes) -> None:
@@ -231,7 +232,7 @@ class _Reply:
     @property
     def may_be_kept(self) -> bool:
         """Whether the connection serves for another request: nothing else has come over it."""
-        return self._messages == 1 and bool(self._parser.should_keep_alive())
+        return self._messages == 1 and self._says_keep
 
     def on_message_begin(self) -> None:
         self._messages += 1
@@ -244,6 +245,7 @@ class _Reply:
 
     def on_message_complete(self) -> None:
         self.is_complete = True
+        self._says_keep = bool(self._parser.should_keep_alive())  # which it forgets after this
 
 
 def _has_news(wire: Wire) -> bool:
