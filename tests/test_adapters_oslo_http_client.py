@@ -67,7 +67,7 @@ def post(
 
 
 def test_it_needs_no_oslo() -> None:
-    """Neither oslo.messaging nor what comes with it is imported."""
+    """Neither oslo.messaging nor what comes with it is imported, nor what the server needs."""
     code = (
         "import sys, consul_matchmaker.adapters.oslo.http.client;"
         "print([name for name in sys.modules if name.startswith(('oslo', 'aiohttp'))])"
@@ -195,7 +195,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     "behave",
     [
         lambda request: lambda sock: sock.recv(1),
-        drips(b"H"),
+        drips(b"O", after=b"HTTP/1.1 200 "),
         drips(b"X: y\r\n", after=b"HTTP/1.1 200 OK\r\n"),
         drips(b"1\r\nx\r\n", after=HEAD),
         drips(b"x", after=b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"),
@@ -236,13 +236,13 @@ def test_a_monitor_gives_up_when_nothing_is_heard(client: Client) -> None:
         assert SHORT_SECONDS * 3 < time.monotonic() - began < DEADLINE_SECONDS
 
 
-def test_heartbeats_are_no_part_of_the_answer(client: Client) -> None:
-    """And the connection is kept after it."""
+def test_heartbeats_are_white_space_before_the_answer(client: Client) -> None:
+    """Which JSON allows; and the connection is kept after it."""
     body = b'{"result": "a"}'
     said = HEAD + b"1\r\n\n\r\n" * 3 + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
     with Server(lambda request: said) as server:
         for _ in range(3):
-            assert post(client, server, monitor=5.0) == Answer(200, body)
+            assert post(client, server, monitor=5.0) == Answer(200, b"\n\n\n" + body)
         assert server.connections == 1
 
 
