@@ -10,17 +10,20 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from consul_matchmaker.testing.consul_probe import Node
+from integration.access_rules import new_token
 from integration.cluster import ask
 from integration.waiting import until
 
 PAGE = Path(__file__).parents[2] / "docs" / "oslo-rpc.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 WAIT_SECONDS = 30.0
+Make = Callable[..., Any]
 
 
 def options_table() -> str:
@@ -89,6 +92,22 @@ def test_secrets_are_marked() -> None:
 
     marked = {option.name for option in (*OPTIONS, *options()) if option.secret}
     assert marked == {"rpc_token", "token"}
+
+
+def test_the_rights_of_the_page_are_enough(
+    guarded: Node, transport: Make, serve: Make, client: Make
+) -> None:
+    """One token for who serves, and one for who only calls."""
+    (rights,) = re.findall(r"```hcl\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    services, nodes, _ = (line.partition("#")[0].strip() for line in rights.splitlines())
+    caller = services.replace("write", "read")
+    assert caller != services
+    over = []
+    for rules in (services, caller):
+        token = new_token(guarded, f"{rules} {nodes}")[1]
+        over.append(transport(f"consul+http://:{token}@{guarded.http}/?host=127.0.0.1"))
+    serve("compute", "node7", exchange="nova", over=over[0])
+    assert client("compute", exchange="nova", over=over[1]).call({}, "who") == "node7"
 
 
 # -- two terminals ---------------------------------------------------------------------------------
