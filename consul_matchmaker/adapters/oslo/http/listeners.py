@@ -30,7 +30,8 @@ class Incoming(base.RpcIncomingMessage):  # type: ignore[misc]  # upstream has n
     """A message that a listener has; its end makes room for another."""
 
     def __init__(self, request: Request, exchange: Exchange, listener: HttpListener) -> None:
-        super().__init__(request.ctxt, request.message, request.id)
+        super().__init__(request.ctxt, request.message)
+        self.msg_id = request.id  # an argument only since 14.1 or later
         self.client_timeout = request.monitor
         self._waits = request.wait
         self._exchange, self._listener = exchange, listener
