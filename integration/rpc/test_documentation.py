@@ -118,7 +118,12 @@ def program(name: str, agent: Node) -> str:
     text = PAGE.read_text()
     found = re.search(rf"`python {re.escape(name)}`:\n\n```python\n(.*?)```", text, re.DOTALL)
     assert found is not None, name
-    return found[1].replace("127.0.0.1:8500", agent.http)
+    code = found[1].replace("127.0.0.1:8500", agent.http)
+    import oslo_messaging
+
+    if not hasattr(oslo_messaging, "get_rpc_client"):  # of 14.0: as the page says
+        code = code.replace("oslo_messaging.get_rpc_client", "oslo_messaging.RPCClient")
+    return code
 
 
 @contextmanager
@@ -142,10 +147,6 @@ def terminal(code: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
 def call(agent: Node) -> list[str]:
     """What the client of the page prints."""
     code = program("client.py", agent)
-    import oslo_messaging
-
-    if not hasattr(oslo_messaging, "get_rpc_client"):  # of 14.0: as the page says
-        code = code.replace("oslo_messaging.get_rpc_client", "oslo_messaging.RPCClient")
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
