@@ -173,7 +173,8 @@ def client(transport: Callable[..., Any]) -> Callable[..., Any]:
         }
         over = over or transport(**options)
         target = oslo_messaging.Target(exchange=exchange, topic=topic)
-        return oslo_messaging.get_rpc_client(over, target, **{"timeout": CALL_SECONDS, **words})
+        create = getattr(oslo_messaging, "get_rpc_client", None) or oslo_messaging.RPCClient  # 14.0
+        return create(over, target, **{"timeout": CALL_SECONDS, **words})
 
     return make
 
