@@ -10,27 +10,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import json
 import statistics
 import tempfile
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from consul_matchmaker import Matchmaker
 from consul_matchmaker.errors import MatchmakerError
+from consul_matchmaker.testing.consul_probe import Node
 from integration.bench.kv import percentile
 from integration.rpc.certificates import NoOpenssl
 from integration.rpc.client_process import ClientProcess
 from integration.rpc.rabbitmq import NoRabbitMQ
 from integration.rpc.record import Record
 from integration.rpc.service_process import ServiceProcess
-from integration.rpc.transports import Transport, named
+from integration.rpc.transports import Brokerless, Transport, named
 
 THREADS = (1, 8)
 FANOUTS = (20, 200)
 SERVERS_PER_PROCESS = 50
 FANOUTS_PER_ROUND = 5
+LISTENERS = 1_000
 NUMBERED, NUMBERED_THREADS = 20_000, 8
 LOG_TAIL_LINES = 5
 DRAIN_SECONDS = 60.0
@@ -49,6 +54,7 @@ class Side:
         self.record = Record(folder / self.topic)
         self._transport, self._servers = transport, servers
         self._log = folder / f"{self.topic}.log"
+        self.processes = -(-servers // SERVERS_PER_PROCESS)
         self._open = ExitStack()
 
     def __enter__(self) -> Side:
@@ -207,6 +213,61 @@ def numbered(transports: Sides, count: int) -> bool:
     return is_complete
 
 
+def listeners(count: int, seconds: float) -> bool:
+    """*count* listeners of one topic on this machine, of several processes: what they cost Consul,
+    what a client's first lookup and its next ones take, and a fanout to all."""
+    is_complete = True
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        brokerless = stack.enter_context(Brokerless(folder / "consul"))
+        began = time.monotonic()
+        side = stack.enter_context(Side(brokerless.transport(), folder, count))
+        print(
+            f"  {count:,} listeners of {side.processes} processes: {time.monotonic() - began:.0f} s"
+        )
+        agent = brokerless.cluster.nodes["agent1"]
+        print(f"  requests/s at their agent: {requests_per_second(agent, seconds):,.0f}")
+        from consul_matchmaker.adapters.oslo.http.names import service_of
+
+        service = service_of("openstack", side.topic)
+        with Matchmaker.from_url(f"consul+service://{agent.http}") as matchmaker:
+            first = timed(lambda: matchmaker.hosts(service))
+            found = matchmaker.hosts(service)
+            instances, hosts = len(found.instances), len(found)
+            again = timed(lambda: [matchmaker.hosts(service) for _ in range(1000)]) / 1000
+        print(f"  a lookup: {instances:,} of {hosts} hosts; first {first * 1000:.1f} ms")
+        print(f"  from memory {again * 1e6:.1f} us")
+        is_complete = instances == count
+        for _ in range(FANOUTS_PER_ROUND):
+            before = len(side.record.entries)
+            made = side.client.ask("fanout", topic=side.topic, number=before)
+            side.record.wait_for(before + count, DRAIN_SECONDS)
+            new = side.record.read()[before:]
+            who = {entry.server for entry in new}
+            is_complete = is_complete and (len(who), len(new)) == (count, count)
+            last = max((entry.at for entry in new), default=time.monotonic()) - made["began"]
+            print(
+                f"  fanout: {len(who):,} have it, {len(new):,} times, after {last * 1000:.0f} ms; "
+                f"the cast returns after {made['seconds'] * 1000:.0f} ms"
+            )
+    return is_complete
+
+
+def requests_per_second(agent: Node, seconds: float) -> float:
+    """What *agent* answered, by its own count, which it keeps in intervals of 10 s."""
+    time.sleep(max(seconds, 12.0))
+    with urllib.request.urlopen(f"http://{agent.http}/v1/agent/metrics", timeout=10) as answer:
+        samples = json.load(answer)["Samples"]
+    http = [each for each in samples if ".http." in each["Name"]]
+    return float(sum(each["Count"] for each in http)) / 10
+
+
+def timed(function: Callable[[], object]) -> float:
+    began = time.monotonic()
+    function()
+    return time.monotonic() - began
+
+
 def parts(arguments: argparse.Namespace) -> dict[str, Callable[[Sides], bool]]:
     rounds, seconds = arguments.rounds, arguments.seconds
     return {
@@ -224,8 +285,12 @@ def main(argv: Sequence[str]) -> int:
     """Run the parts that are named, else all; exit 1 when anything was lost or came twice."""
     parser = argparse.ArgumentParser(prog="integration.bench rpc", description=__doc__)
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="calls, casts, fanout20, fanout200, numbered"
+        "parts",
+        nargs="*",
+        metavar="PART",
+        help="calls, casts, fanout20, fanout200, numbered; or listeners, without RabbitMQ",
     )
+    parser.add_argument("--listeners", type=int, default=LISTENERS)
     parser.add_argument(
         "--other", default="consul", help="beside RabbitMQ: consul, rabbitmq or a URL"
     )
@@ -237,6 +302,8 @@ def main(argv: Sequence[str]) -> int:
     if importlib.util.find_spec("oslo_messaging") is None:
         print("needs oslo.messaging: pip install oslo.messaging")
         return 2
+    if arguments.parts == ["listeners"]:
+        return 0 if listeners(arguments.listeners, arguments.seconds) else 1
     runs = parts(arguments)
     if unknown := set(arguments.parts) - set(runs):
         parser.error(f"no part is named {', '.join(sorted(unknown))}")

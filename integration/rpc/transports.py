@@ -53,7 +53,7 @@ class Brokerless:
 
     def transport(self, address: str = "", *, with_tls: bool = False) -> Transport:
         """By the Consul agent at *address*; by default the cluster's own."""
-        lines = ["[consul_http]", f"token_file = {self._token}"]
+        lines = ["[consul_http]", f"rpc_token_file = {self._token}"]
         if with_tls:
             if self._certificates is None:
                 raise ValueError("TLS needs certificates")
