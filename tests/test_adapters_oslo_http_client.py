@@ -195,7 +195,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     "behave",
     [
         lambda request: lambda sock: sock.recv(1),
-        drips(b"H"),
+        drips(b"O", after=b"HTTP/1.1 200 "),
         drips(b"X: y\r\n", after=b"HTTP/1.1 200 OK\r\n"),
         drips(b"1\r\nx\r\n", after=HEAD),
         drips(b"x", after=b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"),

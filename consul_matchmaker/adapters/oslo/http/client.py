@@ -8,6 +8,7 @@ import ssl
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from http.client import HTTPException
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +16,7 @@ from ....backends.host_names import HostNames
 from ....backends.http.connection import Wire
 from ....model import Host
 from ...extras import extra
-from .protocol import PATH
+from .protocol import HEARTBEAT, PATH
 
 if TYPE_CHECKING:
     from .options import Options
@@ -51,14 +52,23 @@ class Answer(NamedTuple):
 
 
 class Client:
-    """Thread-safe.  A forked child has to make its own."""
+    """Thread-safe.  A forked child has to make its own.
 
-    def __init__(self, options: Options, secret: Secret) -> None:
-        self._options, self._secret = options, secret
+    *clock* says how long a connection was not used; deadlines are those of `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        secret: Secret,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._options, self._secret, self._clock = options, secret, clock
         self._names = HostNames(ttl_seconds=30, empty_ttl_seconds=1, most=1000)
         self._idle: dict[Host, deque[tuple[float, Wire]]] = {}
         self._lock = threading.Lock()
-        self._swept_at = time.monotonic()
+        self._swept_at = clock()
         self._is_closed = False
 
     def post(
@@ -117,7 +127,7 @@ class Client:
                     wire.deadline = min(deadline, time.monotonic() + monitor)
                 reply.feed(wire.receive(PIECE_BYTES))
             is_kept = reply.may_be_kept
-            return Answer(reply.status, b"".join(reply.body))
+            return Answer(reply.status, b"".join(reply.body).lstrip(HEARTBEAT))
         except TimeoutError:
             return None
         except (OSError, HTTPException, httptools.HttpParserError) as error:
@@ -138,13 +148,13 @@ class Client:
                 since, wire = wires.pop()
             except IndexError:  # another thread has it
                 break
-            if time.monotonic() - since < IDLE_SECONDS and not _has_news(wire):
+            if self._clock() - since < IDLE_SECONDS and not _has_news(wire):
                 return wire
             wire.sock.close()
         return None
 
     def _keep(self, host: Host, wire: Wire) -> None:
-        now = time.monotonic()
+        now = self._clock()
         with self._lock:
             wires = self._idle.setdefault(host, deque())
             wires.append((now, wire))
@@ -210,6 +220,7 @@ class _Reply:
         self.is_complete = False
         self.status = 0
         self._messages = 0
+        self._keeps = False
         self._parser = httptools.HttpResponseParser(self)
 
     def feed(self, piece: bytes) -> None:
@@ -221,7 +232,7 @@ class _Reply:
     @property
     def may_be_kept(self) -> bool:
         """Whether the connection serves for another request: nothing else has come over it."""
-        return self._messages == 1 and bool(self._parser.should_keep_alive())
+        return self._messages == 1 and self._keeps
 
     def on_message_begin(self) -> None:
         self._messages += 1
@@ -234,6 +245,7 @@ class _Reply:
 
     def on_message_complete(self) -> None:
         self.is_complete = True
+        self._keeps = bool(self._parser.should_keep_alive())  # afterwards the parser says no
 
 
 def _has_news(wire: Wire) -> bool:
