@@ -124,6 +124,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
                 deadline,
                 retry=retry,
                 is_mandatory=is_mandatory,
+                is_call=request.wait,
                 monitor=request.monitor,
             )
         except oslo_messaging.MessageDeliveryFailure as error:

@@ -46,14 +46,15 @@ class Fanout:
             raise oslo_messaging.MessageUndeliverable(
                 why, place.exchange, str(place), request.message
             )
-        if self._threshold and len(hosts) >= self._threshold and self._is_broadcast(request):
+        is_large = self._threshold and len(hosts) >= self._threshold
+        if is_large and self._is_broadcast(request, deadline):
             return
-        self._send_to_all(place, body, hosts)
+        self._send_to_all(place, body, hosts, deadline)
 
     def multiply(self, request: Request, deadline: float) -> None:
         """The work of a broadcaster: the same, whatever the number of hosts."""
         place = Place(request.exchange, request.topic)
-        self._send_to_all(place, body_of(request), self._hosts(place, deadline))
+        self._send_to_all(place, body_of(request), self._hosts(place, deadline), deadline)
 
     def notify(self, request: Request, deadline: float, retry: int | None) -> None:
         """Give *request* to one listener of each pool; see `HttpDriver.send_notification`."""
@@ -72,8 +73,8 @@ class Fanout:
                     f"{place}: {error}; it may have been taken, and was not sent again"
                 ) from error
 
-    def _send_to_all(self, place: Place, body: bytes, hosts: list[Found]) -> None:
-        for host, why in self._delivery.fan_out(body, hosts).items():
+    def _send_to_all(self, place: Place, body: bytes, hosts: list[Found], deadline: float) -> None:
+        for host, why in self._delivery.fan_out(body, hosts, deadline).items():
             logger.warning("%s has not got a fanout for %s: %s", host, place, why)
 
     def _hosts(self, place: Place, deadline: float) -> list[Found]:
@@ -91,7 +92,7 @@ class Fanout:
                 if not self._delivery.may_try_again(deadline):
                     raise oslo_messaging.MessageDeliveryFailure(f"{place}: {error}") from error
 
-    def _is_broadcast(self, request: Request) -> bool:
+    def _is_broadcast(self, request: Request, deadline: float) -> bool:
         """Whether a broadcaster has taken the fanout."""
         inner: dict[str, Any] = {
             "exchange": request.exchange,
@@ -100,9 +101,9 @@ class Fanout:
             "message": request.message,
         }
         body = body_of(Request(BROADCASTER.exchange, BROADCASTER.topic, {}, inner))
-        deadline = time.monotonic() + BROADCASTER_SECONDS
+        soon = min(deadline, time.monotonic() + BROADCASTER_SECONDS)
         try:
-            self._delivery.send(BROADCASTER, body, deadline, retry=0)
+            self._delivery.send(BROADCASTER, body, soon, retry=0)
         except oslo_messaging.MessageDeliveryFailure as error:
             logger.debug("no broadcaster: %s", error)
             return False
