@@ -78,6 +78,25 @@ def test_catalog_mode_needs_dns_alone(
     assert [each.endpoint.got for each in served] == [["all"], ["all"]]
 
 
+@pytest.mark.parametrize(("name", "is_found"), [("Node7", True), ("node7.example.org", False)])
+def test_catalog_mode_finds_servers_that_are_a_dns_label(
+    name: str, is_found: bool, serve: Serve, client: Make, agent: Node, topic: str
+) -> None:
+    """Where servers register in service mode, and their name has no dot: DNS can ask for it."""
+    import oslo_messaging
+
+    serve(topic, name)
+    by_dns = client(topic, agent_address=agent.dns, mode="catalog", **OFTEN)
+    wait_for_hosts(by_dns, 1)
+    assert by_dns.call({}, "who") == name
+    assert client(topic).prepare(server=name).call({}, "who") == name
+    if is_found:
+        assert by_dns.prepare(server=name).call({}, "who") == name
+    else:
+        with pytest.raises(oslo_messaging.MessagingTimeout, match=f"{topic} as {name}"):
+            by_dns.prepare(server=name, timeout=1).call({}, "who")
+
+
 def test_a_server_starts_while_consul_is_away(
     serve: Serve, client: Make, operator: Operator, agent: Node, topic: str
 ) -> None:

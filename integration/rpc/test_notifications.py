@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from consul_matchmaker.adapters.oslo.http.names import service_of
+from consul_matchmaker.adapters.oslo.http.fanout import MOST_DROPPED
+from consul_matchmaker.adapters.oslo.http.names import Place, service_of
 from integration.rpc.conftest import FOUND_SECONDS, matchmaker_of
 from integration.rpc.endpoints import Batches, Listener
+from integration.rpc.peers import Peer, answer
 from integration.waiting import until
 
 Make = Callable[..., Any]
+MESSAGE = {"payload": 1, "event_type": "e", "publisher_id": "p", "priority": "INFO"}
 
 
 @pytest.fixture
@@ -117,3 +120,76 @@ def test_a_batch_listener_without_timeout_stops(
     listening.stop()
     listening.wait()
     assert listener.got == [[0, 1, 2], [3]]
+
+
+@pytest.mark.parametrize("retry", [-1, 0, 1])
+def test_a_pool_that_takes_nothing_keeps_nothing_from_the_others(
+    retry: int, transport: Make, listen: Make, topic: str
+) -> None:
+    """Each of them has the notification once; then one error names the pool that has not."""
+    import oslo_messaging
+
+    over = transport(notifies=True, delivery_timeout=2)
+    found, service = matchmaker_of(over), service_of("openstack", f"{topic}.info")
+    taking = [Listener("b"), Listener("c")]
+    for listener in taking:
+        listen(topic, listener, pool=listener.name)
+    with Peer(lambda sock, body: answer(503)) as full:
+        found.register(service, f"127.0.0.1:{full.port}", "pool-a", is_up=True)
+        until(lambda: len(found.hosts(service)) == 3, FOUND_SECONDS, "they are found")
+        target, message = oslo_messaging.Target(topic=f"{topic}.info"), MESSAGE
+        with pytest.raises(oslo_messaging.MessageDeliveryFailure, match="pool a: ") as caught:
+            over._send_notification(target, {}, message, version=2.0, retry=retry)
+        assert "too much to do" in str(caught.value)
+        assert "pool b" not in str(caught.value)
+        tries = len(full.bodies)
+    until(lambda: all(listener.got for listener in taking), FOUND_SECONDS, "the others have it")
+    assert [listener.got for listener in taking] == [[1], [1]]
+    assert tries == retry + 1 if retry >= 0 else tries > 2
+
+
+def test_every_pool_that_takes_nothing_is_named(transport: Make, topic: str) -> None:
+    """One that may have taken it, too."""
+    import oslo_messaging
+
+    over = transport(notifies=True)
+    found, service = matchmaker_of(over), service_of("openstack", f"{topic}.info")
+    with Peer(lambda sock, body: answer(503)) as full, Peer(lambda sock, body: None) as lost:
+        found.register(service, f"127.0.0.1:{full.port}", "pool-full", is_up=True)
+        found.register(service, f"127.0.0.1:{lost.port}", "pool-lost", is_up=True)
+        until(lambda: len(found.hosts(service)) == 2, FOUND_SECONDS, "they are found")
+        target = oslo_messaging.Target(topic=f"{topic}.info")
+        with pytest.raises(oslo_messaging.MessageDeliveryFailure) as caught:
+            over._send_notification(target, {}, MESSAGE, version=2.0, retry=2)
+        assert "pool full: " in str(caught.value)
+        assert "pool lost: " in str(caught.value)
+        assert "may have been taken" in str(caught.value)
+        assert (len(full.bodies), len(lost.bodies)) == (3, 1)
+
+
+def test_dropped_notifications_do_not_fill_the_log(
+    notify: Callable[..., None], topic: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning for a topic and a minute; the others are for debugging."""
+    with caplog.at_level(logging.DEBUG):
+        notify(topic, *range(3))
+        notify(f"{topic}-other", "unheard")
+    lines = [(r.levelname, r.getMessage()) for r in caplog.records if "dropped" in r.getMessage()]
+    said = "nobody listens for notifications of openstack/{}.info: dropped"
+    first, other = said.format(topic), said.format(f"{topic}-other")
+    assert lines == [
+        ("WARNING", first),
+        ("DEBUG", first),
+        ("DEBUG", first),
+        ("WARNING", other),
+    ]
+
+
+def test_the_topics_of_dropped_notifications_are_forgotten(transport: Make) -> None:
+    """Beyond the last thousand, so that they take no more memory."""
+    fanout = transport(notifies=True)._driver._fanout
+    places = [Place("openstack", f"topic{number}") for number in range(MOST_DROPPED + 1)]
+    assert all(fanout._is_news(place) for place in places)
+    assert not fanout._is_news(places[-1])
+    assert fanout._is_news(places[0])
+    assert len(fanout._warned_at) == MOST_DROPPED

@@ -17,6 +17,7 @@ from consul_matchmaker.adapters.oslo.http.secret import Secret
 from consul_matchmaker.model import Snapshot
 from integration.rpc.conftest import wait_for_hosts
 from integration.rpc.endpoints import Listener
+from integration.waiting import until
 
 SECONDS = 10.0
 """What takes milliseconds has so long on a busy machine."""
@@ -124,3 +125,50 @@ def test_a_token_file_that_is_gone_is_reported_once(
         assert not secret.accepts("Bearer wrong")
     assert secret.accepts("Bearer abc")
     assert len(caplog.records) == 1
+
+
+class Context:
+    """As oslo.context's: no dict, but says itself as one."""
+
+    def to_dict(self) -> dict[str, str]:
+        return {"user": "u"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(Context(), {"user": "u"}), (None, {}), ({"a": 1}, {"a": 1})]
+)
+def test_a_context_need_not_be_a_dict(
+    given: Any,
+    expected: dict[str, Any],
+    serve: Callable[..., Any],
+    client: Callable[..., Any],
+    topic: str,
+) -> None:
+    """What has to_dict is sent as that says, as by RabbitMQ's driver, and None as an empty one."""
+    served = serve(topic, "one")
+    heard: list[dict[str, Any]] = []
+    served.endpoint.context = lambda ctxt: dict(ctxt)
+    served.endpoint.hear = lambda ctxt: heard.append(dict(ctxt))
+    caller = client(topic)
+    assert caller.call(given, "context") == expected
+    caller.prepare(fanout=True).cast(given, "hear")
+    until(lambda: heard, SECONDS, "the fanout is there")
+    assert heard == [expected]
+
+
+def test_a_notification_has_a_context_that_is_no_dict(
+    transport: Callable[..., Any], listen: Callable[..., Any], topic: str
+) -> None:
+    """It reaches its listener."""
+    endpoint = Listener("a")
+    listen(topic, endpoint)
+    through = transport(notifies=True)
+    through._send_notification(
+        oslo_messaging.Target(topic=f"{topic}.info"),
+        Context(),
+        {"payload": 1, "event_type": "e", "publisher_id": "p", "priority": "INFO"},
+        version=2.0,
+        retry=0,
+    )
+    until(lambda: endpoint.got, SECONDS, "it is there")
+    assert endpoint.got == [1]

@@ -16,7 +16,7 @@ from ....backends.host_names import HostNames
 from ....backends.http.connection import Wire
 from ....model import Host
 from ...extras import extra
-from .protocol import PATH
+from .protocol import HEARTBEAT, PATH
 
 if TYPE_CHECKING:
     from .options import Options
@@ -127,7 +127,7 @@ class Client:
                     wire.deadline = min(deadline, time.monotonic() + monitor)
                 reply.feed(wire.receive(PIECE_BYTES))
             is_kept = reply.may_be_kept
-            return Answer(reply.status, b"".join(reply.body))
+            return Answer(reply.status, b"".join(reply.body).lstrip(HEARTBEAT))
         except TimeoutError:
             return None
         except (OSError, HTTPException, httptools.HttpParserError) as error:

@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
 FANOUT_SECONDS = 5.0
-"""A server of a fanout takes a message within milliseconds; one that hangs holds up to 1 in
-``fanout_connections`` of the others so long."""
+"""A server takes a cast, a fanout or a notification within milliseconds; one that hangs costs so
+much of the sender's time, and of a fanout's one of its ``fanout_connections``."""
 UNKNOWN = "the secret was refused"
 _REASONS = {401: UNKNOWN, 404: "it does not listen for that", 503: "it has too much to do"}
 
 
 class ReplyLost(oslo_messaging.MessagingTimeout):  # type: ignore[misc]  # upstream has no types
-    """The server of a call took it, and its connection broke: whether the call was executed is
-    unknown, and it was not sent again."""
+    """The server of a call took it, and its reply is lost, as the connection broke, or is not to be
+    read: whether the call was executed is unknown, and it was not sent again."""
 
 
 class NoAnswer(Exception):
@@ -64,6 +64,7 @@ class Delivery:
         *,
         retry: int | None = None,
         is_mandatory: bool = False,
+        is_call: bool = False,
         monitor: float | None = None,
         among: Among | None = None,
     ) -> Answer:
@@ -73,35 +74,39 @@ class Delivery:
         whole, it refused) is followed by another; when all were tried, they are tried again, after
         a pause, at most *retry* times (None or below 0: until *deadline*).  Raises
         MessageDeliveryFailure when nobody took it by then, with *is_mandatory* MessageUndeliverable
-        after the first round; and when somebody took it, Lost and NoAnswer.
+        after the first round; and when somebody took it, Lost and NoAnswer.  Unless *is_call*, a
+        host has `FANOUT_SECONDS` for its answer.
         """
-        rounds = 0
+        rounds, why = 0, ""
         tried: dict[Host, str] = {}
-        trouble = ""
         while True:
+            trouble = ""
             try:
                 found = self._zones.next_host(place, deadline, tried, among)
             except MatchmakerError as error:
                 found, trouble = None, str(error)
             if found is not None:
-                answer = self._try(found, body, deadline, monitor, tried)
+                answer = self._try(found, body, deadline, tried, is_call=is_call, monitor=monitor)
                 if answer is not None:
                     return answer
-                continue
+                if self._clock() < deadline:
+                    continue
+            if not why or self._clock() < deadline:  # a round that the clock ended tells less
+                why = _why(place, tried, trouble)
             if is_mandatory:
-                why = LookupError(_why(place, tried, trouble))
                 raise oslo_messaging.MessageUndeliverable(
-                    why, place.exchange, str(place), "nobody took it"
+                    LookupError(why), place.exchange, str(place), "nobody took it"
                 )
             is_hopeless = tried and set(tried.values()) == {UNKNOWN}
             is_enough = retry is not None and 0 <= retry <= rounds
             if is_hopeless or is_enough or not self._pause(place, tried, rounds, deadline, among):
-                raise oslo_messaging.MessageDeliveryFailure(_why(place, tried, trouble))
+                raise oslo_messaging.MessageDeliveryFailure(why)
             rounds += 1
-            tried, trouble = {}, ""
+            tried = {}
 
-    def fan_out(self, body: bytes, hosts: Iterable[Found]) -> dict[Host, str]:
-        """Send *body* to every one of *hosts*, several at a time; return why some have not got it.
+    def fan_out(self, body: bytes, hosts: Iterable[Found], deadline: float) -> dict[Host, str]:
+        """Send *body* to every one of *hosts*, several at a time, until *deadline*; return why some
+        have not got it.
 
         Each has `FANOUT_SECONDS`; nobody waits for another one's, but for as many connections.
         """
@@ -114,8 +119,11 @@ class Delivery:
         failed: dict[Host, str] = {}
 
         def send(found: Found) -> None:
+            if self._clock() >= deadline:
+                failed[found.host] = "it was not reached before the time of the fanout was over"
+                return
             try:
-                self._try(found, body, self._clock() + FANOUT_SECONDS, None, failed)
+                self._try(found, body, deadline, failed)
             except (Lost, NoAnswer, oslo_messaging.MessageDeliveryFailure) as error:
                 failed[found.host] = str(error)
 
@@ -140,20 +148,29 @@ class Delivery:
         found: Found,
         body: bytes,
         deadline: float,
-        monitor: float | None,
         tried: dict[Host, str],
+        *,
+        is_call: bool = False,
+        monitor: float | None = None,
     ) -> Answer | None:
         """The answer of *found* if it took *body*, or may never be given it; else None, and why is
         noted in *tried*."""
         host, place = found.host, found.place
+        until = deadline if is_call else min(deadline, self._clock() + FANOUT_SECONDS)
         try:
-            with found.judging():
-                answer = self._client.post(host, body, deadline, monitor=monitor)
-        except NotTaken as error:
+            answer = self._client.post(host, body, until, monitor=monitor)
+        except (NotTaken, Lost) as error:
+            found.judge(is_good=False)
+            if isinstance(error, Lost):
+                raise
             tried[host] = str(error)
             return None
         if answer is None:
+            is_missed = monitor is not None and self._clock() < until
+            if is_missed or not is_call:  # else the method may be slow
+                found.judge(is_good=False)
             raise NoAnswer(f"{host} has not answered for {place}")
+        found.judge(is_good=True)
         if answer.status in _REASONS:
             tried[host] = _REASONS[answer.status]
             return None
@@ -189,10 +206,9 @@ class Delivery:
 
 
 def _why(place: Place, tried: dict[Host, str], trouble: str) -> str:
-    if not tried and trouble:
-        return f"Consul cannot be asked who listens for {place}: {trouble}"
+    unasked = f"Consul cannot be asked who listens for {place}: {trouble}" if trouble else ""
     if not tried:
-        return f"nobody listens for {place} (service {place.service} in Consul)"
+        return unasked or f"nobody listens for {place} (service {place.service} in Consul)"
     found = ", ".join(f"{host}: {why}" for host, why in list(tried.items())[:5])
     more = f", and {len(tried) - 5} more" if len(tried) > 5 else ""
-    return f"nobody took the message for {place}: {found}{more}"
+    return f"nobody took the message for {place}: {found}{more}" + (unasked and f"; {unasked}")

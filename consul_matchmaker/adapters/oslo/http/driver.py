@@ -81,7 +81,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
     def send(
         self,
         target: Any,
-        ctxt: dict[str, Any],
+        ctxt: Any,
         message: dict[str, Any],
         wait_for_reply: bool | None = None,
         timeout: float | None = None,
@@ -92,16 +92,16 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         """The reply of a call, or None when a cast was taken.
 
         Raises MessagingTimeout when there is no reply in time (`ReplyLost`, a MessagingTimeout,
-        when the connection broke before it), MessageDeliveryFailure when nobody took a cast in time
-        or *retry* was reached, MessageUndeliverable when nobody took it and *transport_options* say
-        at_least_once; and what the method raised.
+        when it broke off, or is not to be read), MessageDeliveryFailure when nobody took a cast in
+        time or *retry* was reached, MessageUndeliverable when nobody took it and
+        *transport_options* say at_least_once; and what the method raised.
         """
         seconds = self._options.delivery_timeout if timeout is None else timeout
         deadline = time.monotonic() + seconds
         is_mandatory = bool(getattr(transport_options, "at_least_once", False))
         if target.fanout:
             place = self._place(target, None)
-            request = Request(place.exchange, place.topic, ctxt, message, fanout=True)
+            request = Request(place.exchange, place.topic, _plain(ctxt), message, fanout=True)
             self._body(request)
             self._fanout.send(request, deadline, is_mandatory=is_mandatory)
             return None
@@ -109,7 +109,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         request = Request(
             place.exchange,
             place.topic,
-            ctxt,
+            _plain(ctxt),
             message,
             server=place.server,
             wait=bool(wait_for_reply),
@@ -124,6 +124,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
                 deadline,
                 retry=retry,
                 is_mandatory=is_mandatory,
+                is_call=request.wait,
                 monitor=request.monitor,
             )
         except oslo_messaging.MessageDeliveryFailure as error:
@@ -143,12 +144,12 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
             raise oslo_messaging.MessageDeliveryFailure(
                 f"{what}: it may have been taken, and was not sent again"
             ) from error
-        return self._result(answer.body) if wait_for_reply else None
+        return self._result(place, answer.body) if wait_for_reply else None
 
     def send_notification(
         self,
         target: Any,
-        ctxt: dict[str, Any],
+        ctxt: Any,
         message: dict[str, Any],
         version: float,
         retry: int | None = None,
@@ -159,7 +160,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         is 0 or more: then MessageDeliveryFailure is raised after so many more tries.
         """
         place = self._place(target, None)
-        request = Request(place.exchange, place.topic, ctxt, message)
+        request = Request(place.exchange, place.topic, _plain(ctxt), message)
         self._body(request)
         deadline = time.monotonic() + self._options.delivery_timeout
         self._fanout.notify(request, deadline, retry)
@@ -247,14 +248,22 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
             )
         return body
 
-    def _result(self, body: bytes) -> Any:
+    def _result(self, place: Place, body: bytes) -> Any:
         try:
             result, failure = read_reply(body)
         except Malformed as error:
-            raise oslo_messaging.MessagingTimeout(str(error)) from error
+            raise ReplyLost(f"{place}: {error}: it may have been executed") from error
         if failure is None:
             return result
         raise common.deserialize_remote_exception(failure, self._allowed_remote_exmods)
+
+
+def _plain(ctxt: Any) -> dict[str, Any]:
+    """*ctxt* as a dict: what other drivers take has ``to_dict`` where it is none."""
+    if ctxt is None:
+        return {}
+    found: dict[str, Any] = ctxt if isinstance(ctxt, dict) else ctxt.to_dict()
+    return found
 
 
 def register_upstream_options(conf: Any) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ....errors import MatchmakerError, NoLiveHosts
+from ....errors import MatchmakerError, NoLiveHosts, Unavailable
 from ....matchmaker import Matchmaker
 from ....model import Host, Instance, Snapshot
 from ....settings import Settings
@@ -28,9 +28,15 @@ class Found(NamedTuple):
     place: Place
     matchmaker: Matchmaker
 
-    def judging(self) -> AbstractContextManager[None]:
-        """A block that uses the host: avoided for a while where it raises."""
-        return self.matchmaker.judging(self.place.service, self.host)
+    def judge(self, *, is_good: bool) -> None:
+        """Have the host avoided for a while, or no longer."""
+        with suppress(_Failed), self.matchmaker.judging(self.place.service, self.host):
+            if not is_good:
+                raise _Failed
+
+
+class _Failed(Exception):
+    """What a host did."""
 
 
 def settings_by_zone(settings: Settings) -> list[Settings]:
@@ -63,8 +69,8 @@ class Zones:
         tried: Collection[Host],
         among: Among | None = None,
     ) -> Found | None:
-        """One of *place* that is not among *tried*; None where there is none.  Raises what a
-        Matchmaker raises when no datacenter could be asked by *deadline*."""
+        """One of *place* that is not among *tried*; None where there is none.  Raises
+        MatchmakerError when none is known and a datacenter could not be asked by *deadline*."""
         failures: list[MatchmakerError] = []
         for number, matchmaker in enumerate(self._matchmakers):
             try:
@@ -81,14 +87,14 @@ class Zones:
             except NoLiveHosts:
                 continue
             except MatchmakerError as error:
-                failures.append(error)
-        if len(failures) == len(self._matchmakers):
+                failures.append(self._named(matchmaker, error))
+        if failures:
             raise failures[0]
         return None
 
     def everywhere(self, place: Place, deadline: float) -> list[tuple[Found, Instance]]:
         """Every instance of *place* in each datacenter that could be asked by *deadline*.  Raises
-        Unavailable and Denied when none could."""
+        MatchmakerError when none could."""
         found: list[tuple[Found, Instance]] = []
         failures: list[MatchmakerError] = []
         for number, matchmaker in enumerate(self._matchmakers):
@@ -96,13 +102,13 @@ class Zones:
                 left = self._share(deadline, number)
                 snapshot = matchmaker.hosts(place.service, timeout_seconds=left)
             except MatchmakerError as error:
-                failures.append(error)
+                failures.append(self._named(matchmaker, error))
                 continue
             found += [(Found(one.host, place, matchmaker), one) for one in snapshot.instances]
         if len(failures) == len(self._matchmakers):
             raise failures[0]
         for failure in failures:
-            logger.warning("%s: a datacenter could not be asked: %s", place, failure)
+            logger.warning("%s: not every datacenter could be asked: %s", place, failure)
         return found
 
     def wait(self, place: Place, seconds: float, among: Among | None = None) -> None:
@@ -113,6 +119,12 @@ class Zones:
         )
         if among is not None and not among(found).instances:
             raise NoLiveHosts(f"{place}: there are others only")
+
+    def _named(self, matchmaker: Matchmaker, error: MatchmakerError) -> MatchmakerError:
+        """*error* with the datacenter, where there are several."""
+        if len(self._matchmakers) < 2:
+            return error
+        return Unavailable(f"datacenter {matchmaker.settings.datacenters[0]}: {error}")
 
     def _share(self, deadline: float, number: int) -> float:
         """How long one may be asked: the others need time, too."""
