@@ -110,6 +110,7 @@ class HttpServer:
             access_log=None,
             keepalive_timeout=IDLE_SECONDS,
             lingering_time=0.0,
+            auto_decompress=False,  # no client of ours packs, and a little would become a lot
             logger=_quiet,
         )
         self._connections = connections
