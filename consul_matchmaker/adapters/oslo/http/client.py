@@ -89,7 +89,10 @@ class Client:
             try:
                 wire.sendall(said)
             except OSError as error:
+                refused = None if isinstance(error, TimeoutError) else self._refusal(wire)
                 wire.sock.close()
+                if refused is not None:
+                    return refused
                 if is_kept and not isinstance(error, TimeoutError):
                     continue  # it was closed: another one, or a new one
                 raise NotTaken(f"{error}") from error
@@ -137,6 +140,16 @@ class Client:
                 self._keep(host, wire)
             else:
                 wire.sock.close()
+
+    def _refusal(self, wire: Wire) -> Answer | None:
+        """What the server said before it had the whole request, and closed the connection."""
+        reply = _Reply()
+        try:
+            while not reply.is_complete:
+                reply.feed(wire.receive(PIECE_BYTES))
+        except (OSError, HTTPException, httptools.HttpParserError):
+            return None
+        return Answer(reply.status, b"".join(reply.body)) if reply.status >= 400 else None
 
     # -- connections -------------------------------------------------------------------------
 

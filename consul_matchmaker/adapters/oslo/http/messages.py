@@ -25,7 +25,7 @@ class Request:
     exchange: str
     topic: str
     ctxt: dict[str, Any]
-    message: Any
+    message: dict[str, Any]
     server: str | None = None
     fanout: bool = False
     """For every listener of exchange and topic, in this process."""
@@ -42,7 +42,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "exchange": (str,),
     "topic": (str,),
     "ctxt": (dict,),
-    "message": (object,),
+    "message": (dict,),
     "server": (str, type(None)),
     "fanout": (bool,),
     "pool": (str, type(None)),
@@ -50,6 +50,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "monitor": (int, float, type(None)),
     "id": (str, type(None)),
 }
+LONGEST_MONITOR_SECONDS = 10 * 365 * 86400.0
+"""No event can be waited for as long as JSON can say."""
 _NEEDED = {"exchange", "topic", "ctxt", "message"}
 
 
@@ -78,6 +80,9 @@ def read_request(body: bytes) -> Request:
             raise Malformed(f"{name} has the wrong type")
     if not found.keys() >= _NEEDED:
         raise Malformed("exchange, topic, ctxt and message are needed")
+    monitor = found.get("monitor")
+    if monitor is not None and not 0 <= monitor <= LONGEST_MONITOR_SECONDS:  # or it is no number
+        raise Malformed("monitor is no time")
     return Request(**found)
 
 

@@ -21,7 +21,7 @@ from .protocol import HEALTH_PATH, HEARTBEAT, PATH
 from .secret import Secret
 
 with extra("oslo-http"):
-    from aiohttp import web
+    from aiohttp import HttpVersion10, HttpVersion11, web
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class HttpServer:
             access_log=None,
             keepalive_timeout=IDLE_SECONDS,
             lingering_time=0.0,
+            auto_decompress=False,  # no client of ours packs, and a little would become a lot
             logger=_quiet,
         )
         self._connections = connections
@@ -125,6 +126,8 @@ class HttpServer:
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         self._connections.heard(request.protocol)
+        if request.version not in (HttpVersion10, HttpVersion11):
+            return _refused(400, "this is not HTTP/1.1")
         if request.path == HEALTH_PATH and request.method in ("GET", "HEAD"):
             return web.Response(text="ok\n")
         if request.path != PATH or request.method != "POST":
