@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from consul_matchmaker.adapters.oslo.http.client import (
+    FAIR_SECONDS,
     IDLE_SECONDS,
     MOST_IDLE,
     Answer,
     Client,
     Lost,
     NotTaken,
+    NotTried,
 )
 from consul_matchmaker.adapters.oslo.http.secret import Secret
+from consul_matchmaker.backends.http.connection import Wire
 from consul_matchmaker.model import Host
 
 from .contract import eventually
@@ -33,6 +38,8 @@ pytestmark = pytest.mark.system
 PLAIN = SimpleNamespace(uses_tls=False, tls_ca=None, tls_cert=None, tls_key=None)
 SHORT_SECONDS = 0.3
 """The deadline of what is to fail by it."""
+ROUNDS = 30
+"""Enough to find a race that is there."""
 
 
 class Clock:
@@ -141,6 +148,138 @@ def test_who_does_not_read_all_has_not_taken_it(client: Client) -> None:
         with pytest.raises(NotTaken):
             post(client, port, large)
         thread.join()
+
+
+def test_a_host_is_not_to_blame_where_no_time_was_left(client: Client) -> None:
+    """Before it is connected to, and before anything is written."""
+    with Server() as server:
+        for _ in range(2):  # over a new connection, and over one that was kept
+            with pytest.raises(NotTried, match="no time was left"):
+                post(client, server, seconds=-1)
+            post(client, server)
+        assert len(server.requests) == 2
+
+
+def test_a_host_is_to_blame_that_had_time(client: Client) -> None:
+    """It has not read the request for longer than a busy one needs."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with pytest.raises(NotTaken) as caught:
+            post(client, listener.getsockname()[1], bytes(2**24), FAIR_SECONDS + SHORT_SECONDS)
+        assert not isinstance(caught.value, NotTried)
+
+
+def test_a_host_is_not_to_blame_for_files_of_ours() -> None:
+    """The error names them; nobody is connected to."""
+    options = SimpleNamespace(uses_tls=True, tls_ca="/missing.pem", tls_cert=None, tls_key=None)
+    with Server() as server:
+        with pytest.raises(NotTried, match=r"/missing\.pem"):
+            post(Client(options, Secret(None, None)), server)  # type: ignore[arg-type]
+        assert server.connections == 0
+
+
+def test_a_host_is_not_to_blame_where_we_have_too_many_files_open() -> None:
+    """Nothing was sent to it."""
+    code = f"""if True:
+        import resource, sys, time
+        from types import SimpleNamespace
+        from {__name__.partition(".")[0]}.test_adapters_oslo_http_client import *
+        client = Client(PLAIN, Secret(None, None))
+        with Server() as server:
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, most[1]))
+            try:
+                post(client, server)
+            except NotTried as error:
+                print(error)
+            resource.setrlimit(resource.RLIMIT_NOFILE, most)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Too many open files" in done.stdout
+
+
+def answers_early(listener: socket.socket, answer: bytes, *, after: int = 0) -> threading.Thread:
+    """Says *answer* to a large request, of which it has read little, and closes the connection;
+    *after* so many requests that are answered as usual."""
+
+    def serve() -> None:
+        sock, _ = listener.accept()
+        with sock:
+            for _ in range(after):
+                sock.recv(65536)
+                sock.sendall(reply())
+            sock.recv(1000)
+            sock.sendall(answer)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["new", "kept"])
+def test_an_answer_that_came_while_the_request_was_written_is_its_answer(
+    client: Client, after: int
+) -> None:
+    """The server that refuses a large request does not read it; it is not asked again."""
+    said = reply(401, b"unknown", headers=["Connection: close"])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        serving = answers_early(listener, said, after=after)
+        for _ in range(after):
+            assert post(client, port) == Answer(200, b"true")
+        assert post(client, port, bytes(2**24)) == Answer(401, b"unknown")
+        serving.join()
+
+
+def test_part_of_an_answer_that_came_early_says_that_nothing_was_taken(client: Client) -> None:
+    """What was refused may be sent to another."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serving = answers_early(listener, b"HTTP/1.1 401 No\r\nContent-Length: 9\r\n\r\nunk")
+        with pytest.raises(NotTaken):
+            post(client, listener.getsockname()[1], bytes(2**24))
+        serving.join()
+
+
+@pytest.mark.parametrize("monitor", [None, 5.0])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 100 Continue\r\n\r\n",
+        b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early\r\nLink: x\r\n\r\n",
+    ],
+)
+def test_what_precedes_an_answer_is_none(
+    client: Client, said: bytes, monitor: float | None
+) -> None:
+    """A status of 1xx is followed by the answer, which is waited for."""
+
+    def behave(request: Any) -> Any:
+        def answer(sock: socket.socket) -> None:
+            sock.sendall(said)
+            threading.Event().wait(SHORT_SECONDS / 10)
+            sock.sendall(reply(200, b"late"))
+
+        return answer
+
+    with Server(behave) as server:
+        assert post(client, server, monitor=monitor) == Answer(200, b"late")
+    with Server(lambda request: lambda sock: sock.sendall(said)) as server, pytest.raises(Lost):
+        post(client, server, monitor=monitor)
+    with Server(lambda request: said + reply(200, b"at once")) as server:
+        assert post(client, server, monitor=monitor) == Answer(200, b"at once")
+
+
+@pytest.mark.parametrize(
+    "more", [reply(500, b"other"), b"HTTP/1.1 2", b"rubbish\r\n\r\n"], ids=["whole", "part", "none"]
+)
+@pytest.mark.parametrize("headers", [[], ["Connection: close"]], ids=["open", "closing"])
+def test_what_follows_an_answer_is_no_part_of_it(
+    client: Client, more: bytes, headers: list[str]
+) -> None:
+    """The answer holds; the connection is not used again."""
+    with Server(lambda request: reply(200, b"first", headers) + more) as server:
+        for _ in range(2):
+            assert post(client, server) == Answer(200, b"first")
+        assert server.connections == 2
 
 
 @pytest.mark.parametrize("monitor", [None, 5.0])
@@ -274,6 +413,21 @@ def test_one_that_was_closed_while_idle_is_not_used(client: Client) -> None:
         assert (server.connections, len(server.requests)) == (2, 2)
 
 
+def test_one_that_is_closed_as_it_is_written_to_is_replaced(client: Client) -> None:
+    """Nothing of the request was taken, so that it is sent over a new one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with ThreadPoolExecutor(1) as pool:
+            for _ in range(2):
+                answer = pool.submit(post, client, port)
+                sock, _ = listener.accept()
+                sock.recv(65536)
+                sock.sendall(reply())
+                assert answer.result(DEADLINE_SECONDS) == Answer(200, b"true")
+                ((_, wire),) = client._idle[Host("127.0.0.1", port)]
+                wire.sock.shutdown(socket.SHUT_WR)  # no news of the server, and no way to it
+
+
 def test_one_that_says_something_while_idle_is_not_used(client: Client) -> None:
     """What it said would be taken for the answer to the next request."""
     answers = iter([reply(200, b"first"), reply(200, b"second")])
@@ -356,3 +510,35 @@ def test_closing_closes_what_is_kept(client: Client) -> None:
         eventually(lambda: not server.is_connected, bool)
         assert post(client, server) == Answer(200, b"true")
         eventually(lambda: not server.is_connected, bool)
+
+
+def test_closing_is_safe_while_others_use_it() -> None:
+    """Each connection is closed by whoever has it; nobody meets one that another has taken."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    host = Host("127.0.0.1", 1)
+    now = itertools.count()
+    try:
+        for _ in range(ROUNDS):
+            made = Client(PLAIN, Secret(None, None), clock=lambda: next(now))  # type: ignore[arg-type]
+            pairs = [socket.socketpair() for _ in range(MOST_IDLE)]
+            for one, _ in pairs:
+                made._keep(host, Wire(one, 1))
+            with ThreadPoolExecutor(4) as pool:
+
+                def use(client: Client = made) -> None:
+                    while (wire := client._kept(host)) is not None:
+                        client._keep(host, wire)
+                        wire = client._kept(host)
+                        if wire is not None:
+                            wire.sock.close()
+
+                used = [pool.submit(use) for _ in range(3)]
+                made.close()
+                for each in used:
+                    each.result(DEADLINE_SECONDS)
+            assert all(one.fileno() == -1 for one, _ in pairs)
+            for _, other in pairs:
+                other.close()
+    finally:
+        sys.setswitchinterval(interval)
