@@ -6,13 +6,16 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from consul_matchmaker.adapters.oslo.http.client import FAIR_SECONDS
 from consul_matchmaker.adapters.oslo.http.delivery import FANOUT_SECONDS
 from consul_matchmaker.adapters.oslo.http.names import service_of
 from consul_matchmaker.model import Host
+from integration.rpc.certificates import make
 from integration.rpc.conftest import CALL_SECONDS, FOUND_SECONDS, matchmaker_of, wait_for_hosts
 from integration.waiting import until
 
@@ -137,3 +140,37 @@ def test_a_fanout_ends_with_its_time(
     lines = [each.getMessage() for each in caplog.records if "has not got" in each.getMessage()]
     assert {line.partition(" ")[0] for line in lines} == hosts
     assert len([line for line in lines if "it was not reached" in line]) == 2
+
+
+@pytest.mark.parametrize("kind", ["call", "cast"])
+def test_a_host_for_which_no_time_was_left_is_not_quarantined(
+    kind: str, client: Make, hanging: Callable[[str], str], topic: str
+) -> None:
+    """Nobody asked it, or it had less than a fair time for its 202."""
+    import oslo_messaging
+
+    hanging(service_of("openstack", topic))
+    caller = client(topic, delivery_timeout=FAIR_SECONDS / 2, **LONG_AVOIDED)
+    wait_for_hosts(caller, 1)
+    with pytest.raises(oslo_messaging.MessagingException):
+        if kind == "cast":
+            caller.cast({}, "note", what="x")
+        else:
+            caller.prepare(timeout=0).call({}, "note", what="x")
+    assert avoided(caller.transport) == {}
+
+
+def test_a_file_of_the_client_that_is_gone_is_no_fault_of_the_host(
+    client: Make, hanging: Callable[[str], str], topic: str, tmp_path: Path
+) -> None:
+    """The error names the file, and the host is not quarantined."""
+    import oslo_messaging
+
+    hanging(service_of("openstack", topic))
+    authority = make(tmp_path).authority
+    caller = client(topic, tls_ca=authority, **LONG_AVOIDED)
+    wait_for_hosts(caller, 1)
+    authority.unlink()
+    with pytest.raises(oslo_messaging.MessageDeliveryFailure, match=authority.name):
+        caller.prepare(retry=0).cast({}, "note", what="x")
+    assert avoided(caller.transport) == {}

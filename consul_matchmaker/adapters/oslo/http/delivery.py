@@ -12,7 +12,7 @@ from ....backoff import Backoff
 from ....errors import MatchmakerError
 from ....model import Host
 from ...extras import extra
-from .client import Answer, Client, Lost, NotTaken
+from .client import FAIR_SECONDS, Answer, Client, Lost, NotTaken, NotTried
 from .names import Place
 from .zones import Among, Found, Zones
 
@@ -156,18 +156,21 @@ class Delivery:
         """The answer of *found* if it took *body*, or may never be given it; else None, and why is
         noted in *tried*."""
         host, place = found.host, found.place
-        until = deadline if is_call else min(deadline, self._clock() + FANOUT_SECONDS)
+        began = self._clock()
+        until = deadline if is_call else min(deadline, began + FANOUT_SECONDS)
         try:
             answer = self._client.post(host, body, until, monitor=monitor)
         except (NotTaken, Lost) as error:
-            found.judge(is_good=False)
+            if not isinstance(error, NotTried):
+                found.judge(is_good=False)
             if isinstance(error, Lost):
                 raise
             tried[host] = str(error)
             return None
         if answer is None:
-            is_missed = monitor is not None and self._clock() < until
-            if is_missed or not is_call:  # else the method may be slow
+            now = self._clock()
+            is_missed = monitor is not None and now < until
+            if is_missed or (not is_call and now - began >= FAIR_SECONDS):  # a method may be slow
                 found.judge(is_good=False)
             raise NoAnswer(f"{host} has not answered for {place}")
         found.judge(is_good=True)
