@@ -27,14 +27,24 @@ class Serving(Protocol):
 
 
 class Incoming(base.RpcIncomingMessage):  # type: ignore[misc]  # upstream has no types
-    """A message that a listener has; its end makes room for another."""
+    """A message that a listener has; its end makes room for another.
+
+    It ends with the reply, or when nothing can give one any more: upstream drops the message of a
+    method that ends by SystemExit.
+    """
 
     def __init__(self, request: Request, exchange: Exchange, listener: HttpListener) -> None:
         super().__init__(request.ctxt, request.message)
         self.msg_id = request.id  # an argument only since 14.1 or later
         self.client_timeout = request.monitor
         self._waits = request.wait
-        self._exchange, self._listener = exchange, listener
+        self.exchange, self._listener = exchange, listener
+
+    def __del__(self) -> None:  # on any thread, at any time: it must not take a lock
+        if self._listener.holds(self):
+            self._listener.done(self)
+            if self._waits:
+                self.exchange.abandon()
 
     def reply(self, reply: Any = None, failure: Any = None) -> None:
         """The result of a call, or the ``sys.exc_info()`` of its failure; a cast's goes nowhere."""
@@ -47,10 +57,10 @@ class Incoming(base.RpcIncomingMessage):  # type: ignore[misc]  # upstream has n
             logger.exception("the reply to message %s cannot be sent", self.msg_id)
             body = _failure((type(error), error, error.__traceback__))
         self._listener.done(self)  # first: who hears the reply may send the next message at once
-        self._exchange.finish(body)
+        self.exchange.finish(body)
 
     def heartbeat(self) -> None:
-        self._exchange.heartbeat()
+        self.exchange.heartbeat()
 
     def acknowledge(self) -> None:
         """Of a call or cast more is heard."""
@@ -89,8 +99,8 @@ class HttpListener(base.Listener):  # type: ignore[misc]  # upstream has no type
         self._serving, self._incoming = serving, incoming
         # A batch has to fit, and the next one is gathered while it is worked at.
         self._most = most if batch_size == 1 else max(most, 2 * batch_size)
-        self._lock = threading.Lock()
-        self._taken: set[Incoming] = set()
+        # Added to by the server's thread alone; the rest is one atomic operation each.
+        self._taken: set[Exchange] = set()
         self._batches = _Batches(batch_size, batch_timeout) if batch_size > 1 else None
 
     def start(self, on_incoming_callback: Any) -> None:
@@ -114,12 +124,10 @@ class HttpListener(base.Listener):  # type: ignore[misc]  # upstream has no type
         callback = self.on_incoming_callback
         if callback is None:
             return False
+        if len(self._taken) >= (2 * self._most if request.fanout else self._most):
+            return False
         message = self._incoming(request, exchange, self)
-        most = 2 * self._most if request.fanout else self._most
-        with self._lock:
-            if len(self._taken) >= most:
-                return False
-            self._taken.add(message)
+        self._taken.add(exchange)
         if not self._deliver(message):
             self.done(message)
             return False
@@ -131,8 +139,11 @@ class HttpListener(base.Listener):  # type: ignore[misc]  # upstream has no type
             self.done(message)
 
     def done(self, message: Incoming) -> None:
-        with self._lock:
-            self._taken.discard(message)
+        self._taken.discard(message.exchange)
+
+    def holds(self, message: Incoming) -> bool:
+        """Whether it is not finished."""
+        return message.exchange in self._taken
 
     def _deliver(self, message: Incoming) -> bool:
         callback = self.on_incoming_callback
@@ -144,6 +155,9 @@ class HttpListener(base.Listener):  # type: ignore[misc]  # upstream has no type
             else:
                 callback([message])
         except RuntimeError:  # its executor was shut down
+            return False
+        except Exception:
+            logger.exception("a message for %s could not be executed", self.places[0])
             return False
         return True
 

@@ -64,7 +64,8 @@ OPTIONS = [
         "max_connections",
         default=10_000,
         min=1,
-        help="connections that a process takes at a time",
+        help="connections that a process takes at a time; fewer, where its limit of open files is "
+        "low",
     ),
     cfg.IntOpt(
         "max_messages",

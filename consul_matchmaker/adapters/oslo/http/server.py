@@ -1,4 +1,4 @@
-"""The HTTP server of a process: one thread, one port, for all its listeners."""
+"""The HTTP server of a process: one port for all its listeners."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import logging
 import os
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Coroutine
+from concurrent import futures
+from pathlib import Path
 from typing import Any, Protocol
 
 from ....errors import ConfigurationError, TimedOut
 from ....fork import close_after_fork
 from ...extras import extra
+from .loop import entered, left
 from .messages import Malformed, Request, read_request
 from .options import Options
 from .protocol import HEALTH_PATH, HEARTBEAT, PATH
@@ -26,13 +28,22 @@ with extra("oslo-http"):
 logger = logging.getLogger(__name__)
 
 READ_SECONDS = 10.0
-"""A request that begins has to be there as a whole so soon; TLS has to be agreed upon as soon."""
+"""The first message of a connection has to begin so soon, and a body that begins has to be there as
+a whole; TLS has to be agreed upon as soon."""
 IDLE_SECONDS = 75.0
 """A connection that nothing is asked over is closed; clients close theirs long before."""
 CLOSING_SECONDS = 5.0
 """How long replies that are on their way may take when the server stops."""
 BACKLOG = 1024
+ACCEPTS = 4
+"""Connections taken in one round of the loop, of which it needs some to close one: few, that those
+beyond ``max_connections`` are closed before they use up what `_spared_files` leaves."""
+LOOK_SECONDS = 30.0
+"""How often the files of TLS are looked at: they may have been renewed."""
+SPARED_FILES = 32
+"""At least so many of a process's open files, and a quarter of them, are not for connections."""
 JSON = "application/json"
+ABANDONED = "what executed the message ended without a reply: see the log of the server"
 
 
 class Exchange(Protocol):
@@ -44,6 +55,9 @@ class Exchange(Protocol):
 
     def finish(self, body: bytes) -> None:
         """Answer with *body*."""
+
+    def abandon(self) -> None:
+        """There will be no answer."""
 
 
 Take = Callable[[Request, "Exchange"], int]
@@ -58,78 +72,117 @@ class HttpServer:
     long, or comes when there are ``max_connections``.
     """
 
-    def __init__(self, options: Options, secret: Secret, address: str, take: Take) -> None:
+    def __init__(
+        self,
+        options: Options,
+        secret: Secret,
+        address: str,
+        take: Take,
+        *,
+        look_seconds: float = LOOK_SECONDS,
+    ) -> None:
         self._options, self._secret, self._take = options, secret, take
+        self._look_seconds = look_seconds
         self._socket = _listening(options.listen_address or address, options.port_range)
         self.port: int = self._socket.getsockname()[1]
-        self._thread = threading.Thread(
-            target=self._run, name="consul-matchmaker-http", daemon=True
-        )
-        self._is_ready = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping: asyncio.Event | None = None
-        self._failure: BaseException | None = None
-        self._tls: ssl.SSLContext | None = None
+        self._server: asyncio.AbstractServer | None = None
+        self._looking: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Return once requests are answered.  Raises OSError (a TLS file) and TimedOut."""
-        self._tls = self._context()
-        self._thread.start()
-        if not self._is_ready.wait(CLOSING_SECONDS):
-            raise TimedOut(f"the HTTP server did not start within {CLOSING_SECONDS:g} s")
-        if self._failure is not None:
-            raise self._failure
+        """Return once requests are answered.  Raises ConfigurationError, OSError (a TLS file) and
+        TimedOut."""
+        try:
+            self._loop = entered()
+            opening = asyncio.run_coroutine_threadsafe(self._open(), self._loop)
+            opening.result(CLOSING_SECONDS)
+        except BaseException as error:
+            self.stop()
+            if isinstance(error, futures.TimeoutError):
+                raise TimedOut(f"no HTTP server within {CLOSING_SECONDS:g} s") from error
+            raise
 
     def stop(self) -> None:
         """Answer what is being executed, for `CLOSING_SECONDS`, and close every connection."""
-        loop, stopping = self._loop, self._stopping
-        if loop is None or stopping is None:
-            self._socket.close()
-            return
-        with contextlib.suppress(RuntimeError):  # it has ended by itself
-            loop.call_soon_threadsafe(stopping.set)
-        self._thread.join(2 * CLOSING_SECONDS)
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            ended = RuntimeError, futures.CancelledError  # the loop, by itself
+            with contextlib.suppress(*ended, futures.TimeoutError):
+                closing = asyncio.run_coroutine_threadsafe(self._close(), loop)
+                closing.result(2 * CLOSING_SECONDS)
+            left(loop)
+        self._socket.close()
 
-    # -- on the server's thread --------------------------------------------------------------
+    # -- on the loop -------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._serve())
-        except BaseException as error:
-            self._failure = error
-            logger.exception("the HTTP server has ended")
-        finally:
-            self._is_ready.set()
-
-    async def _serve(self) -> None:
-        loop = self._loop = asyncio.get_running_loop()
-        stopping = self._stopping = asyncio.Event()
-        connections = _Connections(
+    async def _open(self) -> None:
+        self._connections = _Connections(
             self._answer,
-            self._options.max_connections,
+            _most_connections(self._options.max_connections),
             access_log=None,
             keepalive_timeout=IDLE_SECONDS,
             lingering_time=0.0,
             auto_decompress=False,  # no client of ours packs, and a little would become a lot
             logger=_quiet,
         )
-        self._connections = connections
-        patience = None if self._tls is None else READ_SECONDS
-        server = await loop.create_server(
-            connections, sock=self._socket, ssl=self._tls, ssl_handshake_timeout=patience
+        stamps = self._stamps()
+        await self._listen()
+        if self._options.tls_cert is not None:
+            self._looking = asyncio.create_task(self._look(stamps))
+
+    async def _listen(self) -> None:
+        """Take connections with what the files of TLS say now; those that there are stay."""
+        tls = self._context()
+        sock = self._socket.dup()  # the queue of connections is one
+        close_after_fork(sock)
+        before, self._server = (
+            self._server,
+            await asyncio.get_running_loop().create_server(
+                self._connections,
+                sock=sock,
+                ssl=tls,
+                ssl_handshake_timeout=None if tls is None else READ_SECONDS,
+                backlog=ACCEPTS,
+            ),
         )
-        self._is_ready.set()
-        await stopping.wait()
-        server.close()
-        connections.pre_shutdown()  # closes those that wait for a request, as kept ones do
-        await connections.shutdown(CLOSING_SECONDS)
+        self._socket.listen(BACKLOG)  # to asyncio it is the same as how many it takes at a time
+        if before is not None:
+            before.close()
+
+    async def _look(self, stamps: list[tuple[int, ...]]) -> None:
+        """Use the files of TLS again when they have changed; what is no good changes nothing."""
+        while True:
+            await asyncio.sleep(self._look_seconds)
+            try:
+                found = self._stamps()
+                if found == stamps:
+                    continue
+                stamps = found
+                await self._listen()
+            except (OSError, ValueError) as error:
+                logger.warning("the new files of TLS cannot be used (%s); the old ones stay", error)
+            else:
+                logger.info("new connections get the new certificate %s", self._options.tls_cert)
+
+    def _stamps(self) -> list[tuple[int, ...]]:
+        options = self._options
+        return [_stamp(path) for path in (options.tls_cert, options.tls_key, options.tls_ca)]
+
+    async def _close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+        if self._server is None:
+            return
+        self._server.close()
+        self._connections.pre_shutdown()  # closes those that wait for a request, as kept ones do
+        await self._connections.shutdown(CLOSING_SECONDS)
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        self._connections.heard(request.protocol)
         if request.version not in (HttpVersion10, HttpVersion11):
             return _refused(400, "this is not HTTP/1.1")
         if request.path == HEALTH_PATH and request.method in ("GET", "HEAD"):
-            return web.Response(text="ok\n")
+            return web.Response(text="ok\n")  # and does not count: it needs no secret
+        self._connections.heard(request.protocol)
         if request.path != PATH or request.method != "POST":
             return _refused(404, "there is nothing here")
         if not self._secret.accepts(request.headers.get("Authorization")):
@@ -152,7 +205,10 @@ class HttpServer:
             return web.Response(status=status)
         if not heard.wait:
             return web.Response(status=202)
-        return web.Response(body=await call.reply, content_type=JSON)
+        reply = await call.reply
+        if reply is None:
+            return web.Response(status=500, text=f"{ABANDONED}\n")
+        return web.Response(body=reply, content_type=JSON)
 
     async def _watched(self, request: web.BaseRequest, heard: Request) -> web.StreamResponse:
         """A reply that heartbeats precede."""
@@ -165,8 +221,11 @@ class HttpServer:
             await response.prepare(request)
             while (piece := await call.pieces.get()) == HEARTBEAT:
                 await response.write(piece)
-            await response.write(piece)
-            await response.write_eof()
+            if piece is not None:
+                await response.write(piece)
+                await response.write_eof()
+            elif request.transport is not None:
+                request.transport.abort()  # its status was sent: nothing else says so
         return response
 
     def _context(self) -> ssl.SSLContext | None:
@@ -196,7 +255,7 @@ class _Connections(web.Server):
         self._most = most
         self._open = 0
         self._silent: dict[Any, asyncio.TimerHandle] = {}
-        """Those over which no request has come yet, and when their time is up."""
+        """Those over which no message has come yet, and when their time is up."""
 
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
@@ -208,7 +267,7 @@ class _Connections(web.Server):
         self._silent[handler] = loop.call_later(READ_SECONDS, transport.abort)
 
     def heard(self, handler: Any) -> None:
-        """A request has come over it."""
+        """A message has come over it."""
         if (timer := self._silent.pop(handler, None)) is not None:
             timer.cancel()
 
@@ -228,7 +287,7 @@ class _Call:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self.reply: asyncio.Future[bytes] = loop.create_future()
+        self.reply: asyncio.Future[bytes | None] = loop.create_future()
 
     def heartbeat(self) -> None:
         """Nobody watches it."""
@@ -237,7 +296,11 @@ class _Call:
         with contextlib.suppress(RuntimeError):  # the server was stopped
             self._loop.call_soon_threadsafe(self._finish, body)
 
-    def _finish(self, body: bytes) -> None:
+    def abandon(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._finish, None)
+
+    def _finish(self, body: bytes | None) -> None:
         if not self.reply.done():
             self.reply.set_result(body)
 
@@ -247,7 +310,7 @@ class _WatchedCall:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self.pieces: asyncio.Queue[bytes] = asyncio.Queue()
+        self.pieces: asyncio.Queue[bytes | None] = asyncio.Queue()
 
     def heartbeat(self) -> None:
         self.finish(HEARTBEAT)
@@ -255,6 +318,10 @@ class _WatchedCall:
     def finish(self, body: bytes) -> None:
         with contextlib.suppress(RuntimeError):  # the server was stopped
             self._loop.call_soon_threadsafe(self.pieces.put_nowait, body)
+
+    def abandon(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.pieces.put_nowait, None)
 
 
 _quiet = logging.getLogger(f"{__name__}.requests")
@@ -279,13 +346,53 @@ def _refused(status: int, why: str) -> web.Response:
     return response
 
 
+def _stamp(path: str | None) -> tuple[int, ...]:
+    """What is another one when the file is."""
+    if path is None:
+        return ()
+    try:
+        stat = Path(path).stat()
+    except OSError:  # that it is gone is said once, too
+        return ()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+class _Listening(socket.socket):
+    """One whose connections, too, are closed in a forked child: to a caller its server's end would
+    else not be the end of the connection."""
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        sock, peer = super().accept()
+        close_after_fork(sock)
+        return sock, peer
+
+
+def _most_connections(most: int) -> int:
+    """*most*, or as many as the limit of open files allows."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return most
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    left = limit - max(SPARED_FILES, limit // 4)
+    if limit == resource.RLIM_INFINITY or left >= most:
+        return most
+    left = max(1, left)
+    logger.warning(
+        "this process may open %d files: it takes %d connections at a time, not the %d of "
+        "max_connections; raise the limit (ulimit -n, LimitNOFILE) or lower max_connections",
+        *(limit, left, most),
+    )
+    return left
+
+
 def _listening(address: str, ports: tuple[int, int] | None) -> socket.socket:
     """A socket that listens there; raises OSError when none can."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     first, last = ports or (0, 0)
     failure: OSError | None = None
     for port in range(first, last + 1):
-        sock = socket.socket(family)
+        sock = _Listening(family)
         try:
             if os.name == "posix":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

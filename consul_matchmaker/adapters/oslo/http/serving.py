@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from typing import Any
 
 from ....errors import MatchmakerError
 from ....matchmaker import Matchmaker
@@ -21,6 +22,11 @@ from .server import HttpServer
 logger = logging.getLogger(__name__)
 
 TAG = "oslo-rpc"
+OF_THE_SERVER = (
+    *("listen_address", "port_range", "tls_cert", "tls_key", "tls_ca", "rpc_token"),
+    *("rpc_token_file", "max_body_bytes", "max_connections"),
+)
+"""The options by which HTTP servers differ: transports that agree on these share one."""
 
 
 class _Shared:
@@ -34,7 +40,7 @@ class _Shared:
         """How many listeners each registration is for, by the id of its matchmaker."""
 
 
-_shared: dict[tuple[Options, str], _Shared] = {}
+_shared: dict[tuple[Any, ...], _Shared] = {}
 _state: dict[str, threading.Lock] = {}
 
 
@@ -62,7 +68,7 @@ class Serving:
         self, matchmaker: Matchmaker, options: Options, secret: Secret, address: str
     ) -> None:
         self._matchmaker, self._options = matchmaker, options
-        self._key = options, address
+        self._key = tuple(getattr(options, name) for name in OF_THE_SERVER), address
         self._address = address
         self._registrations: list[Registration] = []
         self._lock = threading.Lock()
