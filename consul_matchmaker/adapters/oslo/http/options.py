@@ -64,7 +64,8 @@ OPTIONS = [
         "max_connections",
         default=10_000,
         min=1,
-        help="connections that a process takes at a time",
+        help="connections that a process takes at a time; never more than three quarters of the "
+        "files that the system allows it",
     ),
     cfg.IntOpt(
         "max_messages",

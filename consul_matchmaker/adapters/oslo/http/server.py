@@ -29,9 +29,12 @@ READ_SECONDS = 10.0
 """A request that begins has to be there as a whole so soon; TLS has to be agreed upon as soon."""
 IDLE_SECONDS = 75.0
 """A connection that nothing is asked over is closed; clients close theirs long before."""
+SECONDS_BETWEEN_WARNINGS = 60.0
 CLOSING_SECONDS = 5.0
 """How long replies that are on their way may take when the server stops."""
 BACKLOG = 1024
+ACCEPTED_AT_A_TIME = 4
+"""Before asyncio does anything else, as closing those that are too many."""
 JSON = "application/json"
 
 
@@ -106,7 +109,7 @@ class HttpServer:
         stopping = self._stopping = asyncio.Event()
         connections = _Connections(
             self._answer,
-            self._options.max_connections,
+            _most_connections(self._options.max_connections),
             access_log=None,
             keepalive_timeout=IDLE_SECONDS,
             lingering_time=0.0,
@@ -116,8 +119,13 @@ class HttpServer:
         self._connections = connections
         patience = None if self._tls is None else READ_SECONDS
         server = await loop.create_server(
-            connections, sock=self._socket, ssl=self._tls, ssl_handshake_timeout=patience
+            connections,
+            sock=self._socket,
+            ssl=self._tls,
+            ssl_handshake_timeout=patience,
+            backlog=ACCEPTED_AT_A_TIME,
         )
+        self._socket.listen(BACKLOG)  # which asyncio has made as small as that
         self._is_ready.set()
         await stopping.wait()
         server.close()
@@ -195,6 +203,7 @@ class _Connections(web.Server):
         super().__init__(answer, **options)
         self._most = most
         self._open = 0
+        self._said_full_at = -SECONDS_BETWEEN_WARNINGS
         self._silent: dict[Any, asyncio.TimerHandle] = {}
         """Those over which no request has come yet, and when their time is up."""
 
@@ -203,9 +212,19 @@ class _Connections(web.Server):
         self._open += 1
         loop = asyncio.get_running_loop()
         if self._open > self._most:
+            self._say_full(loop.time())
             loop.call_soon(_turn_away, transport)  # aiohttp does not bear it before it has begun
             return
         self._silent[handler] = loop.call_later(READ_SECONDS, transport.abort)
+
+    def _say_full(self, now: float) -> None:
+        if now - self._said_full_at >= SECONDS_BETWEEN_WARNINGS:
+            self._said_full_at = now
+            logger.warning(
+                "%d connections are open: further ones are turned away; see max_connections, and "
+                "how many files the system allows this process",
+                self._most,
+            )
 
     def heard(self, handler: Any) -> None:
         """A request has come over it."""
@@ -216,6 +235,17 @@ class _Connections(web.Server):
         super().connection_lost(handler, exc)
         self._open -= 1
         self.heard(handler)
+
+
+def _most_connections(configured: int) -> int:
+    """As many as leave a quarter of the files that the system allows: who has none left cannot
+    speak to Consul any more."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return configured
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return configured if files == resource.RLIM_INFINITY else min(configured, files * 3 // 4)
 
 
 def _turn_away(transport: asyncio.Transport) -> None:
