@@ -434,6 +434,24 @@ def test_a_small_body_that_unpacks_to_a_large_one_is_not_unpacked(
         assert used(process)["VmHWM"] < before + 10_000
 
 
+def test_requests_whose_answers_nobody_reads_are_not_kept(
+    start: Start, token_file: Path, agent: Node, topic: str
+) -> None:
+    """Whoever has no token gets one answer over a connection, and what else it has sent is not
+    read: 500,000 probes over one cost no memory."""
+    process = start(topic, rpc_token_file=token_file)
+    before = used(process)["VmHWM"]
+    probes = hostile.request(first="GET /health HTTP/1.1") * 1000
+    with hostile.connected(port_of(agent, topic), 1.0) as sock:
+        try:
+            for _ in range(500):
+                sock.sendall(probes)
+        except OSError as error:
+            print(f"{type(error).__name__}: {error}")
+        assert hostile.told(sock).count(b"HTTP/1.1 200") <= 1
+    assert used(process)["VmHWM"] < before + 10_000
+
+
 def test_slow_requests_are_given_up(
     start: Start, client: Make, token_file: Path, agent: Node, topic: str
 ) -> None:

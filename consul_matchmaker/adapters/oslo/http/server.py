@@ -135,23 +135,23 @@ class HttpServer:
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
         self._connections.heard(request.protocol)
         if request.version not in (HttpVersion10, HttpVersion11):
-            return _refused(400, "this is not HTTP/1.1")
+            return _closing(400, "this is not HTTP/1.1")
         if request.path == HEALTH_PATH and request.method in ("GET", "HEAD"):
-            return web.Response(text="ok\n")
+            return _closing(200, "ok")
         if request.path != PATH or request.method != "POST":
-            return _refused(404, "there is nothing here")
+            return _closing(404, "there is nothing here")
         if not self._secret.accepts(request.headers.get("Authorization")):
-            return _refused(401, "the secret is wrong, or was not given")
+            return _closing(401, "the secret is wrong, or was not given")
         size = request.content_length
         if size is None:
-            return _refused(411, "a length is needed")
+            return _closing(411, "a length is needed")
         if size > self._options.max_body_bytes:
-            return _refused(413, f"more than {self._options.max_body_bytes} bytes")
+            return _closing(413, f"more than {self._options.max_body_bytes} bytes")
         try:
             body = await _body_of(request, size)
             heard = read_request(body)
         except Malformed as error:
-            return _refused(400, str(error))
+            return _closing(400, str(error))
         if heard.wait and heard.monitor is not None:
             return await self._watched(request, heard)
         call = _Call(asyncio.get_running_loop())
@@ -303,9 +303,10 @@ async def _body_of(request: web.BaseRequest, size: int) -> bytes:
         raise Malformed("the body is not as long as was said") from None
 
 
-def _refused(status: int, why: str) -> web.Response:
-    response = web.Response(status=status, text=f"{why}\n")
-    response.force_close()  # the rest of what was sent is not read
+def _closing(status: int, text: str) -> web.Response:
+    """The last answer of a connection: whatever else was sent over it is not read."""
+    response = web.Response(status=status, text=f"{text}\n")
+    response.force_close()
     return response
 
 
