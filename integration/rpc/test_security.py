@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import re
+import resource
 import socket
 import ssl
 import threading
@@ -433,6 +434,24 @@ def test_a_small_body_that_unpacks_to_a_large_one_is_not_unpacked(
         assert used(process)["VmHWM"] < before + 10_000
 
 
+def test_requests_whose_answers_nobody_reads_are_not_kept(
+    start: Start, token_file: Path, agent: Node, topic: str
+) -> None:
+    """Whoever has no token gets one answer over a connection, and what else it has sent is not
+    read: 500,000 probes over one cost no memory."""
+    process = start(topic, rpc_token_file=token_file)
+    before = used(process)["VmHWM"]
+    probes = hostile.request(first="GET /health HTTP/1.1") * 1000
+    with hostile.connected(port_of(agent, topic), 1.0) as sock:
+        try:
+            for _ in range(500):
+                sock.sendall(probes)
+        except OSError as error:
+            print(f"{type(error).__name__}: {error}")
+        assert hostile.told(sock).count(b"HTTP/1.1 200") <= 1
+    assert used(process)["VmHWM"] < before + 10_000
+
+
 def test_slow_requests_are_given_up(
     start: Start, client: Make, token_file: Path, agent: Node, topic: str
 ) -> None:
@@ -497,6 +516,40 @@ def test_no_more_connections_than_max_connections(
             assert hostile.statuses(hostile.answer_to(port, hostile.request())) == {503}
         held[0].close()
         assert caller.call({}, "echo", text="x") == "x"
+
+
+@contextlib.contextmanager
+def fewer_files(count: int) -> Iterator[None]:
+    """What is started meanwhile may have so many files open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_connections_leave_the_process_files_of_its_own(
+    start: Start, agent: Node, tmp_path: Path, topic: str
+) -> None:
+    """Where the system allows a process fewer files than `max_connections`, further ones are turned
+    away as well, before there is no file left to speak to Consul by."""
+    files = 400
+    with fewer_files(files):
+        process = start(topic)
+    port = port_of(agent, topic)
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(hostile.connected(port)) for _ in range(files + 50)]
+        until(
+            lambda: hostile.statuses(hostile.answer_to(port, hostile.request(), 1.0)) == {503},
+            FOUND_SECONDS,
+            "further ones are turned away",
+        )
+        assert used(process)["files"] < 0.9 * files
+        assert len(held) > files
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert log.count("further ones are turned away") == 1
 
 
 @pytest.mark.parametrize("size", [100_000, 12_000_000])

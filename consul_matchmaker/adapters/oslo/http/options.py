@@ -64,8 +64,8 @@ OPTIONS = [
         "max_connections",
         default=10_000,
         min=1,
-        help="connections that a process takes at a time; fewer, where its limit of open files is "
-        "low",
+        help="connections that a process takes at a time; never more than three quarters of the "
+        "files that the system allows it",
     ),
     cfg.IntOpt(
         "max_messages",

@@ -34,6 +34,7 @@ IDLE_SECONDS = 75.0
 """A connection that nothing is asked over is closed; clients close theirs long before."""
 CLOSING_SECONDS = 5.0
 """How long replies that are on their way may take when the server stops."""
+SECONDS_BETWEEN_WARNINGS = 60.0
 BACKLOG = 1024
 ACCEPTS = 4
 """Connections taken in one round of the loop, of which it needs some to close one: few, that those
@@ -181,7 +182,7 @@ class HttpServer:
         if request.version not in (HttpVersion10, HttpVersion11):
             return _refused(400, "this is not HTTP/1.1")
         if request.path == HEALTH_PATH and request.method in ("GET", "HEAD"):
-            return web.Response(text="ok\n")  # and does not count: it needs no secret
+            return self._health(request)
         self._connections.heard(request.protocol)
         if request.path != PATH or request.method != "POST":
             return _refused(404, "there is nothing here")
@@ -209,6 +210,14 @@ class HttpServer:
         if reply is None:
             return web.Response(status=500, text=f"{ABANDONED}\n")
         return web.Response(body=reply, content_type=JSON)
+
+    def _health(self, request: web.BaseRequest) -> web.Response:
+        """It needs no secret, so it does not count as a message, and only one is answered over a
+        connection: anybody could ask for more, and not read the answers."""
+        response = web.Response(text="ok\n")
+        if not self._connections.is_first_probe(request.protocol):
+            response.force_close()
+        return response
 
     async def _watched(self, request: web.BaseRequest, heard: Request) -> web.StreamResponse:
         """A reply that heartbeats precede."""
@@ -256,15 +265,33 @@ class _Connections(web.Server):
         self._open = 0
         self._silent: dict[Any, asyncio.TimerHandle] = {}
         """Those over which no message has come yet, and when their time is up."""
+        self._probed: set[Any] = set()
+        self._said_full_at = -SECONDS_BETWEEN_WARNINGS
 
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
         self._open += 1
         loop = asyncio.get_running_loop()
         if self._open > self._most:
+            self._say_full(loop.time())
             loop.call_soon(_turn_away, transport)  # aiohttp does not bear it before it has begun
             return
         self._silent[handler] = loop.call_later(READ_SECONDS, transport.abort)
+
+    def _say_full(self, now: float) -> None:
+        if now - self._said_full_at >= SECONDS_BETWEEN_WARNINGS:
+            self._said_full_at = now
+            logger.warning(
+                "%d connections are open: further ones are turned away; see max_connections, and "
+                "how many files the system allows this process",
+                self._most,
+            )
+
+    def is_first_probe(self, handler: Any) -> bool:
+        """Whether nobody has asked for the health of this process over it before."""
+        is_first = handler not in self._probed
+        self._probed.add(handler)
+        return is_first
 
     def heard(self, handler: Any) -> None:
         """A message has come over it."""
@@ -274,6 +301,7 @@ class _Connections(web.Server):
     def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
         super().connection_lost(handler, exc)
         self._open -= 1
+        self._probed.discard(handler)
         self.heard(handler)
 
 
