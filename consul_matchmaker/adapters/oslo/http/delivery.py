@@ -25,6 +25,8 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
 FANOUT_SECONDS = 5.0
 """A server takes a cast, a fanout or a notification within milliseconds; one that hangs costs so
 much of the sender's time, and of a fanout's one of its ``fanout_connections``."""
+HEARD_SECONDS = 2.0
+"""Who watches a call more closely hears no heartbeat: upstream's servers send none then."""
 UNKNOWN = "the secret was refused"
 _REASONS = {401: UNKNOWN, 404: "it does not listen for that", 503: "it has too much to do"}
 
@@ -169,7 +171,7 @@ class Delivery:
             return None
         if answer is None:
             now = self._clock()
-            is_missed = monitor is not None and now < until
+            is_missed = monitor is not None and monitor >= HEARD_SECONDS and now < until
             if is_missed or (not is_call and now - began >= FAIR_SECONDS):  # a method may be slow
                 found.judge(is_good=False)
             raise NoAnswer(f"{host} has not answered for {place}")
@@ -179,6 +181,8 @@ class Delivery:
             return None
         if answer.status not in (200, 202):
             said = answer.body[:200].decode("utf-8", "replace").strip()
+            if answer.status >= 500:  # it was taken, and something went wrong then
+                raise Lost(f"{host}: status {answer.status}, {said!r}")
             raise oslo_messaging.MessageDeliveryFailure(
                 f"{host} refused the message: status {answer.status}, {said!r}"
             )

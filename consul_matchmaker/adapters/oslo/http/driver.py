@@ -138,7 +138,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
                 f"{error} in time: it may have the message, which was not sent again"
             ) from error
         except Lost as error:
-            what = f"{place}: the connection broke after the message was sent ({error})"
+            what = f"{place}: the message was sent, and its answer is lost ({error})"
             if wait_for_reply:
                 raise ReplyLost(f"{what}: it may have been executed") from error
             raise oslo_messaging.MessageDeliveryFailure(
