@@ -134,6 +134,11 @@ def test_sigterm_ends_it_cleanly(
     assert [line for line in lines if "leads everybody to their own machine" not in line] == []
 
 
+def has_ended(pid: int) -> bool:
+    """Whether it is a zombie, whose parent has not asked for its status yet."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 @pytest.mark.parametrize("is_probed", [True, False], ids=["probed", "beats alone"])
 def test_a_worker_that_is_killed(
     is_probed: bool, start: Start, client: Make, agent: Node, topic: str
@@ -149,6 +154,7 @@ def test_a_worker_that_is_killed(
     killed, *others = process.workers
     service = service_of("openstack", topic)
     os.kill(killed, signal.SIGKILL)
+    until(lambda: has_ended(killed), FOUND_SECONDS, "it is dead, and can be handed no call")
     failed, served, gone_after = 0, set(), None
     began = time.monotonic()
     while time.monotonic() - began < CHECK_TTL + 3:
