@@ -147,7 +147,7 @@ def test_clients_of_an_authority_that_was_replaced_are_refused(
 FEW_FILES = """
 import logging, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))
-logging.basicConfig(level=logging.WARNING)
+logging.basicConfig(level=logging.INFO)
 from consul_matchmaker.adapters.oslo.http.options import Options
 from consul_matchmaker.adapters.oslo.http.secret import Secret
 from consul_matchmaker.adapters.oslo.http.server import HttpServer
@@ -164,8 +164,8 @@ server.stop()
 
 @pytest.mark.parametrize("held", [0, 30])
 def test_too_few_files_for_all_connections_do_not_fill_the_log(held: int, tmp_path: Path) -> None:
-    """A process that may open 64 files takes 32 connections, says so once, and answers the others
-    that it is busy; where it has no file left, too, it writes a line a second at most."""
+    """A process that may open 64 files takes 32 connections, says so once, answers the others that
+    it is busy, and says that once a minute; where it has no file left, too, it writes a line a second at most."""
     log = tmp_path / "log"
     with log.open("w") as written, contextlib.ExitStack() as stack:
         process = subprocess.Popen(
@@ -191,7 +191,7 @@ def test_too_few_files_for_all_connections_do_not_fill_the_log(held: int, tmp_pa
         process.stdout.close()
     lines = log.read_text().splitlines()
     assert "it takes 32 connections" in lines[0]
-    assert len(lines) <= (10 if held else 1), lines[:20]
+    assert len(lines) <= (10 if held else 2), lines[:20]
 
 
 def test_who_has_only_asked_for_its_health_keeps_no_connection(serve: Serve, topic: str) -> None:

@@ -212,8 +212,8 @@ class HttpServer:
         return web.Response(body=reply, content_type=JSON)
 
     def _health(self, request: web.BaseRequest) -> web.Response:
-        """It needs no secret, so it does not count as a message, and only one is answered over a
-        connection: anybody could ask for more, and not read the answers."""
+        """It needs no secret, so it does not count as a message, and the second over a connection is
+        its last: anybody could ask for more, and not read the answers."""
         response = web.Response(text="ok\n")
         if not self._connections.is_first_probe(request.protocol):
             response.force_close()
@@ -406,7 +406,7 @@ def _most_connections(most: int) -> int:
     if limit == resource.RLIM_INFINITY or left >= most:
         return most
     left = max(1, left)
-    logger.warning(
+    logger.info(
         "this process may open %d files: it takes %d connections at a time, not the %d of "
         "max_connections; raise the limit (ulimit -n, LimitNOFILE) or lower max_connections",
         *(limit, left, most),
