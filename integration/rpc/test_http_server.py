@@ -165,7 +165,8 @@ server.stop()
 @pytest.mark.parametrize("held", [0, 30])
 def test_too_few_files_for_all_connections_do_not_fill_the_log(held: int, tmp_path: Path) -> None:
     """A process that may open 64 files takes 32 connections, says so once, answers the others that
-    it is busy, and says that once a minute; where it has no file left, too, it writes a line a second at most."""
+    it is busy, and says that once a minute; where it has no file left, too, it writes a line a
+    second at most."""
     log = tmp_path / "log"
     with log.open("w") as written, contextlib.ExitStack() as stack:
         process = subprocess.Popen(

@@ -212,8 +212,8 @@ class HttpServer:
         return web.Response(body=reply, content_type=JSON)
 
     def _health(self, request: web.BaseRequest) -> web.Response:
-        """It needs no secret, so it does not count as a message, and the second over a connection is
-        its last: anybody could ask for more, and not read the answers."""
+        """It needs no secret, so it does not count as a message, and the second one is the last of
+        its connection: anybody could ask for more, and not read the answers."""
         response = web.Response(text="ok\n")
         if not self._connections.is_first_probe(request.protocol):
             response.force_close()
