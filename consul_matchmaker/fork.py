@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import weakref
 from contextlib import suppress
 from typing import Protocol
@@ -19,6 +20,35 @@ logger = logging.getLogger(__name__)
 class Forkable(Protocol):
     def after_fork(self) -> None:
         """In a forked child: make anew what has locks, threads or sockets.  Must not block."""
+
+
+class Clearable(Protocol):
+    def clear(self) -> None: ...
+
+
+class ProcessLock:
+    """A lock for what a process has once, to be kept at module level.
+
+    It is made when it is first needed, so that eventlet can patch it after the import, and anew in
+    a forked child, where another thread of the parent may have held it.  *contents*, what it
+    guards, belong to the parent: they are cleared there.
+    """
+
+    def __init__(self, *contents: Clearable) -> None:
+        self._contents = contents
+        self._made: dict[str, threading.Lock] = {}
+        call_after_fork(self)
+
+    def after_fork(self) -> None:
+        self._made.clear()
+        for each in self._contents:
+            each.clear()
+
+    def __enter__(self) -> None:
+        self._made.setdefault("lock", threading.Lock()).acquire()  # atomic
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._made["lock"].release()
 
 
 _owners: weakref.WeakSet[Forkable] = weakref.WeakSet()

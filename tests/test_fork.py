@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import socket
@@ -70,3 +71,19 @@ def test_what_is_not_used_any_more_is_not_kept_for_children() -> None:
     del owner
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.system
+def test_a_lock_of_a_process_is_made_anew_in_a_child():
+    """Another thread of the parent may hold it; what it guards is the parent's."""
+    contents = {"a": 1}
+    lock = fork.ProcessLock(contents)
+    with lock:  # as another thread would, while this one forks
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException), lock:
+                os._exit(len(contents))
+            os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with lock:
+        assert contents == {"a": 1}

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 from typing import Any
 
 from ....errors import TimedOut
+from ....fork import ProcessLock
 
 logger = logging.getLogger(__name__)
 
@@ -67,26 +67,12 @@ class _LoopThread:
 
 _threads: list[_LoopThread] = []
 """The one of this process, or none."""
-_state: dict[str, threading.Lock] = {}
-
-
-def _lock() -> threading.Lock:
-    return _state.setdefault("lock", threading.Lock())  # atomic; late, as eventlet may patch it
-
-
-def _after_fork() -> None:
-    """A forked child has not its parent's thread."""
-    _threads.clear()
-    _state.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_lock = ProcessLock(_threads)  # a forked child has not its parent's thread
 
 
 def entered() -> asyncio.AbstractEventLoop:
     """The loop, which runs until as many have left it as have entered it.  Raises TimedOut."""
-    with _lock():
+    with _lock:
         if not _threads or not _threads[0].is_running:
             _threads[:] = [_LoopThread()]
         _threads[0].users += 1
@@ -95,7 +81,7 @@ def entered() -> asyncio.AbstractEventLoop:
 
 def left(loop: asyncio.AbstractEventLoop) -> None:
     """It ends with the last one, before another one may start."""
-    with _lock():
+    with _lock:
         if not _threads or _threads[0].loop is not loop:  # of the parent, before a fork
             return
         _threads[0].users -= 1

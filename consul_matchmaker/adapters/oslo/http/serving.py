@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import collections
 import logging
-import os
 import threading
 import time
 from typing import Any
 
 from ....errors import MatchmakerError
+from ....fork import ProcessLock
 from ....matchmaker import Matchmaker
 from ....model import Host, Registration
 from .listeners import HttpListener, Listeners
@@ -41,21 +41,7 @@ class _Shared:
 
 
 _shared: dict[tuple[Any, ...], _Shared] = {}
-_state: dict[str, threading.Lock] = {}
-
-
-def _lock() -> threading.Lock:
-    return _state.setdefault("lock", threading.Lock())  # atomic; late, as eventlet may patch it
-
-
-def _after_fork() -> None:
-    """A forked child listens on ports of its own."""
-    _shared.clear()
-    _state.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_lock = ProcessLock(_shared)  # a forked child listens on ports of its own
 
 
 class Serving:
@@ -74,7 +60,7 @@ class Serving:
         self._lock = threading.Lock()
         self._never = threading.Event()
         self._is_closed = False
-        with _lock():
+        with _lock:
             shared = _shared.get(self._key)
             if shared is None:
                 shared = _Shared(options, secret, address)
@@ -95,7 +81,7 @@ class Serving:
         made = [self._register(place, listener.pool) for place in listener.places]
         with self._lock:
             self._registrations += made
-        with _lock():
+        with _lock:
             self._process.registered.update((id(self._matchmaker), each) for each in made)
         try:
             for registration in made:
@@ -128,7 +114,7 @@ class Serving:
             if self._is_closed:
                 return
             self._is_closed = True
-        with _lock():
+        with _lock:
             if _shared.get(self._key) is not self._process:  # of the parent, before a fork
                 return
             self._process.users -= 1
@@ -140,7 +126,7 @@ class Serving:
     def _is_last(self, registration: Registration) -> bool:
         """Whether no other listener of this process needs it any more."""
         counts, key = self._process.registered, (id(self._matchmaker), registration)
-        with _lock():
+        with _lock:
             counts[key] -= 1
             if counts[key] > 0:
                 return False

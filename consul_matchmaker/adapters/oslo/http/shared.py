@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from dataclasses import fields
 
+from ....fork import ProcessLock
 from ....matchmaker import Matchmaker
 from ....settings import Settings
 
 _users: dict[str, tuple[Matchmaker, int]] = {}
-_state: dict[str, threading.Lock] = {}
-
-
-def _lock() -> threading.Lock:
-    return _state.setdefault("lock", threading.Lock())  # atomic; late, as eventlet may patch it
-
-
-if hasattr(os, "register_at_fork"):  # another thread of the parent may hold it
-    os.register_at_fork(after_in_child=_state.clear)
+_lock = ProcessLock()
 
 
 def shared(settings: Settings) -> Matchmaker:
     """The one of *settings*; to be given back by `released`."""
     key = repr([getattr(settings, setting.name) for setting in fields(settings)])
-    with _lock():
+    with _lock:
         matchmaker, users = _users.get(key) or (Matchmaker(settings), 0)
         _users[key] = matchmaker, users + 1
     return matchmaker
@@ -32,7 +23,7 @@ def shared(settings: Settings) -> Matchmaker:
 
 def released(matchmaker: Matchmaker) -> None:
     """One user less; the last one's leaving closes it."""
-    with _lock():
+    with _lock:
         for key, (known, users) in list(_users.items()):
             if known is matchmaker:
                 if users > 1:
