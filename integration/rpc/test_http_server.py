@@ -164,8 +164,9 @@ server.stop()
 
 @pytest.mark.parametrize("held", [0, 30])
 def test_too_few_files_for_all_connections_do_not_fill_the_log(held: int, tmp_path: Path) -> None:
-    """A process that may open 64 files takes 32 connections, says so once, and answers the others
-    that it is busy; where it has no file left, too, it writes a line a second at most."""
+    """A process that may open 64 files takes 32 connections, says so at its start and when it first
+    answers others that it is busy; where it has no file left, too, it writes a line a second at
+    most."""
     log = tmp_path / "log"
     with log.open("w") as written, contextlib.ExitStack() as stack:
         process = subprocess.Popen(
@@ -191,7 +192,7 @@ def test_too_few_files_for_all_connections_do_not_fill_the_log(held: int, tmp_pa
         process.stdout.close()
     lines = log.read_text().splitlines()
     assert "it takes 32 connections" in lines[0]
-    assert len(lines) <= (10 if held else 1), lines[:20]
+    assert len(lines) <= (10 if held else 2), lines[:20]
 
 
 def test_who_has_only_asked_for_its_health_keeps_no_connection(serve: Serve, topic: str) -> None:
