@@ -117,7 +117,8 @@ def main() -> None:
     transport = oslo_messaging.get_rpc_transport(conf, url=options.url)
     if options.call:
         target = oslo_messaging.Target(topic=options.call)
-        oslo_messaging.get_rpc_client(transport, target, timeout=20).call({}, "who")
+        create = getattr(oslo_messaging, "get_rpc_client", None) or oslo_messaging.RPCClient  # 14.0
+        create(transport, target, timeout=20).call({}, "who")
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     workers = [

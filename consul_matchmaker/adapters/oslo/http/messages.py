@@ -58,9 +58,10 @@ _NEEDED = {"exchange", "topic", "ctxt", "message"}
 def body_of(request: Request) -> bytes:
     """*request* as bytes; raises TypeError and ValueError for what JSON cannot say."""
     said = {name: getattr(request, name) for name in _TYPES}
-    return jsonutils.dump_as_bytes(
+    body: bytes = jsonutils.dump_as_bytes(
         {name: value for name, value in said.items() if value or name in _NEEDED}
     )
+    return body
 
 
 def read_request(body: bytes) -> Request:
@@ -88,11 +89,13 @@ def read_request(body: bytes) -> Request:
 
 def reply_of(result: Any) -> bytes:
     """Raises TypeError and ValueError for what JSON cannot say."""
-    return jsonutils.dump_as_bytes({"result": result})
+    body: bytes = jsonutils.dump_as_bytes({"result": result})
+    return body
 
 
 def failure_of(text: str) -> bytes:
-    return jsonutils.dump_as_bytes({"failure": text})
+    body: bytes = jsonutils.dump_as_bytes({"failure": text})
+    return body
 
 
 def read_reply(body: bytes) -> tuple[Any, str | None]:

@@ -24,6 +24,7 @@ from .secret import Secret
 
 with extra("oslo-http"):
     from aiohttp import HttpVersion10, HttpVersion11, web
+    from yarl import URL
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ class HttpServer:
             access_log=None,
             keepalive_timeout=IDLE_SECONDS,
             lingering_time=0.0,
+            request_factory=_request,
             auto_decompress=False,  # no client of ours packs, and a little would become a lot
             logger=_quiet,
         )
@@ -303,6 +305,17 @@ class _Connections(web.Server):
         self._open -= 1
         self._probed.discard(handler)
         self.heard(handler)
+
+
+def _request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+    """As aiohttp makes one, where some releases fail for a port that is no number, with a
+    traceback; such a request has an address that nothing is at."""
+    loop = asyncio.get_running_loop()
+    try:
+        return web.BaseRequest(message, payload, protocol, writer, task, loop)
+    except ValueError:
+        message = message._replace(url=URL("/"))
+        return web.BaseRequest(message, payload, protocol, writer, task, loop)
 
 
 def _turn_away(transport: asyncio.Transport) -> None:
