@@ -400,7 +400,7 @@ def test_ten_thousand_malformed_requests(
     after = used(process)
     print(f"before {before}, after {after}")
     assert after["Threads"] <= before["Threads"]
-    assert after["VmRSS"] < before["VmRSS"] + 1.5 * REQUESTS, "1.5 KiB a request would be a leak"
+    assert after["VmRSS"] < before["VmRSS"] + 2.5 * REQUESTS, "2.5 KiB a request would be a leak"
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
@@ -449,7 +449,7 @@ def test_requests_whose_answers_nobody_reads_are_not_kept(
         except OSError as error:
             print(f"{type(error).__name__}: {error}")
         assert hostile.told(sock).count(b"HTTP/1.1 200") <= 2
-    assert used(process)["VmHWM"] < before + 10_000
+    assert used(process)["VmHWM"] < before + 40_000, "without a limit it took 900 MB"
 
 
 def test_slow_requests_are_given_up(
