@@ -50,7 +50,7 @@ def test_a_host_that_is_silent_when_it_has_to_speak_is_quarantined(
 
     service = service_of("openstack", topic)
     host = hanging(service)
-    caller = client(topic, delivery_timeout=SOON, call_monitor_timeout=1, **LONG_AVOIDED)
+    caller = client(topic, delivery_timeout=SOON, call_monitor_timeout=2, **LONG_AVOIDED)
     wait_for_hosts(caller, 1)
     if kind == "fanout":
         caller.prepare(fanout=True).cast({}, "note", what="x")
