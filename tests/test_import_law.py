@@ -43,6 +43,7 @@ LAYERS = {
         "backends.dns.names",
     ),
     "outside": (
+        "files",
         "fork",
         "worker",
         "backends",

@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import ConfigurationError, Denied, TimedOut, Unavailable
+from ...files import stamp_of
 from ...model import Host
 from ...settings import Settings
 from ...texts import SHOWN_LENGTH, escaped, without_secret
@@ -398,10 +398,9 @@ class ConsulApi:
         if self._settings.token_file is None:
             return "it is a setting"
         try:
-            found = Path(self._settings.token_file).stat()
+            return stamp_of(self._settings.token_file)
         except OSError:
             return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 class Line:

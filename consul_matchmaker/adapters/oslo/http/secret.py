@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from ....errors import ConfigurationError
+from ....files import stamp_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,7 @@ class Secret:
         if self._path is None:
             return
         try:
-            stat = self._path.stat()
-            stamp = stat.st_mtime_ns, stat.st_size, stat.st_ino
+            stamp = stamp_of(self._path)
             if stamp == self._stamp:
                 return
             lines = self._path.read_text(encoding="ascii").split("\n")

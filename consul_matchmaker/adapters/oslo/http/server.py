@@ -10,10 +10,10 @@ import socket
 import ssl
 from collections.abc import Callable, Coroutine
 from concurrent import futures
-from pathlib import Path
 from typing import Any, Protocol
 
 from ....errors import ConfigurationError, TimedOut
+from ....files import stamp_of
 from ....fork import close_after_fork
 from ...extras import extra
 from .loop import entered, left
@@ -169,7 +169,8 @@ class HttpServer:
 
     def _stamps(self) -> list[tuple[int, ...]]:
         options = self._options
-        return [_stamp(path) for path in (options.tls_cert, options.tls_key, options.tls_ca)]
+        paths = options.tls_cert, options.tls_key, options.tls_ca
+        return [_stamp(path) for path in paths if path is not None]
 
     async def _close(self) -> None:
         if self._looking is not None:
@@ -387,15 +388,11 @@ def _refused(status: int, why: str) -> web.Response:
     return response
 
 
-def _stamp(path: str | None) -> tuple[int, ...]:
-    """What is another one when the file is."""
-    if path is None:
-        return ()
+def _stamp(path: str) -> tuple[int, ...]:
     try:
-        stat = Path(path).stat()
+        return stamp_of(path)
     except OSError:  # that it is gone is said once, too
         return ()
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 class _Listening(socket.socket):
