@@ -1,27 +1,24 @@
 """A process that serves and calls through oslo.messaging, as it is told on standard input.
 
-Each line is a command in JSON, answered by one line of JSON.  `RpcProcess` is the test's handle.
-Whether it is monkey-patched by eventlet is settled before anything else is imported.
+`RpcProcess` is the test's handle.  Whether it is monkey-patched by eventlet is settled before
+anything else is imported.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
-READY_SECONDS = 60.0
+from integration.told import ToldProcess, obey
 
 
-class RpcProcess:
-    """Starts one; a context manager that kills what is still running."""
+class RpcProcess(ToldProcess):
+    """Starts one."""
 
     def __init__(
         self,
@@ -32,66 +29,8 @@ class RpcProcess:
         environment: dict[str, str] | None = None,
     ) -> None:
         self.url, self.executor, self.options = url, executor, options or {}
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                *("-W", "ignore", "-m", "integration.oslo.rpc_process"),
-                *(url, executor, json.dumps(self.options)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, **(environment or {})},
-        )
-
-    def tell(self, do: str, **words: Any) -> None:
-        """Send a command; `answer` must be called for it."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **words}) + "\n")
-        self._process.stdin.flush()
-
-    def answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise AssertionError(f"the process ended with {self._process.wait()}")
-        answer = json.loads(line)
-        if isinstance(answer, dict) and "failed" in answer:
-            raise AssertionError(answer["failed"])
-        return answer
-
-    def ask(self, do: str, **words: Any) -> Any:
-        """Send a command; return its answer."""
-        self.tell(do, **words)
-        return self.answer()
-
-    def kill(self) -> float:
-        """SIGKILL; return when."""
-        self._process.kill()
-        self._process.wait()
-        return time.monotonic()
-
-    def end(self) -> int:
-        """Let it run to its end; return its exit status."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        return self._process.wait(READY_SECONDS)
-
-    def __enter__(self) -> RpcProcess:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):
-                pipe.close()
+        words = url, executor, json.dumps(self.options)
+        super().__init__("integration.oslo.rpc_process", *words, log=log, environment=environment)
 
 
 class Endpoint:
@@ -303,14 +242,7 @@ def main(url: str, executor: str, options: str) -> None:
         from consul_matchmaker.adapters.oslo_zmq import enable
 
         enable()
-    program = Program(url, executor, json.loads(options))
-    while line := read_line():
-        words = json.loads(line)
-        try:
-            answer = getattr(program, words.pop("do"))(**words)
-        except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+    obey(Program(url, executor, json.loads(options)), read_line)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,13 @@
 """A process of its own that calls and casts, as it is told on standard input.
 
-Each line is a command in JSON, answered by one line of JSON.  `ClientProcess` is the test's handle.
+`ClientProcess` is the test's handle.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-import json
 import logging
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,58 +15,19 @@ from typing import IO, Any
 
 from integration.rpc.service_process import configured, end_with_parent
 from integration.rpc.transports import Transport
+from integration.told import ToldProcess, obey
 
 TEXT = "x" * 250
 CALL_SECONDS = 30.0  # where no fault is made, none of them is reached
 
 
-class ClientProcess:
-    """Starts one; a context manager that kills it."""
+class ClientProcess(ToldProcess):
+    """Starts one."""
+
+    failure = RuntimeError
 
     def __init__(self, transport: Transport, log: IO[str] | None = None) -> None:
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-W", "ignore", "-m", "integration.rpc.client_process"),
-                *transport.words,
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-
-    def tell(self, do: str, **words: Any) -> None:
-        """Send a command; `answer` must be called for it."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **words}) + "\n")
-        self._process.stdin.flush()
-
-    def answer(self) -> Any:
-        """Raises RuntimeError where the command failed."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the client ended with {self._process.wait()}")
-        answer = json.loads(line)
-        if isinstance(answer, dict) and "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
-
-    def ask(self, do: str, **words: Any) -> Any:
-        """Send a command; return its answer."""
-        self.tell(do, **words)
-        return self.answer()
-
-    def __enter__(self) -> ClientProcess:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):
-                pipe.close()
+        super().__init__("integration.rpc.client_process", *transport.words, log=log)
 
 
 def side_by_side(work: Callable[[int], None], threads: int) -> None:
@@ -192,14 +149,7 @@ def main() -> None:
         level=logging.WARNING, format="%(asctime)s client %(process)d %(name)s %(message)s"
     )
     end_with_parent()  # a call to a broker that is gone would keep us
-    program = Program(options.url, options.config_file)
-    for line in sys.stdin:
-        words = json.loads(line)
-        try:
-            answer = getattr(program, words.pop("do"))(**words)
-        except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+    obey(Program(options.url, options.config_file))
 
 
 if __name__ == "__main__":
