@@ -12,15 +12,16 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from .... import Host, Matchmaker, Registration, Settings
+from .... import Host, Matchmaker, Registration
 from ....errors import Closed, MatchmakerError, NoLiveHosts
 from ....fork import call_after_fork
 from ....matchmaker import GRACE_SECONDS
 from ...extras import extra
 from ..config import read_settings
+from ..shared import shared
 from .names import (
     DIRECT,
     PUBLISHERS,
@@ -68,7 +69,9 @@ class MatchmakerConsul:
         self.conf = conf
         self.url = url
         settings, self._wait_timeout = read_settings(conf, url)
-        self._matchmaker = _shared(settings) if matchmaker is None else matchmaker
+        # Shared: upstream makes a driver a transport, and a service has one for RPC and one for
+        # notifications.  Nobody tells us when to close it; it leaves at exit.
+        self._matchmaker = shared(settings) if matchmaker is None else matchmaker
         self._clock = clock
         # Each round costs reads from memory here: so upstream's clients may look far more often
         # for changed hosts than every 180 s.  What the operator sets still wins over a default.
@@ -332,17 +335,6 @@ class MatchmakerConsul:
 
     def __repr__(self) -> str:
         return f"<MatchmakerConsul {self._matchmaker!r}>"
-
-
-_matchmakers: dict[str, Matchmaker] = {}
-
-
-def _shared(settings: Settings) -> Matchmaker:
-    """One a process for the same settings: upstream makes a driver a transport, and a service has
-    one for RPC and one for notifications.  Nobody tells us when to close it; it leaves at exit."""
-    values = [getattr(settings, setting.name) for setting in fields(settings)]
-    # setdefault is atomic in CPython; what a second caller made for nothing has opened nothing.
-    return _matchmakers.setdefault(repr(values), Matchmaker(settings))
 
 
 Key = TypeVar("Key")

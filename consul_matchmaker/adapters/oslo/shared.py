@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from ....fork import ProcessLock
-from ....matchmaker import Matchmaker
-from ....settings import Settings
+from ...fork import ProcessLock
+from ...matchmaker import Matchmaker
+from ...settings import Settings
 
 _users: dict[str, tuple[Matchmaker, int]] = {}
 _lock = ProcessLock()
 
 
 def shared(settings: Settings) -> Matchmaker:
-    """The one of *settings*; to be given back by `released`."""
+    """The one of *settings*; to be given back by `released`, where anybody tells when."""
     key = repr([getattr(settings, setting.name) for setting in fields(settings)])
     with _lock:
         matchmaker, users = _users.get(key) or (Matchmaker(settings), 0)
