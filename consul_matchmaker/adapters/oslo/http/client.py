@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import select
 import ssl
 import threading
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 with extra("oslo-http"):
     import httptools
-
-logger = logging.getLogger(__name__)
 
 BROKEN = (OSError, HTTPException, httptools.HttpParserError)
 """What a connection that fails raises."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -18,8 +17,6 @@ from .zones import Among, Found, Zones
 
 with extra("oslo-http"):
     import oslo_messaging
-
-logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 1.0
 FANOUT_SECONDS = 5.0

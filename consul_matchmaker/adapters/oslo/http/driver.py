@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 import uuid
 from typing import Any
@@ -13,6 +12,7 @@ from ....fork import call_after_fork
 from ....matchmaker import Matchmaker
 from ....registrations.wanted import own_address
 from ...extras import extra
+from ..shared import released, shared
 from .client import Client, Lost
 from .delivery import Delivery, NoAnswer, ReplyLost
 from .fanout import Fanout
@@ -22,14 +22,11 @@ from .names import Place
 from .options import read_options
 from .secret import Secret
 from .serving import Serving
-from .shared import released, shared
 from .zones import Zones, settings_by_zone
 
 with extra("oslo-http"):
     import oslo_messaging
     from oslo_messaging._drivers import base, common
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_POOL_SIZE = 64
 """Of upstream's executor_thread_pool_size."""
@@ -102,8 +99,8 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         if target.fanout:
             place = self._place(target, None)
             request = Request(place.exchange, place.topic, _plain(ctxt), message, fanout=True)
-            self._body(request)
-            self._fanout.send(request, deadline, is_mandatory=is_mandatory)
+            body = self._body(request)
+            self._fanout.send(request, body, deadline, is_mandatory=is_mandatory)
             return None
         place = self._place(target, target.server)
         request = Request(
@@ -161,9 +158,9 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         """
         place = self._place(target, None)
         request = Request(place.exchange, place.topic, _plain(ctxt), message)
-        self._body(request)
+        body = self._body(request)
         deadline = time.monotonic() + self._options.delivery_timeout
-        self._fanout.notify(request, deadline, retry)
+        self._fanout.notify(request, body, deadline, retry)
 
     def multiply(self, request: Request) -> None:
         """Give the fanout *request* to every host of its topic, within ``delivery_timeout``."""

@@ -38,15 +38,14 @@ class Fanout:
         self._lock = threading.Lock()
         self._warned_at: dict[Place, float] = {}
 
-    def send(self, request: Request, deadline: float, *, is_mandatory: bool) -> None:
-        """Give *request* to every host of its topic.
+    def send(self, request: Request, body: bytes, deadline: float, *, is_mandatory: bool) -> None:
+        """Give *request*, which *body* says, to every host of its topic.
 
         Raises MessageDeliveryFailure when Consul could not be asked by *deadline*, and, when
         *is_mandatory*, MessageUndeliverable when nobody is there.  Who has not got it stands in the
         log.
         """
         place = Place(request.exchange, request.topic)
-        body = body_of(request)
         hosts = self._hosts(place, deadline)
         if not hosts and is_mandatory:
             why = LookupError(f"nobody listens for {place}")
@@ -63,8 +62,9 @@ class Fanout:
         place = Place(request.exchange, request.topic)
         self._send_to_all(place, body_of(request), self._hosts(place, deadline), deadline)
 
-    def notify(self, request: Request, deadline: float, retry: int | None) -> None:
-        """Give *request* to one listener of each pool; see `HttpDriver.send_notification`."""
+    def notify(self, request: Request, body: bytes, deadline: float, retry: int | None) -> None:
+        """Give *request*, which *body* says, to one listener of each pool; see
+        `HttpDriver.send_notification`."""
         place = Place(request.exchange, request.topic)
         pools = {pool_of(one.server) for _, one in self._instances(place, deadline)}
         if not pools and (retry is None or retry < 0):
@@ -74,7 +74,7 @@ class Fanout:
         left: list[str | None] = sorted(pools or {None}, key=str)
         whys: dict[str | None, str] = {}
         for tries in _tries(len(left), retry):
-            left = self._give(request, left, deadline, tries, whys)
+            left = self._give(request, body, left, deadline, tries, whys)
         if whys:
             raise oslo_messaging.MessageDeliveryFailure(
                 "; ".join(f"pool {pool}: {why}" if pool else why for pool, why in whys.items())
@@ -83,6 +83,7 @@ class Fanout:
     def _give(
         self,
         request: Request,
+        plain: bytes,
         pools: list[str | None],
         deadline: float,
         retry: int | None,
@@ -94,7 +95,7 @@ class Fanout:
         place = Place(request.exchange, request.topic)
         left = []
         for number, pool in enumerate(pools):
-            body = body_of(replace(request, pool=pool))
+            body = plain if pool is None else body_of(replace(request, pool=pool))
             now = time.monotonic()
             share = now + (deadline - now) / (len(pools) - number)
             among = functools.partial(_of_pool, pool=pool)

@@ -11,7 +11,7 @@ from typing import Any
 from ....errors import ConfigurationError
 from ....settings import Settings
 from ...extras import extra
-from ..config import read_settings
+from ..config import is_ours, read_settings
 
 with extra("oslo-http"):
     from oslo_config import cfg
@@ -160,8 +160,6 @@ def read_options(conf: Any, url: Any) -> tuple[Settings, Options]:
 
 
 def _refuse_unknown(name: str, names: set[str]) -> None:
-    from ..config import is_ours
-
     if is_ours(name):
         return
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
