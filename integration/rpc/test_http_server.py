@@ -20,7 +20,8 @@ import pytest
 
 from consul_matchmaker.adapters.oslo.http.options import Options
 from consul_matchmaker.adapters.oslo.http.secret import Secret
-from consul_matchmaker.adapters.oslo.http.server import READ_SECONDS, HttpServer
+from consul_matchmaker.adapters.oslo.http.server import HttpServer
+from consul_matchmaker.adapters.oslo.http.server_connection import READ_SECONDS
 from integration.rpc import certificates
 from integration.rpc.certificates import Certificates
 from integration.rpc.conftest import (
@@ -183,7 +184,7 @@ def test_too_few_files_for_all_connections_do_not_fill_the_log(held: int, tmp_pa
             stack.enter_context(socket.create_connection(address, SECONDS)) for _ in range(300)
         ]
         if held:
-            until(lambda: "out of system resource" in log.read_text(), SECONDS, "it complains")
+            until(lambda: "no connection can be taken" in log.read_text(), SECONDS, "it complains")
         else:
             answers = [each.recv(100) for each in opened[100:]]
             assert all(each.startswith(b"HTTP/1.1 503") for each in answers)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ...extras import extra
 from .messages import Request, failure_of, reply_of
 from .names import Place
-from .server import Exchange
+from .server_connection import Exchange
 
 with extra("oslo-http"):
     from oslo_messaging._drivers import base, common

@@ -5,66 +5,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 import ssl
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from concurrent import futures
-from typing import Any, Protocol
+from typing import Any
 
 from ....errors import ConfigurationError, TimedOut
 from ....files import stamp_of
 from ....fork import close_after_fork
-from ...extras import extra
 from .loop import entered, left
-from .messages import Malformed, Request, read_request
 from .options import Options
-from .protocol import HEALTH_PATH, HEARTBEAT, PATH
 from .secret import Secret
-
-with extra("oslo-http"):
-    from aiohttp import HttpVersion10, HttpVersion11, web
-    from yarl import URL
+from .server_connection import READ_SECONDS, Connection, Rules, Take
 
 logger = logging.getLogger(__name__)
 
-READ_SECONDS = 10.0
-"""The first message of a connection has to begin so soon, and a body that begins has to be there as
-a whole; TLS has to be agreed upon as soon."""
-IDLE_SECONDS = 75.0
-"""A connection that nothing is asked over is closed; clients close theirs long before."""
 CLOSING_SECONDS = 5.0
 """How long replies that are on their way may take when the server stops."""
+CLOSED_SECONDS = 0.01
+"""How often it is seen whether they were given."""
 SECONDS_BETWEEN_WARNINGS = 60.0
+RETRY_SECONDS = 1.0
+"""When the process has no file left for a connection, it may have one then."""
+TURNED_AWAY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 BACKLOG = 1024
-ACCEPTS = 4
-"""Connections taken in one round of the loop, of which it needs some to close one: few, that those
-beyond ``max_connections`` are closed before they use up what `_spared_files` leaves."""
 LOOK_SECONDS = 30.0
 """How often the files of TLS are looked at: they may have been renewed."""
 SPARED_FILES = 32
 """At least so many of a process's open files, and a quarter of them, are not for connections."""
-JSON = "application/json"
-ABANDONED = "what executed the message ended without a reply: see the log of the server"
-
-
-class Exchange(Protocol):
-    """What a listener gets of a request beside its content; every method may be called from any
-    thread, and raises nothing."""
-
-    def heartbeat(self) -> None:
-        """Tell the caller that the call is being executed."""
-
-    def finish(self, body: bytes) -> None:
-        """Answer with *body*."""
-
-    def abandon(self) -> None:
-        """There will be no answer."""
-
-
-Take = Callable[[Request, "Exchange"], int]
-"""Hand a request to whom it is addressed.  202, or why it was not taken: 404 or 503.  Called on the
-server's thread, and must not wait."""
 
 
 class HttpServer:
@@ -83,13 +54,14 @@ class HttpServer:
         *,
         look_seconds: float = LOOK_SECONDS,
     ) -> None:
-        self._options, self._secret, self._take = options, secret, take
-        self._look_seconds = look_seconds
+        self._options, self._look_seconds = options, look_seconds
         self._socket = _listening(options.listen_address or address, options.port_range)
         self.port: int = self._socket.getsockname()[1]
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._server: asyncio.AbstractServer | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._connections: set[Connection] = set()
+        self._rules = Rules(take, secret, options.max_body_bytes, self._connections.discard)
+        self._said_full_at = -math.inf
 
     def start(self) -> None:
         """Return once requests are answered.  Raises ConfigurationError, OSError (a TLS file) and
@@ -118,274 +90,116 @@ class HttpServer:
     # -- on the loop -------------------------------------------------------------------------
 
     async def _open(self) -> None:
-        self._connections = _Connections(
-            self._answer,
-            _most_connections(self._options.max_connections),
-            access_log=None,
-            keepalive_timeout=IDLE_SECONDS,
-            lingering_time=0.0,
-            request_factory=_request,
-            auto_decompress=False,  # no client of ours packs, and a little would become a lot
-            logger=_quiet,
-        )
-        stamps = self._stamps()
-        await self._listen()
-        if self._options.tls_cert is not None:
-            self._looking = asyncio.create_task(self._look(stamps))
+        self._most = _most_connections(self._options.max_connections)
+        self._context, self._stamps = _context_of(self._options), _stamps_of(self._options)
+        for work in (self._accept, self._watch_time, self._watch_files):
+            self._start_task(work())
 
-    async def _listen(self) -> None:
-        """Take connections with what the files of TLS say now; those that there are stay."""
-        tls = self._context()
-        sock = self._socket.dup()  # the queue of connections is one
-        close_after_fork(sock)
-        before, self._server = (
-            self._server,
-            await asyncio.get_running_loop().create_server(
-                self._connections,
-                sock=sock,
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # asyncio itself may forget it
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self) -> None:
+        """Take connections; of more than there may be, answer those that come last by 503, so that
+        clients know that nothing was taken."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(self._socket)
+            except OSError as error:
+                self._say_full(f"no connection can be taken: {error}")
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            close_after_fork(sock)  # to a caller the end of its server has to be the connection's
+            if len(self._connections) >= self._most:
+                self._say_full(f"{self._most} connections are open: further ones are turned away")
+                with sock, contextlib.suppress(OSError):
+                    if self._context is None:
+                        sock.send(TURNED_AWAY)
+                continue
+            connection = Connection(loop, self._rules)
+            self._connections.add(connection)
+            self._start_task(self._welcome(sock, connection))
+
+    async def _welcome(self, sock: socket.socket, connection: Connection) -> None:
+        tls = self._context
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: connection,
+                sock,
                 ssl=tls,
                 ssl_handshake_timeout=None if tls is None else READ_SECONDS,
-                backlog=ACCEPTS,
-            ),
-        )
-        self._socket.listen(BACKLOG)  # to asyncio it is the same as how many it takes at a time
-        if before is not None:
-            before.close()
+            )
+        except BaseException as error:
+            self._connections.discard(connection)
+            if not isinstance(error, OSError):  # it is closed already, or speaks no TLS
+                raise
 
-    async def _look(self, stamps: list[tuple[int, ...]]) -> None:
+    def _say_full(self, what: str) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._said_full_at >= SECONDS_BETWEEN_WARNINGS:
+            self._said_full_at = now
+            logger.warning(
+                "%s; see max_connections, and how many files the system allows this process", what
+            )
+
+    async def _watch_time(self) -> None:
+        """Close the connections whose time is up."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._rules.read_clock()
+            await asyncio.sleep(1)
+            now = loop.time()
+            for each in [each for each in self._connections if now >= each.closes_at]:
+                each.abort()
+
+    async def _watch_files(self) -> None:
         """Use the files of TLS again when they have changed; what is no good changes nothing."""
         while True:
             await asyncio.sleep(self._look_seconds)
             try:
-                found = self._stamps()
-                if found == stamps:
+                found = _stamps_of(self._options)
+                if found == self._stamps:
                     continue
-                stamps = found
-                await self._listen()
+                self._stamps = found
+                self._context = _context_of(self._options)
             except (OSError, ValueError) as error:
                 logger.warning("the new files of TLS cannot be used (%s); the old ones stay", error)
             else:
                 logger.info("new connections get the new certificate %s", self._options.tls_cert)
 
-    def _stamps(self) -> list[tuple[int, ...]]:
-        options = self._options
-        paths = options.tls_cert, options.tls_key, options.tls_ca
-        return [_stamp(path) for path in paths if path is not None]
-
     async def _close(self) -> None:
-        if self._looking is not None:
-            self._looking.cancel()
-        if self._server is None:
-            return
-        self._server.close()
-        self._connections.pre_shutdown()  # closes those that wait for a request, as kept ones do
-        await self._connections.shutdown(CLOSING_SECONDS)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for each in list(self._connections):
+            each.close()
+        until = asyncio.get_running_loop().time() + CLOSING_SECONDS
+        while self._connections and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(CLOSED_SECONDS)
+        for each in list(self._connections):
+            each.abort()
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        if request.version not in (HttpVersion10, HttpVersion11):
-            return _refused(400, "this is not HTTP/1.1")
-        if request.path == HEALTH_PATH and request.method in ("GET", "HEAD"):
-            return self._health(request)
-        self._connections.heard(request.protocol)
-        if request.path != PATH or request.method != "POST":
-            return _refused(404, "there is nothing here")
-        if not self._secret.accepts(request.headers.get("Authorization")):
-            return _refused(401, "the secret is wrong, or was not given")
-        size = request.content_length
-        if size is None:
-            return _refused(411, "a length is needed")
-        if size > self._options.max_body_bytes:
-            return _refused(413, f"more than {self._options.max_body_bytes} bytes")
-        try:
-            body = await _body_of(request, size)
-            heard = read_request(body)
-        except Malformed as error:
-            return _refused(400, str(error))
-        if heard.wait and heard.monitor is not None:
-            return await self._watched(request, heard)
-        call = _Call(asyncio.get_running_loop())
-        status = self._take(heard, call)
-        if status != 202:
-            return web.Response(status=status)
-        if not heard.wait:
-            return web.Response(status=202)
-        reply = await call.reply
-        if reply is None:
-            return web.Response(status=500, text=f"{ABANDONED}\n")
-        return web.Response(body=reply, content_type=JSON)
 
-    def _health(self, request: web.BaseRequest) -> web.Response:
-        """It needs no secret, so it does not count as a message, and the second one is the last of
-        its connection: anybody could ask for more, and not read the answers."""
-        response = web.Response(text="ok\n")
-        if not self._connections.is_first_probe(request.protocol):
-            response.force_close()
-        return response
-
-    async def _watched(self, request: web.BaseRequest, heard: Request) -> web.StreamResponse:
-        """A reply that heartbeats precede."""
-        call = _WatchedCall(asyncio.get_running_loop())
-        status = self._take(heard, call)
-        if status != 202:
-            return web.Response(status=status)
-        response = web.StreamResponse(headers={"Content-Type": JSON})
-        with contextlib.suppress(ConnectionError):  # the caller has given up
-            await response.prepare(request)
-            while (piece := await call.pieces.get()) == HEARTBEAT:
-                await response.write(piece)
-            if piece is not None:
-                await response.write(piece)
-                await response.write_eof()
-            elif request.transport is not None:
-                request.transport.abort()  # its status was sent: nothing else says so
-        return response
-
-    def _context(self) -> ssl.SSLContext | None:
-        options = self._options
-        if options.tls_cert is None:
-            if options.tls_ca is not None:
-                raise ConfigurationError("tls_ca is set: a server needs tls_cert and tls_key, too")
-            return None
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=options.tls_ca)
-        context.load_cert_chain(options.tls_cert, options.tls_key)
+def _context_of(options: Options) -> ssl.SSLContext | None:
+    """Of TLS, or None; raises OSError and ConfigurationError."""
+    if options.tls_cert is None:
         if options.tls_ca is not None:
-            context.verify_mode = ssl.CERT_REQUIRED
-        return context
+            raise ConfigurationError("tls_ca is set: a server needs tls_cert and tls_key, too")
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=options.tls_ca)
+    context.load_cert_chain(options.tls_cert, options.tls_key)
+    if options.tls_ca is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
-class _Connections(web.Server):
-    """The connections of a server; of more than *most* it answers those that come last by 503, so
-    that clients know that nothing was taken, and closes them."""
-
-    def __init__(
-        self,
-        answer: Callable[[web.BaseRequest], Coroutine[Any, Any, web.StreamResponse]],
-        most: int,
-        **options: Any,
-    ) -> None:
-        super().__init__(answer, **options)
-        self._most = most
-        self._open = 0
-        self._silent: dict[Any, asyncio.TimerHandle] = {}
-        """Those over which no message has come yet, and when their time is up."""
-        self._probed: set[Any] = set()
-        self._said_full_at = -SECONDS_BETWEEN_WARNINGS
-
-    def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
-        super().connection_made(handler, transport)
-        self._open += 1
-        loop = asyncio.get_running_loop()
-        if self._open > self._most:
-            self._say_full(loop.time())
-            loop.call_soon(_turn_away, transport)  # aiohttp does not bear it before it has begun
-            return
-        self._silent[handler] = loop.call_later(READ_SECONDS, transport.abort)
-
-    def _say_full(self, now: float) -> None:
-        if now - self._said_full_at >= SECONDS_BETWEEN_WARNINGS:
-            self._said_full_at = now
-            logger.warning(
-                "%d connections are open: further ones are turned away; see max_connections, and "
-                "how many files the system allows this process",
-                self._most,
-            )
-
-    def is_first_probe(self, handler: Any) -> bool:
-        """Whether nobody has asked for the health of this process over it before."""
-        is_first = handler not in self._probed
-        self._probed.add(handler)
-        return is_first
-
-    def heard(self, handler: Any) -> None:
-        """A message has come over it."""
-        if (timer := self._silent.pop(handler, None)) is not None:
-            timer.cancel()
-
-    def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
-        super().connection_lost(handler, exc)
-        self._open -= 1
-        self._probed.discard(handler)
-        self.heard(handler)
-
-
-def _request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
-    """As aiohttp makes one, where some releases fail for a port that is no number, with a
-    traceback; such a request has an address that nothing is at."""
-    loop = asyncio.get_running_loop()
-    try:
-        return web.BaseRequest(message, payload, protocol, writer, task, loop)
-    except ValueError:
-        message = message._replace(url=URL("/"))
-        return web.BaseRequest(message, payload, protocol, writer, task, loop)
-
-
-def _turn_away(transport: asyncio.Transport) -> None:
-    transport.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-    transport.close()
-
-
-class _Call:
-    """The reply of a call, or nothing of a cast, from the thread that executes it."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.reply: asyncio.Future[bytes | None] = loop.create_future()
-
-    def heartbeat(self) -> None:
-        """Nobody watches it."""
-
-    def finish(self, body: bytes) -> None:
-        with contextlib.suppress(RuntimeError):  # the server was stopped
-            self._loop.call_soon_threadsafe(self._finish, body)
-
-    def abandon(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._finish, None)
-
-    def _finish(self, body: bytes | None) -> None:
-        if not self.reply.done():
-            self.reply.set_result(body)
-
-
-class _WatchedCall:
-    """Heartbeats and the reply of a call, from the threads that execute and watch it."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.pieces: asyncio.Queue[bytes | None] = asyncio.Queue()
-
-    def heartbeat(self) -> None:
-        self.finish(HEARTBEAT)
-
-    def finish(self, body: bytes) -> None:
-        with contextlib.suppress(RuntimeError):  # the server was stopped
-            self._loop.call_soon_threadsafe(self.pieces.put_nowait, body)
-
-    def abandon(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self.pieces.put_nowait, None)
-
-
-_quiet = logging.getLogger(f"{__name__}.requests")
-"""aiohttp's complaints about what others send: a warning for each would let them fill the disk."""
-_quiet.setLevel(logging.CRITICAL)
-
-
-async def _body_of(request: web.BaseRequest, size: int) -> bytes:
-    """The whole body; raises Malformed."""
-    content = request.content
-    if content.is_eof():  # almost always: it came with the head
-        return content.read_nowait()
-    try:
-        return await asyncio.wait_for(content.readexactly(size), READ_SECONDS)
-    except (asyncio.TimeoutError, asyncio.IncompleteReadError, OSError, web.RequestPayloadError):
-        raise Malformed("the body is not as long as was said") from None
-
-
-def _refused(status: int, why: str) -> web.Response:
-    response = web.Response(status=status, text=f"{why}\n")
-    response.force_close()  # the rest of what was sent is not read
-    return response
+def _stamps_of(options: Options) -> list[tuple[int, ...]]:
+    """What tells whether the files of TLS were replaced."""
+    paths = options.tls_cert, options.tls_key, options.tls_ca
+    return [_stamp(path) for path in paths if path is not None]
 
 
 def _stamp(path: str) -> tuple[int, ...]:
@@ -393,16 +207,6 @@ def _stamp(path: str) -> tuple[int, ...]:
         return stamp_of(path)
     except OSError:  # that it is gone is said once, too
         return ()
-
-
-class _Listening(socket.socket):
-    """One whose connections, too, are closed in a forked child: to a caller its server's end would
-    else not be the end of the connection."""
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        sock, peer = super().accept()
-        close_after_fork(sock)
-        return sock, peer
 
 
 def _most_connections(most: int) -> int:
@@ -430,12 +234,13 @@ def _listening(address: str, ports: tuple[int, int] | None) -> socket.socket:
     first, last = ports or (0, 0)
     failure: OSError | None = None
     for port in range(first, last + 1):
-        sock = _Listening(family)
+        sock = socket.socket(family)
         try:
             if os.name == "posix":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((address, port))
             sock.listen(BACKLOG)
+            sock.setblocking(False)  # asyncio needs it so
         except OSError as error:
             failure = error
             sock.close()
