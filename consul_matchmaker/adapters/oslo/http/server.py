@@ -118,7 +118,8 @@ class HttpServer:
                     if self._context is None:
                         sock.send(TURNED_AWAY)
                 continue
-            connection = Connection(loop, self._rules)
+            own = sock if self._context is None else None
+            connection = Connection(loop, self._rules, own)
             self._connections.add(connection)
             self._start_task(self._welcome(sock, connection))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -48,15 +50,15 @@ class Exchange:
 
     def finish(self, body: bytes) -> None:
         """Answer with *body*."""
-        self._tell(self._connection.finish, body)
+        if self.is_watched or not self._connection.finish_here(self, body):
+            self._tell(self._connection.finish, body)
 
     def abandon(self) -> None:
         """There will be no answer."""
         self._tell(self._connection.abandon)
 
     def _tell(self, what: Callable[..., None], *words: bytes) -> None:
-        with contextlib.suppress(RuntimeError):  # the server was stopped
-            self._connection.loop.call_soon_threadsafe(what, self, *words)
+        self._connection.tell(what, self, *words)
 
 
 Take = Callable[[Request, Exchange], int]
@@ -103,13 +105,19 @@ class _Coming:
 
 class Connection(asyncio.Protocol):
     """Answers requests one after the other; one that comes before the answer to the one before it
-    ends the connection, as HTTP allows.  Everything is called on *loop*.
+    ends the connection, as HTTP allows.  Everything but `finish_here` is called on *loop*.
 
-    `closes_at` is when it has to be closed, by the clock of the loop.
+    *sock*, without TLS: written to by the thread that executes a call, which saves the loop a turn
+    (a tenth of the time of a call).  `closes_at` is when the connection has to be closed, by the
+    clock of the loop.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, rules: Rules) -> None:
-        self.loop, self._rules = loop, rules
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, rules: Rules, sock: socket.socket | None
+    ) -> None:
+        self._loop, self._rules, self._sock = loop, rules, sock
+        self._lock = threading.Lock()
+        """Held by who changes which exchange there is, and as long as `finish_here` writes."""
         self.closes_at = loop.time() + READ_SECONDS
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
@@ -131,7 +139,8 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._exchange = self._transport = None
+        with self._lock:  # asyncio closes the socket only then
+            self._exchange = self._transport = self._sock = None
         self._rules.ended(self)
 
     def pause_writing(self) -> None:
@@ -141,9 +150,10 @@ class Connection(asyncio.Protocol):
         self._is_full = False
 
     def data_received(self, data: bytes) -> None:
-        if self._exchange is not None:
-            self._end_after_this()
-            return
+        with self._lock:
+            if self._exchange is not None:
+                self._end_after_this()
+                return
         if self._transport is None or self._transport.is_closing():
             return
         coming = self._coming
@@ -171,7 +181,7 @@ class Connection(asyncio.Protocol):
         if self._coming.is_whole:
             self._end_after_this()
         elif self._is_heard:
-            self.closes_at = self.loop.time() + READ_SECONDS
+            self.closes_at = self._loop.time() + READ_SECONDS
 
     def on_url(self, piece: bytes) -> None:
         if not self._coming.is_whole:
@@ -264,6 +274,35 @@ class Connection(asyncio.Protocol):
 
     # -- answers -----------------------------------------------------------------------------
 
+    def tell(self, what: Callable[..., None], *words: object) -> None:
+        """Have the loop call *what*; may be called from any thread."""
+        with contextlib.suppress(RuntimeError):  # the server was stopped
+            self._loop.call_soon_threadsafe(what, *words)
+
+    def finish_here(self, exchange: Exchange, body: bytes) -> bool:
+        """Answer a call that is not watched, from any thread; False where the loop has to."""
+        with self._lock:
+            sock, transport = self._sock, self._transport
+            if sock is None or transport is None or transport.get_write_buffer_size():
+                return False
+            if exchange is not self._exchange or self._is_last:
+                return False
+            data = self._head(200, JSON, f"Content-Length: {len(body)}") + body
+            try:
+                sent = sock.send(data)
+            except OSError:  # it takes nothing now; if it is broken, the loop sees that
+                sent = 0
+            if sent == len(data):
+                self._answered()
+                return True
+        self.tell(self._finish_rest, exchange, data[sent:])
+        return True
+
+    def _finish_rest(self, exchange: Exchange, data: bytes) -> None:
+        if exchange is self._exchange:
+            self._write(data)
+            self._answered()
+
     def finish(self, exchange: Exchange, body: bytes) -> None:
         if exchange is not self._exchange:
             return
@@ -293,8 +332,10 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Now, if nothing is being asked; else after the answer."""
-        self._is_last = True
-        if self._exchange is None and not self._coming.unread:
+        with self._lock:
+            self._is_last = True
+            is_idle = self._exchange is None and not self._coming.unread
+        if is_idle:
             self.abort()  # without a farewell of TLS, which would be waited for
 
     def abort(self) -> None:
@@ -316,7 +357,7 @@ class Connection(asyncio.Protocol):
     def _answered(self) -> None:
         self._exchange, self._coming = None, _Coming()
         if self._is_heard:
-            self.closes_at = self.loop.time() + IDLE_SECONDS
+            self.closes_at = self._loop.time() + IDLE_SECONDS
         if self._is_last and self._transport is not None:
             self._transport.close()
 
