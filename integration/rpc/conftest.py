@@ -27,7 +27,7 @@ from integration.rpc.endpoints import Endpoint
 from integration.rpc.server_process import ServerProcess
 from integration.waiting import until
 
-NEEDED = ("aiohttp", "oslo_messaging")
+NEEDED = ("httptools", "oslo_messaging")
 if any(importlib.util.find_spec(name) is None for name in NEEDED):
     collect_ignore_glob = ["test_*.py"]
 
