@@ -406,7 +406,8 @@ for number in range(2):
     servers.append(oslo_messaging.get_rpc_server(
         transports[-1], target, [Endpoint()], executor="eventlet"))
     servers[-1].start()
-    client = oslo_messaging.get_rpc_client(transports[-1], target, timeout=10)
+    create = getattr(oslo_messaging, "get_rpc_client", None) or oslo_messaging.RPCClient  # 14.0
+    client = create(transports[-1], target, timeout=10)
     answers.append(client.call({}, "echo", what=number))
 for server in servers:
     server.stop()
