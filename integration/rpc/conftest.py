@@ -145,11 +145,13 @@ def serve(transport: Callable[..., Any]) -> Iterator[Callable[..., Served]]:
             exchange: str | None = None,
             over: Any = None,
             workers: int | None = None,
+            version: str | None = None,
             **options: Any,
         ) -> Served:
             if over is None:
                 over = transport(**{**of_its_own(), **options})
-            target = oslo_messaging.Target(exchange=exchange, topic=topic, server=name)
+            words = {"exchange": exchange, "topic": topic, "server": name, "version": version}
+            target = oslo_messaging.Target(**words)
             endpoint = Endpoint(name)
             server = oslo_messaging.get_rpc_server(over, target, [endpoint], executor="threading")
             server.start(override_pool_size=workers)

@@ -166,11 +166,11 @@ def test_no_two_names_collide(
 
 
 def test_consul_shows_who_serves_what(serve: Serve, agent: Node, topic: str) -> None:
-    """Exchange and topic are in the metadata, the server's name in a tag, and its health check is
-    an HTTP check that passes."""
+    """Exchange, topic and the target's version are in the metadata, the server's name in a tag, and
+    its health check is an HTTP check that passes."""
     from consul_matchmaker.adapters.oslo.http.names import service_of
 
-    serve(topic, "one", exchange="nova")
+    serve(topic, "one", exchange="nova", version="1.3")
     service = service_of("nova", topic)
 
     def kinds() -> set[tuple[str, str]]:
@@ -178,7 +178,8 @@ def test_consul_shows_who_serves_what(serve: Serve, agent: Node, topic: str) -> 
         return {(each["Type"], each["Status"]) for each in found["Checks"] if each["ServiceID"]}
 
     (found,) = ask(agent, f"/v1/health/service/{service}")
-    assert found["Service"]["Meta"].items() >= {"exchange": "nova", "topic": topic}.items()
+    meta = {"exchange": "nova", "topic": topic, "version": "1.3"}
+    assert found["Service"]["Meta"].items() >= meta.items()
     assert {"oslo-rpc", "one"} <= set(found["Service"]["Tags"])
     until(lambda: kinds() == {("http", "passing"), ("ttl", "passing")}, FOUND_SECONDS, "probed")
 

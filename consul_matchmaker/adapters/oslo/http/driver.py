@@ -170,7 +170,9 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
 
     def listen(self, target: Any, batch_size: int, batch_timeout: float | None) -> HttpListener:
         """A listener for calls, casts and fanouts; `start` of it makes it known."""
-        return self._listener([self._place(target, target.server)], batch_size, batch_timeout)
+        places = [self._place(target, target.server)]
+        version = None if target.version is None else str(target.version)
+        return self._listener(places, batch_size, batch_timeout, version=version)
 
     def listen_for_notifications(
         self,
@@ -196,6 +198,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         *,
         incoming: type[Incoming] = Incoming,
         pool: str | None = None,
+        version: str | None = None,
     ) -> HttpListener:
         try:
             serving = Serving(self.matchmaker, self._options, self._secret, self._address())
@@ -209,6 +212,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
             most=self._most_messages(),
             incoming=incoming,
             pool=pool,
+            version=version,
         )
 
     def cleanup(self) -> None:

@@ -80,7 +80,8 @@ class HttpListener(base.Listener):  # type: ignore[misc]  # upstream has no type
     """Takes the messages of *places*, from `start` to `stop`.  Thread-safe.
 
     It has at most *most* that are not finished, and of fanouts as many again.  *pool*: of a
-    notification listener, the pool it belongs to.
+    notification listener, the pool it belongs to.  *version*: that of the server's Target, if it
+    has one, for others to see in Consul.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class HttpListener(base.Listener):  # type: ignore[misc]  # upstream has no type
         most: int,
         incoming: type[Incoming] = Incoming,
         pool: str | None = None,
+        version: str | None = None,
     ) -> None:
         super().__init__(batch_size, batch_timeout)
-        self.places, self.pool = places, pool
+        self.places, self.pool, self.version = places, pool, version
         self._serving, self._incoming = serving, incoming
         # A batch has to fit, and the next one is gathered while it is worked at.
         self._most = most if batch_size == 1 else max(most, 2 * batch_size)

@@ -78,7 +78,7 @@ class Serving:
         ``wait_timeout``, when it becomes known later by itself."""
         self._process.listeners.add(listener)
         deadline = time.monotonic() + self._options.wait_timeout
-        made = [self._register(place, listener.pool) for place in listener.places]
+        made = [self._register(place, listener) for place in listener.places]
         with self._lock:
             self._registrations += made
         with _lock:
@@ -133,13 +133,15 @@ class Serving:
             del counts[key]
             return True
 
-    def _register(self, place: Place, pool: str | None) -> Registration:
+    def _register(self, place: Place, listener: HttpListener) -> Registration:
         # A service without a server goes by the name of its node in Consul, which may be any.
-        server = place.server or f"{POOL}{pool or ''}"
+        server = place.server or f"{POOL}{listener.pool or ''}"
         mode = self._matchmaker.settings.mode
         if mode != "service":
             return self._matchmaker.register(place.service, self.host, server)
         meta = {"exchange": place.exchange, "topic": place.topic}
+        if listener.version is not None:
+            meta["version"] = listener.version
         check = self._probe()
         return self._matchmaker.register(
             place.service, self.host, server, tags=[TAG], meta=meta, check=check, is_up=True
