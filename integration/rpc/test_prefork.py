@@ -135,8 +135,12 @@ def test_sigterm_ends_it_cleanly(
 
 
 def has_ended(pid: int) -> bool:
-    """Whether it is a zombie, whose parent has not asked for its status yet."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    """Whether nothing that it had open is open any more: it is a zombie, whose parent has not asked
+    for its status yet, and has no other thread.  With others it may listen for some ms more: then
+    the system takes a connection and a whole request, and resets them when the last one ends."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    said = dict(line.split(":\t", 1) for line in lines)
+    return said["State"].startswith("Z") and said["Threads"] == "1"
 
 
 @pytest.mark.parametrize("is_probed", [True, False], ids=["probed", "beats alone"])
@@ -155,19 +159,19 @@ def test_a_worker_that_is_killed(
     service = service_of("openstack", topic)
     os.kill(killed, signal.SIGKILL)
     until(lambda: has_ended(killed), FOUND_SECONDS, "it is dead, and can be handed no call")
-    failed, served, gone_after = 0, set(), None
+    failed, served, gone_after = [], set(), None
     began = time.monotonic()
     while time.monotonic() - began < CHECK_TTL + 3:
         try:
             served.add(caller.call({}, "who")[0])
-        except oslo_messaging.MessagingTimeout:
-            failed += 1
+        except oslo_messaging.MessagingTimeout as error:
+            failed.append(str(error))
         passing = ask(agent, f"/v1/health/service/{service}?passing")
         if gone_after is None and len(passing) == WORKERS - 1:
             gone_after = time.monotonic() - began
-    print(f"gone after {gone_after} s; {failed} calls failed")
+    print(f"gone after {gone_after} s")
     assert gone_after is not None and gone_after < CHECK_TTL + 1
-    assert failed == 0
+    assert failed == []
     assert served == set(others)
     wait_for_hosts(caller, WORKERS - 1)
     assert process.stop()[1:] == [-signal.SIGKILL, 0, 0, 0]
