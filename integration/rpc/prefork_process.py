@@ -9,6 +9,7 @@ prints their exit statuses.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -58,7 +59,8 @@ class PreforkProcess:
 
     def __exit__(self, *exc_info: object) -> None:
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # one that had ended, as its parent ends
+                os.kill(pid, signal.SIGKILL)
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
