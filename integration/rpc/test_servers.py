@@ -126,6 +126,8 @@ def test_room_is_made_before_the_reply_is_sent() -> None:
         def finish(self, body: bytes) -> None:
             assert listener.take(request, Next())
 
+        def abandon(self) -> None: ...
+
     assert listener.take(request, Next())
     assert not listener.take(request, Next())
     taken[0].reply("reply")
