@@ -367,3 +367,30 @@ def test_handshakes_count_as_connections(start: Start, tmp_path: Path) -> None:
         assert health() == b""
         silent[0].close()
         until(lambda: health().startswith(b"HTTP/1.1 200"), SECONDS, "there is room again")
+
+
+def test_who_comes_while_a_server_stops_is_refused(start: Start) -> None:
+    """Though it waits for the call that it has: a connection that the system would take, and nobody
+    read, would leave its sender not knowing that nobody took the message."""
+    heard = start()
+    with heard.connect() as sock:
+        sock.sendall(call())
+        _, exchange = heard.next()
+        stopping = threading.Thread(target=heard.server.stop)
+        stopping.start()
+
+        def is_refused() -> bool:
+            try:
+                with heard.connect() as late:
+                    late.sendall(call("late"))
+                    assert hostile.statuses(hostile.told(late)) <= {503}
+                    return False
+            except ConnectionRefusedError:
+                return True
+
+        until(is_refused, SECONDS, "connections are refused")
+        assert stopping.is_alive()
+        exchange.finish(b"{}")
+        assert hostile.statuses(hostile.told(sock)) == {200}
+        stopping.join(SECONDS)
+    assert heard.requests.empty()

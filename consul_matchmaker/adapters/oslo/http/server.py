@@ -114,9 +114,7 @@ class HttpServer:
             close_after_fork(sock)  # to a caller the end of its server has to be the connection's
             if len(self._connections) >= self._most:
                 self._say_full(f"{self._most} connections are open: further ones are turned away")
-                with sock, contextlib.suppress(OSError):
-                    if self._context is None:
-                        sock.send(TURNED_AWAY)
+                self._turn_away(sock)
                 continue
             own = sock if self._context is None else None
             connection = Connection(loop, self._rules, own)
@@ -175,6 +173,7 @@ class HttpServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._refuse_connections()
         for each in list(self._connections):
             each.close()
         until = asyncio.get_running_loop().time() + CLOSING_SECONDS
@@ -182,6 +181,20 @@ class HttpServer:
             await asyncio.sleep(CLOSED_SECONDS)
         for each in list(self._connections):
             each.abort()
+
+    def _refuse_connections(self) -> None:
+        """From now on, and answer those that the system has taken already: whoever has written a
+        message there would else not know that nobody took it."""
+        with contextlib.suppress(OSError):  # there are no more, or no file is left for one
+            while True:
+                self._turn_away(self._socket.accept()[0])
+        self._socket.close()
+
+    def _turn_away(self, sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError):
+            sock.setblocking(False)
+            if self._context is None:
+                sock.send(TURNED_AWAY)
 
 
 def _context_of(options: Options) -> ssl.SSLContext | None:
