@@ -293,6 +293,23 @@ def test_what_nobody_asks_over_any_more_is_closed(
         assert used.recv(1) == b""
 
 
+def test_a_length_of_many_digits_is_a_length(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Python makes no number of more than 4,300: anybody could have the server log a traceback."""
+    heard = start()
+    body = json.dumps(hostile.content("zeros")).encode()
+    for length in ("0" * 5000 + str(len(body)), f"{len(body)} ", "0" * 5000, "0"):
+        with heard.connect() as sock:
+            is_right = length.strip("0 ") != ""
+            sock.sendall(hostile.request(body if is_right else b"", length=length))
+            if is_right:
+                heard.next()[1].finish(b"{}")
+            else:
+                assert hostile.statuses(hostile.told(sock)) == {400}, "no JSON"
+    assert not caplog.records
+
+
 # -- the end of a server ---------------------------------------------------------------------------
 
 

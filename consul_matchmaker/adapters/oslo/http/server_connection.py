@@ -194,7 +194,8 @@ class Connection(asyncio.Protocol):
         coming.head_bytes += len(name) + len(value)
         name = name.lower()
         if name == b"content-length":
-            coming.length = int(value)
+            digits = value.strip().lstrip(b"0")  # which the parser has seen that they are
+            coming.length = int(digits or b"0")  # of too many zeros Python makes no number
         elif name == b"authorization":
             coming.authorization = value.decode("latin-1")
         elif name == b"expect":
