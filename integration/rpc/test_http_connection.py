@@ -310,6 +310,21 @@ def test_a_length_of_many_digits_is_a_length(
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    ("header", "status"), [("Transfer-Encoding: chunked", 411), ("Content-Length: 1000000", 413)]
+)
+@pytest.mark.parametrize("first", ["GET /health HTTP/1.1", "HEAD /health HTTP/1.1"])
+def test_a_question_for_the_health_has_no_body(
+    first: str, header: str, status: int, start: Start
+) -> None:
+    """It is refused by its head: who has no secret could else send for 10 s what the server has to
+    read, and a header behind chunks, which the parser joins, kept it from all else."""
+    heard = start()
+    with heard.connect() as sock:
+        sock.sendall(hostile.request(b"", header, first=first, length=False))
+        assert hostile.statuses(hostile.told(sock)) == {status}
+
+
 # -- the end of a server ---------------------------------------------------------------------------
 
 

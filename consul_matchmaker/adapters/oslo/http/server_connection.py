@@ -91,6 +91,7 @@ class _Coming:
     url: bytes = b""
     head_bytes: int = 0
     length: int | None = None
+    is_chunked: bool = False
     authorization: str | None = None
     expects: bool = False
     is_head_complete: bool = False
@@ -196,6 +197,8 @@ class Connection(asyncio.Protocol):
         if name == b"content-length":
             digits = value.strip().lstrip(b"0")  # which the parser has seen that they are
             coming.length = int(digits or b"0")  # of too many zeros Python makes no number
+        elif name == b"transfer-encoding":
+            coming.is_chunked = True
         elif name == b"authorization":
             coming.authorization = value.decode("latin-1")
         elif name == b"expect":
@@ -212,7 +215,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, piece: bytes) -> None:
         coming = self._coming
-        if not coming.is_whole and coming.refusal is None and not coming.is_probe:
+        if not coming.is_whole and coming.refusal is None:
             coming.pieces.append(piece)
 
     def on_message_complete(self) -> None:
@@ -229,8 +232,12 @@ class Connection(asyncio.Protocol):
             return 400, "this is not HTTP/1.1"
         if coming.head_bytes + len(coming.url) > MOST_HEAD_BYTES:
             return 431, "the head is too long"
+        if coming.is_chunked:  # after the chunks there may be headers without end
+            return 411, "a length is needed"
         method, path = self._parser.get_method(), _path_of(coming.url)
         if path == HEALTH_PATH and method in (b"GET", b"HEAD"):
+            if coming.length:
+                return 413, "more than 0 bytes"
             coming.is_probe, coming.wants_body = True, method == b"GET"
             return None
         if path != PATH or method != b"POST":
