@@ -224,6 +224,25 @@ def test_answers_from_several_threads_are_given_once(start: Start) -> None:
             assert read_until(sock, b">").count(b"HTTP/1.1") == 1
 
 
+def test_a_long_answer_from_several_threads_is_given_once(start: Start) -> None:
+    """Also when the caller reads while they write, so that each could write a part."""
+    heard = start()
+    body = b"x" * 6_000_000 + b">"
+    with heard.connect() as sock:
+        for _ in range(30):
+            sock.sendall(call())
+            _, exchange = heard.next()
+            threads = [threading.Thread(target=exchange.finish, args=[body]) for _ in range(3)]
+            for each in threads:
+                each.start()
+            said = read_until(sock, b">")
+            for each in threads:
+                each.join()
+            assert said.partition(b"\r\n\r\n")[2] == body
+        sock.sendall(HEALTH)
+        assert read_until(sock, b"ok\n").count(b"HTTP/1.1") == 1, "nothing is left of the others"
+
+
 def test_an_answer_for_a_caller_that_is_gone_goes_nowhere(start: Start) -> None:
     """Neither to who is connected by the same number of a file afterwards."""
     heard = start()

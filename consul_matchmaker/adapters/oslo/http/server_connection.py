@@ -118,7 +118,8 @@ class Connection(asyncio.Protocol):
     ) -> None:
         self._loop, self._rules, self._sock = loop, rules, sock
         self._lock = threading.Lock()
-        """Held by who changes which exchange there is, and as long as `finish_here` writes."""
+        """Held by who answers an exchange or looks whether there is one: `finish_here` does so on
+        other threads."""
         self.closes_at = loop.time() + READ_SECONDS
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
@@ -303,22 +304,26 @@ class Connection(asyncio.Protocol):
             if sent == len(data):
                 self._answered()
                 return True
-        self.tell(self._finish_rest, exchange, data[sent:])
+            # Nobody has this one, so that nobody else answers.
+            rest = self._exchange = Exchange(self, is_watched=False)
+        self.tell(self._finish_rest, rest, data[sent:])
         return True
 
     def _finish_rest(self, exchange: Exchange, data: bytes) -> None:
-        if exchange is self._exchange:
-            self._write(data)
-            self._answered()
+        with self._lock:
+            if exchange is self._exchange:
+                self._write(data)
+                self._answered()
 
     def finish(self, exchange: Exchange, body: bytes) -> None:
-        if exchange is not self._exchange:
-            return
-        if not self._has_begun:
-            self._answer(200, body, JSON)
-            return
-        self._write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
-        self._answered()
+        with self._lock:
+            if exchange is not self._exchange:
+                return
+            if not self._has_begun:
+                self._answer(200, body, JSON)
+                return
+            self._write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+            self._answered()
 
     def beat(self, exchange: Exchange) -> None:
         """Its caller reads a blank line; the first one comes with the head of the answer."""
@@ -331,12 +336,13 @@ class Connection(asyncio.Protocol):
         self._write(chunk)
 
     def abandon(self, exchange: Exchange) -> None:
-        if exchange is not self._exchange:
-            return
-        if self._has_begun:
-            self.abort()  # the status was sent: nothing else says so
-        else:
-            self._answer(500, f"{ABANDONED}\n".encode())
+        with self._lock:
+            if exchange is not self._exchange:
+                return
+            if self._has_begun:
+                self.abort()  # the status was sent: nothing else says so
+            else:
+                self._answer(500, f"{ABANDONED}\n".encode())
 
     def close(self) -> None:
         """Now, if nothing is being asked; else after the answer."""
