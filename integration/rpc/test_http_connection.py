@@ -373,6 +373,26 @@ def test_a_request_that_has_begun_is_answered_when_the_server_stops(start: Start
         assert not stopping.is_alive()
 
 
+def test_an_answer_that_is_on_its_way_comes_whole_when_the_server_stops(start: Start) -> None:
+    """More than the system takes at a time, to a caller that reads it only then."""
+    heard = start()
+    body = b"x" * 20_000_000
+    with heard.connect() as sock, heard.connect() as idle:
+        idle.sendall(HEALTH)
+        read_until(idle, b"ok\n")
+        sock.sendall(call())
+        heard.next()[1].finish(body)
+        pieces = [sock.recv(100)]
+        stopping = threading.Thread(target=heard.server.stop)
+        stopping.start()
+        assert idle.recv(1) == b"", "the server closes its connections"
+        while piece := sock.recv(65536):
+            pieces.append(piece)
+        assert b"".join(pieces).partition(b"\r\n\r\n")[2] == body
+        stopping.join(SECONDS)
+        assert not stopping.is_alive()
+
+
 @pytest.mark.parametrize("uses_tls", [False, True])
 def test_connections_that_nobody_uses_do_not_hold_up_the_end(
     uses_tls: bool, start: Start, tmp_path: Path

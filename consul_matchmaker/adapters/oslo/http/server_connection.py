@@ -345,11 +345,15 @@ class Connection(asyncio.Protocol):
                 self._answer(500, f"{ABANDONED}\n".encode())
 
     def close(self) -> None:
-        """Now, if nothing is being asked; else after the answer."""
+        """Now, if nothing is being asked; else after the answer, which may be on its way."""
         with self._lock:
             self._is_last = True
             is_idle = self._exchange is None and not self._coming.unread
-        if is_idle:
+        if not is_idle or self._transport is None:
+            return
+        if self._transport.get_write_buffer_size():  # of TLS, asyncio tells only of a part
+            self._transport.close()
+        else:
             self.abort()  # without a farewell of TLS, which would be waited for
 
     def abort(self) -> None:
