@@ -19,7 +19,7 @@ from consul_matchmaker.adapters.oslo.http import server_connection
 from consul_matchmaker.adapters.oslo.http.messages import Request
 from consul_matchmaker.adapters.oslo.http.options import Options
 from consul_matchmaker.adapters.oslo.http.secret import Secret
-from consul_matchmaker.adapters.oslo.http.server import CLOSING_SECONDS, HttpServer
+from consul_matchmaker.adapters.oslo.http.server import CLOSING_SECONDS, MOST_ACCEPTED, HttpServer
 from consul_matchmaker.adapters.oslo.http.server_connection import Exchange
 from integration.rpc import certificates, hostile
 from integration.waiting import until
@@ -414,6 +414,40 @@ def test_connections_that_nobody_uses_do_not_hold_up_the_end(
         began = time.monotonic()
         heard.server.stop()
         assert time.monotonic() - began < CLOSING_SECONDS / 2
+
+
+def test_connections_that_come_while_the_server_stops_do_not_hold_it_up() -> None:
+    """Some it has taken, and is about to open when it stops."""
+    asked: queue.Queue[threading.Event] = queue.Queue()
+
+    def take(request: Request, exchange: Exchange) -> int:
+        """Keep the loop from going on until the test says so."""
+        go_on = threading.Event()
+        asked.put(go_on)
+        go_on.wait(SECONDS)
+        return 404
+
+    server = HttpServer(Options(), Secret(None, None), "127.0.0.1", take)
+    server.start()
+    stopping = threading.Thread(target=server.stop)
+    with contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(hostile.connected(server.port)) for _ in range(2))
+        for sock in (first, second):
+            sock.sendall(HEALTH)
+            read_until(sock, b"ok\n")
+        first.sendall(call())
+        go_on = asked.get(timeout=SECONDS)
+        for _ in range(MOST_ACCEPTED + 100):
+            stack.enter_context(hostile.connected(server.port))
+        second.sendall(call())
+        go_on.set()
+        go_on = asked.get(timeout=SECONDS)
+        stopping.start()
+        until(lambda: server._loop is None, SECONDS, "it stops")
+        go_on.set()
+        stopping.join(CLOSING_SECONDS / 2)
+        assert not stopping.is_alive()
+        assert not server._connections
 
 
 def test_handshakes_count_as_connections(start: Start, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -32,6 +33,9 @@ RETRY_SECONDS = 1.0
 """When the process has no file left for a connection, it may have one then."""
 TURNED_AWAY = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 BACKLOG = 1024
+MOST_ACCEPTED = 256
+"""As long as connections come asyncio waits for none: after so many the loop does other work.  More
+than one, as the system drops what comes while `BACKLOG` wait, and a client asks again after 1 s."""
 LOOK_SECONDS = 30.0
 """How often the files of TLS are looked at: they may have been renewed."""
 SPARED_FILES = 32
@@ -104,9 +108,13 @@ class HttpServer:
         """Take connections; of more than there may be, answer those that come last by 503, so that
         clients know that nothing was taken."""
         loop = asyncio.get_running_loop()
-        while True:
+        for number in itertools.count():
+            if number % MOST_ACCEPTED == 0:
+                await asyncio.sleep(0)
             try:
                 sock, _ = await loop.sock_accept(self._socket)
+            except ConnectionAbortedError:  # by its client, before it was taken
+                continue
             except OSError as error:
                 self._say_full(f"no connection can be taken: {error}")
                 await asyncio.sleep(RETRY_SECONDS)

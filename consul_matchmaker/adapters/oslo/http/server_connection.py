@@ -349,11 +349,11 @@ class Connection(asyncio.Protocol):
         with self._lock:
             self._is_last = True
             is_idle = self._exchange is None and not self._coming.unread
-        if not is_idle or self._transport is None:
-            return
-        if self._transport.get_write_buffer_size():  # of TLS, asyncio tells only of a part
+        if self._transport is None:  # what should have opened it was cancelled before it began
+            self._rules.ended(self)
+        elif is_idle and self._transport.get_write_buffer_size():  # of TLS, only a part is counted
             self._transport.close()
-        else:
+        elif is_idle:
             self.abort()  # without a farewell of TLS, which would be waited for
 
     def abort(self) -> None:
