@@ -189,6 +189,26 @@ def test_a_long_answer_that_is_read_slowly_comes_whole(is_watched: bool, start: 
             assert body in said
 
 
+def test_an_answer_comes_behind_the_one_before_it(start: Start) -> None:
+    """Also when its caller asked before it had read that, of which the loop has a part still."""
+    heard = start()
+    body = b"x" * 8_000_000
+    with heard.connect() as sock:
+        for _ in range(20):
+            sock.sendall(call())
+            heard.next()[1].finish(body)
+            until(lambda: unsent_to(heard, sock), SECONDS, "a part is on its way")
+            sock.sendall(call())
+            _, exchange = heard.next()
+            answering = threading.Thread(target=exchange.finish, args=[b"<second>"])
+            said = sock.recv(1_000_000)
+            answering.start()
+            while not said.endswith(b"<second>") and len(said) < len(body) + 1000:
+                said += sock.recv(1_000_000)
+            answering.join()
+            assert body + b"HTTP/1.1 200" in said
+
+
 def unsent_to(heard: Heard, sock: socket.socket) -> bool:
     """Whether something is in the kernel for the client."""
     sock.recv(1, socket.MSG_PEEK)

@@ -133,12 +133,14 @@ class Connection(asyncio.Protocol):
         self._is_last = False
         """Whether it is closed after the answer."""
         self._is_full = False
-        """Whether the other side does not read what is written."""
+        """Whether the other side does not read what is written: without TLS, every byte of it."""
 
     # -- what asyncio calls ------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        if self._sock is not None:
+            self._transport.set_write_buffer_limits(0)
 
     def connection_lost(self, exc: Exception | None) -> None:
         with self._lock:  # asyncio closes the socket only then
@@ -291,10 +293,8 @@ class Connection(asyncio.Protocol):
     def finish_here(self, exchange: Exchange, body: bytes) -> bool:
         """Answer a call that is not watched, from any thread; False where the loop has to."""
         with self._lock:
-            sock, transport = self._sock, self._transport
-            if sock is None or transport is None or transport.get_write_buffer_size():
-                return False
-            if exchange is not self._exchange or self._is_last:
+            sock = self._sock
+            if sock is None or exchange is not self._exchange or self._is_full or self._is_last:
                 return False
             data = self._head(200, JSON, f"Content-Length: {len(body)}") + body
             try:
