@@ -167,11 +167,9 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserCallbackError:
             raise  # a defect of this class
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            coming = self._coming
             if not coming.is_whole:
                 coming.refusal = coming.refusal or (400, "this is not HTTP/1.1")
             self._is_last = True
-        coming = self._coming
         if not coming.is_head_complete and coming.unread > MOST_HEAD_BYTES:
             coming.refusal = coming.refusal or (431, "the head is too long")
         if coming.refusal is not None:
