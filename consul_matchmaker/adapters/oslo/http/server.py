@@ -194,7 +194,7 @@ class HttpServer:
         """From now on, and answer those that the system has taken already: whoever has written a
         message there would else not know that nobody took it."""
         with contextlib.suppress(OSError):  # there are no more, or no file is left for one
-            while True:
+            for _ in range(BACKLOG):
                 self._turn_away(self._socket.accept()[0])
         self._socket.close()
 

@@ -86,7 +86,7 @@ class Rules:
 class _Coming:
     """A request as it comes in."""
 
-    unread: int = 0
+    size: int = 0
     """Bytes of it that have come, and perhaps of what follows it."""
     url: bytes = b""
     head_bytes: int = 0
@@ -132,7 +132,7 @@ class Connection(asyncio.Protocol):
         """Whether a message has come over it, and a question for the health of this process."""
         self._is_last = False
         """Whether it is closed after the answer."""
-        self._is_full = False
+        self._has_unsent = False
         """Whether the other side does not read what is written: without TLS, every byte of it."""
 
     # -- what asyncio calls ------------------------------------------------------------------
@@ -148,10 +148,10 @@ class Connection(asyncio.Protocol):
         self._rules.ended(self)
 
     def pause_writing(self) -> None:
-        self._is_full = True
+        self._has_unsent = True
 
     def resume_writing(self) -> None:
-        self._is_full = False
+        self._has_unsent = False
 
     def data_received(self, data: bytes) -> None:
         with self._lock:
@@ -161,7 +161,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return
         coming = self._coming
-        coming.unread += len(data)
+        coming.size += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError:
@@ -170,7 +170,7 @@ class Connection(asyncio.Protocol):
             if not coming.is_whole:
                 coming.refusal = coming.refusal or (400, "this is not HTTP/1.1")
             self._is_last = True
-        if not coming.is_head_complete and coming.unread > MOST_HEAD_BYTES:
+        if not coming.is_head_complete and coming.size > MOST_HEAD_BYTES:
             coming.refusal = coming.refusal or (431, "the head is too long")
         if coming.refusal is not None:
             self._refuse(*coming.refusal)
@@ -231,7 +231,7 @@ class Connection(asyncio.Protocol):
         """Judge a request by its head."""
         if self._parser.get_http_version() not in VERSIONS or self._parser.should_upgrade():
             return 400, "this is not HTTP/1.1"
-        if coming.head_bytes + len(coming.url) > MOST_HEAD_BYTES:
+        if coming.head_bytes + len(coming.url) > MOST_HEAD_BYTES:  # it came in one piece
             return 431, "the head is too long"
         if coming.is_chunked:  # after the chunks there may be headers without end
             return 411, "a length is needed"
@@ -292,7 +292,7 @@ class Connection(asyncio.Protocol):
         """Answer a call that is not watched, from any thread; False where the loop has to."""
         with self._lock:
             sock = self._sock
-            if sock is None or exchange is not self._exchange or self._is_full or self._is_last:
+            if sock is None or exchange is not self._exchange or self._has_unsent or self._is_last:
                 return False
             data = self._head(200, JSON, f"Content-Length: {len(body)}") + body
             try:
@@ -325,7 +325,7 @@ class Connection(asyncio.Protocol):
 
     def beat(self, exchange: Exchange) -> None:
         """Its caller reads a blank line; the first one comes with the head of the answer."""
-        if exchange is not self._exchange or self._is_full:
+        if exchange is not self._exchange or self._has_unsent:
             return
         chunk = b"%x\r\n%b\r\n" % (len(HEARTBEAT), HEARTBEAT)
         if not self._has_begun:
@@ -346,7 +346,7 @@ class Connection(asyncio.Protocol):
         """Now, if nothing is being asked; else after the answer, which may be on its way."""
         with self._lock:
             self._is_last = True
-            is_idle = self._exchange is None and not self._coming.unread
+            is_idle = self._exchange is None and not self._coming.size
         if self._transport is None:  # what should have opened it was cancelled before it began
             self._rules.ended(self)
         elif is_idle and self._transport.get_write_buffer_size():  # of TLS, only a part is counted
