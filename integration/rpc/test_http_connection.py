@@ -506,10 +506,8 @@ def test_who_comes_while_a_server_stops_is_refused(start: Start) -> None:
 
         def is_refused() -> bool:
             try:
-                with heard.connect() as late:
-                    late.sendall(call("late"))
-                    assert hostile.statuses(hostile.told(late)) <= {503}
-                    return False
+                heard.connect().close()  # it may not have begun to stop
+                return False
             except ConnectionRefusedError:
                 return True
 
