@@ -19,6 +19,11 @@ CONNECT_TIMEOUT_SECONDS = 2.0
 """Whom we call is on this machine or near it; one lost SYN is sent again after 1 s (RFC 6298)."""
 
 
+SLACK_SECONDS = 0.001
+"""A wait may end so much after its deadline: the next one, and the next exchange, can do with the
+timeout that the socket has.  To set one is a system call, which lets other threads go first."""
+
+
 class AnswerTooLarge(HTTPException):
     """The answer has more bytes than is allowed."""
 
@@ -71,10 +76,17 @@ class Wire(io.RawIOBase):
     def sendall(self, data: ReadableBuffer) -> None:
         rest = memoryview(data)
         while rest:
-            self.sock.settimeout(seconds_left(self.deadline))
+            self._limit()
             size = self.sock.send(rest)
             self.sent_bytes += size
             rest = rest[size:]
+
+    def _limit(self) -> None:
+        """Have the next wait end with the deadline.  Raises TimeoutError when that is over."""
+        left = seconds_left(self.deadline)
+        limit = self.sock.gettimeout()
+        if limit is None or not left <= limit <= left + 2 * SLACK_SECONDS:
+            self.sock.settimeout(left + SLACK_SECONDS)
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -83,7 +95,7 @@ class Wire(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        self.sock.settimeout(seconds_left(self.deadline))
+        self._limit()
         size: int = self.sock.recv_into(buffer)
         self._count(size)
         return size
@@ -95,7 +107,7 @@ class Wire(io.RawIOBase):
 
     def receive(self, most: int) -> bytes:
         """What comes next, at most *most* bytes; nothing at the end."""
-        self.sock.settimeout(seconds_left(self.deadline))
+        self._limit()
         piece: bytes = self.sock.recv(most)
         self._count(len(piece))
         return piece
