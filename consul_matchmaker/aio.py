@@ -165,8 +165,12 @@ class Matchmaker:
         """A picked host, for an ``async with`` block: rejected if the block raises, else
         acknowledged.  A cancellation says nothing of the host."""
         host = await self.pick(topic, server, key=key)
-        with self.sync.judging(topic, host):
+        try:
             yield host
+        except Exception:
+            self.sync.judge(topic, host, is_good=False)
+            raise
+        self.sync.judge(topic, host, is_good=True)
 
     async def wait_for_hosts(
         self, topic: str, *, timeout_seconds: float, server: str | None = None

@@ -333,18 +333,16 @@ class Matchmaker:
         Exception (an interrupt, a cancelled task) says nothing of the host.  Raises like `pick`.
         """
         host = self.pick(topic, server, key=key)
-        with self.judging(topic, host):
-            yield host
-
-    @contextmanager
-    def judging(self, topic: str, host: Host) -> Iterator[None]:
-        """As `using`, for a host that was picked already."""
         try:
-            yield
+            yield host
         except Exception:
-            self._quarantine.reject(topic, host)
+            self.judge(topic, host, is_good=False)
             raise
-        self._quarantine.acknowledge(topic, host)
+        self.judge(topic, host, is_good=True)
+
+    def judge(self, topic: str, host: Host, *, is_good: bool) -> None:
+        """Reject *host*, or lift its quarantine: what `using` does at its end."""
+        (self._quarantine.acknowledge if is_good else self._quarantine.reject)(topic, host)
 
     # -- its own life
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,13 +29,7 @@ class Found(NamedTuple):
 
     def judge(self, *, is_good: bool) -> None:
         """Have the host avoided for a while, or no longer."""
-        with suppress(_Failed), self.matchmaker.judging(self.place.service, self.host):
-            if not is_good:
-                raise _Failed
-
-
-class _Failed(Exception):
-    """What a host did."""
+        self.matchmaker.judge(self.place.service, self.host, is_good=is_good)
 
 
 def settings_by_zone(settings: Settings) -> list[Settings]:
