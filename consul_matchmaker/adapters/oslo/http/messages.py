@@ -53,21 +53,28 @@ _TYPES: dict[str, tuple[type, ...]] = {
 LONGEST_MONITOR_SECONDS = 10 * 365 * 86400.0
 """No event can be waited for as long as JSON can say."""
 _NEEDED = {"exchange", "topic", "ctxt", "message"}
+_OPTIONAL = tuple(name for name in _TYPES if name not in _NEEDED)
 
 
 def body_of(request: Request) -> bytes:
     """*request* as bytes; raises TypeError and ValueError for what JSON cannot say."""
-    said = {name: getattr(request, name) for name in _TYPES}
-    body: bytes = jsonutils.dump_as_bytes(
-        {name: value for name, value in said.items() if value or name in _NEEDED}
-    )
+    said: dict[str, Any] = {
+        "exchange": request.exchange,
+        "topic": request.topic,
+        "ctxt": request.ctxt,
+        "message": request.message,
+    }
+    for name in _OPTIONAL:
+        if value := getattr(request, name):
+            said[name] = value
+    body: bytes = jsonutils.dump_as_bytes(said)
     return body
 
 
 def read_request(body: bytes) -> Request:
     """The request that *body* says; raises Malformed."""
     try:
-        found = json.loads(body)
+        found = json.loads(body.decode())
     except (ValueError, RecursionError):
         raise Malformed("the body is not JSON") from None
     if not isinstance(found, dict):
@@ -102,7 +109,7 @@ def read_reply(body: bytes) -> tuple[Any, str | None]:
     """The result, and the failure as oslo.messaging writes one, of which one is None; raises
     Malformed."""
     try:
-        found = json.loads(body)
+        found = json.loads(body.decode())
         failure = found.get("failure")
         return found.get("result"), None if failure is None else str(failure)
     except (ValueError, RecursionError, AttributeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from typing import NamedTuple
@@ -41,6 +42,7 @@ def pool_of(server: str | None) -> str | None:
 BROADCASTER = Place("consulmatchmaker", "broadcaster")
 
 
+@functools.lru_cache(4096)
 def service_of(exchange: str, topic: str) -> str:
     """``exchange-topic``, such as ``nova-compute``; no two have the same.
 
