@@ -120,6 +120,10 @@ class Connection(asyncio.Protocol):
         self._lock = threading.Lock()
         """Held by who answers an exchange or looks whether there is one: `finish_here` does so on
         other threads."""
+        self._sending = threading.Lock()
+        """Held by who writes; taken before `_lock` is let go, so that answers keep their order."""
+        self._rest = b""
+        """What `finish_here` could not write, and the loop has to before anything else."""
         self.closes_at = loop.time() + READ_SECONDS
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
@@ -143,7 +147,7 @@ class Connection(asyncio.Protocol):
             self._transport.set_write_buffer_limits(0)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        with self._lock:  # asyncio closes the socket only then
+        with self._lock, self._sending:  # asyncio closes the socket only then
             self._exchange = self._transport = self._sock = None
         self._rules.ended(self)
 
@@ -292,26 +296,22 @@ class Connection(asyncio.Protocol):
         """Answer a call that is not watched, from any thread; False where the loop has to."""
         with self._lock:
             sock = self._sock
-            if sock is None or exchange is not self._exchange or self._has_unsent or self._is_last:
+            if sock is None or exchange is not self._exchange or self._is_last:
                 return False
             data = self._head(200, JSON, f"Content-Length: {len(body)}") + body
-            try:
-                sent = sock.send(data)
-            except OSError:  # it takes nothing now; if it is broken, the loop sees that
-                sent = 0
-            if sent == len(data):
-                self._answered()
-                return True
-            # Nobody has this one, so that nobody else answers.
-            rest = self._exchange = Exchange(self, is_watched=False)
-        self.tell(self._finish_rest, rest, data[sent:])
+            self._answered()  # first: the loop should not wait for this thread to go on
+            self._sending.acquire()
+        sent = 0
+        try:
+            if not self._rest and not self._has_unsent:
+                with contextlib.suppress(OSError):  # it takes nothing now, or the loop sees why
+                    sent = sock.send(data)
+        finally:
+            self._rest += data[sent:]
+            self._sending.release()
+        if sent < len(data):
+            self.tell(self._write, b"")
         return True
-
-    def _finish_rest(self, exchange: Exchange, data: bytes) -> None:
-        with self._lock:
-            if exchange is self._exchange:
-                self._write(data)
-                self._answered()
 
     def finish(self, exchange: Exchange, body: bytes) -> None:
         with self._lock:
@@ -347,6 +347,8 @@ class Connection(asyncio.Protocol):
         with self._lock:
             self._is_last = True
             is_idle = self._exchange is None and not self._coming.size
+        if is_idle:
+            self._write(b"")
         if self._transport is None:  # what should have opened it was cancelled before it began
             self._rules.ended(self)
         elif is_idle and self._transport.get_write_buffer_size():  # of TLS, only a part is counted
@@ -385,6 +387,9 @@ class Connection(asyncio.Protocol):
         ).encode("latin-1")
 
     def _write(self, data: bytes) -> None:
+        """After what is left of the answer before."""
+        with self._sending:
+            data, self._rest = self._rest + data, b""
         if self._transport is not None:
             self._transport.write(data)
 
