@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 import uuid
 from typing import Any
@@ -58,7 +59,8 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
         call_after_fork(self)
 
     def after_fork(self) -> None:
-        """In a forked child: connections of its own."""
+        """In a forked child: connections of its own, and names of messages."""
+        self._ids, self._count = uuid.uuid4().hex, itertools.count(1)
         self._client = Client(self._options, self._secret)
         at_a_time = self._options.fanout_connections
         self._delivery = Delivery(self._zones, self._client, fanout_connections=at_a_time)
@@ -111,7 +113,7 @@ class HttpDriver(base.BaseDriver):  # type: ignore[misc]  # upstream has no type
             server=place.server,
             wait=bool(wait_for_reply),
             monitor=call_monitor_timeout or None if wait_for_reply else None,
-            id=uuid.uuid4().hex,
+            id=f"{self._ids}-{next(self._count)}",
         )
         body = self._body(request)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import queue
 import threading
@@ -16,6 +17,10 @@ with extra("oslo-http"):
     from oslo_messaging._drivers import base, common
 
 logger = logging.getLogger(__name__)
+
+
+_TAKES_ID = "msg_id" in inspect.signature(base.RpcIncomingMessage).parameters
+"""Not in 14.0, which makes one up."""
 
 
 class Serving(Protocol):
@@ -34,8 +39,7 @@ class Incoming(base.RpcIncomingMessage):  # type: ignore[misc]  # upstream has n
     """
 
     def __init__(self, request: Request, exchange: Exchange, listener: HttpListener) -> None:
-        super().__init__(request.ctxt, request.message)
-        self.msg_id = request.id  # an argument only since 14.1 or later
+        super().__init__(request.ctxt, request.message, *((request.id,) if _TAKES_ID else ()))
         self.client_timeout = request.monitor
         self._waits = request.wait
         self.exchange, self._listener = exchange, listener
