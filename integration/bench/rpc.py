@@ -213,7 +213,7 @@ def numbered(transports: Sides, count: int) -> bool:
     return is_complete
 
 
-def listeners(count: int, seconds: float) -> bool:
+def listeners(count: int, seconds: float, check_ttl_seconds: float) -> bool:
     """*count* listeners of one topic on this machine, of several processes: what they cost Consul,
     what a client's first lookup and its next ones take, and a fanout to all."""
     is_complete = True
@@ -221,7 +221,8 @@ def listeners(count: int, seconds: float) -> bool:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         brokerless = stack.enter_context(Brokerless(folder / "consul"))
         began = time.monotonic()
-        side = stack.enter_context(Side(brokerless.transport(), folder, count))
+        transport = brokerless.transport(query=f"?check_ttl_seconds={check_ttl_seconds:g}")
+        side = stack.enter_context(Side(transport, folder, count))
         print(
             f"  {count:,} listeners of {side.processes} processes: {time.monotonic() - began:.0f} s"
         )
@@ -292,6 +293,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--listeners", type=int, default=LISTENERS)
     parser.add_argument(
+        "--check-ttl-seconds", type=float, default=15, help="of each of the listeners"
+    )
+    parser.add_argument(
         "--other", default="consul", help="beside RabbitMQ: consul, rabbitmq or a URL"
     )
     parser.add_argument("--tls", choices=("no", "yes", "both"), default="both")
@@ -303,7 +307,8 @@ def main(argv: Sequence[str]) -> int:
         print("needs oslo.messaging: pip install oslo.messaging")
         return 2
     if arguments.parts == ["listeners"]:
-        return 0 if listeners(arguments.listeners, arguments.seconds) else 1
+        is_complete = listeners(arguments.listeners, arguments.seconds, arguments.check_ttl_seconds)
+        return 0 if is_complete else 1
     runs = parts(arguments)
     if unknown := set(arguments.parts) - set(runs):
         parser.error(f"no part is named {', '.join(sorted(unknown))}")

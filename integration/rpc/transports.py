@@ -51,7 +51,7 @@ class Brokerless:
     def __exit__(self, *exc_info: object) -> None:
         self.cluster.close()
 
-    def transport(self, address: str = "", *, with_tls: bool = False) -> Transport:
+    def transport(self, address: str = "", *, with_tls: bool = False, query: str = "") -> Transport:
         """By the Consul agent at *address*; by default the cluster's own."""
         lines = ["[consul_http]", f"rpc_token_file = {self._token}"]
         if with_tls:
@@ -65,7 +65,7 @@ class Brokerless:
         file = self._folder / ("tls.conf" if with_tls else "plain.conf")
         file.write_text("\n".join([*lines, ""]))
         address = address or self.cluster.nodes["agent1"].http
-        return Transport("consul", f"consul+http://{address}/", file)
+        return Transport("consul", f"consul+http://{address}/{query}", file)
 
 
 @contextlib.contextmanager

@@ -453,11 +453,12 @@ def definition_of(
         beaten["Status"] = "critical"
     checks = [beaten]
     if options.check is not None:
-        every = go_duration(max(1.0, check_ttl_seconds / 3))
-        probe = {"CheckID": f"{service_id}:probe", "Interval": every, **probe_of(options.check)}
+        # Who is not up yet waits for the first probe; others need no more than the beats say.
+        every = check_ttl_seconds if options.is_up else max(1.0, check_ttl_seconds / 3)
+        probe = {"CheckID": f"{service_id}:probe", "Interval": go_duration(every)}
         if options.is_up:
             probe["Status"] = "passing"
-        checks.append(probe)
+        checks.append({**probe, **probe_of(options.check)})
     service = {
         "ID": service_id,
         "Name": name,
