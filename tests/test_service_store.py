@@ -500,11 +500,12 @@ def test_a_probed_service_counts_as_down_until_the_first_probe_unless_it_is_up(
     consul: FakeConsul, services: Services, is_up: bool
 ) -> None:
     """A probe has no status of its own then, which Consul takes for critical; the beat is no
-    probe."""
+    probe.  Who waits for the first one is probed each second, others once in their TTL of 3 s."""
     options = ServiceOptions.of((), None, 1, "http://10.0.0.1:5001/health", is_up)
     services.publish(services.open(), Registration("web", ONE, service=options))
     ((beaten, probe),) = (each["Checks"] for each in consul.agents[AGENT].values())
     assert probe.get("Status") == ("passing" if is_up else None)
+    assert probe["Interval"] == ("3s" if is_up else "1s")
     assert beaten["Status"] == "passing"
 
 
