@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 _TAKES_ID = "msg_id" in inspect.signature(base.RpcIncomingMessage).parameters
-"""Not in 14.0, which makes one up."""
+"""Later releases make a random one up where they are given none."""
 
 
 class Serving(Protocol):
@@ -40,6 +40,7 @@ class Incoming(base.RpcIncomingMessage):  # type: ignore[misc]  # upstream has n
 
     def __init__(self, request: Request, exchange: Exchange, listener: HttpListener) -> None:
         super().__init__(request.ctxt, request.message, *((request.id,) if _TAKES_ID else ()))
+        self.msg_id = request.id  # which 14.0 does not know
         self.client_timeout = request.monitor
         self._waits = request.wait
         self.exchange, self._listener = exchange, listener
