@@ -1,98 +1,55 @@
-"""A process of its own that registers what it is told to on standard input, a command a line.
+"""A process of its own that registers what it is told to on standard input.
 
-Each command is answered by one line of JSON.  When its input ends it ends too, as a process that
-does not know that it should call `close`.  `RegisteringProcess` is the test's handle on one.
+When its input ends it ends too, as a process that does not know that it should call `close`.
+`RegisteringProcess` is the test's handle on one.
 """
+
+from __future__ import annotations
 
 import json
 import logging
 import os
-import subprocess
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import Any
+
+from integration.told import ToldProcess, obey
 
 READY_SECONDS = 10.0
 
 
-class RegisteringProcess:
+class RegisteringProcess(ToldProcess):
     """Starts one; a context manager that kills what is still running."""
 
-    def __init__(self, url: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "integration.registering_process", url],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    end_seconds = READY_SECONDS
 
-    def ask(self, *words: str) -> Any:
-        """Send one command; return its answer."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(" ".join(words) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise AssertionError(f"{words}: the process ended with {self._process.wait()}")
-        return json.loads(line)
+    def __init__(self, url: str) -> None:
+        super().__init__("integration.registering_process", url)
 
     def register(self, topic: str, host: str) -> float:
         """Returns once Consul has confirmed it, with the seconds that this took the process."""
-        seconds = self.ask("register", topic, host)
+        seconds = self.ask("register", topic=topic, host=host)
         assert isinstance(seconds, float)
         return seconds
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
-    def kill(self) -> None:
-        """SIGKILL."""
-        self._process.kill()
-        self._process.wait()
+class Program:
+    """Does what it is told."""
 
-    def end(self) -> None:
-        """Let it run to its end, and wait for that."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        assert self._process.wait(READY_SECONDS) == 0
+    def __init__(self, url: str) -> None:
+        from consul_matchmaker import Matchmaker
 
-    def __enter__(self) -> "RegisteringProcess":
-        return self
+        self._matchmaker = Matchmaker.from_url(url)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
+    def register(self, topic: str, host: str) -> float:
+        began = time.monotonic()
+        registration = self._matchmaker.register(topic, host)
+        registration.wait_until_published(timeout_seconds=READY_SECONDS)
+        return time.monotonic() - began
 
-
-def main(url: str) -> None:
-    from consul_matchmaker import Matchmaker
-
-    matchmaker = Matchmaker.from_url(url)
-    registrations = {}
-    for line in sys.stdin:
-        answer: object
-        command, *words = line.split()
-        if command == "register":
-            topic, host = words
-            began = time.monotonic()
-            registrations[topic, host] = registration = matchmaker.register(topic, host)
-            registration.wait_until_published(timeout_seconds=READY_SECONDS)
-            answer = time.monotonic() - began
-        elif command == "fork":
-            answer = _fork(matchmaker)
-        else:
-            raise SystemExit(f"unknown command {command}")
-        print(json.dumps(answer), flush=True)
+    def fork(self) -> object:
+        return _fork(self._matchmaker)
 
 
 def _fork(matchmaker: Any) -> object:
@@ -114,4 +71,4 @@ def _fork(matchmaker: Any) -> object:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    main(sys.argv[1])
+    obey(Program(sys.argv[1]))

@@ -68,7 +68,7 @@ def test_processes_come_crash_end_restart_and_fork(
             assert old_key in keys(agent, prefix), "the dead predecessor still holds its key"
             assert len([key for key in keys(agent, prefix) if "10_2e0_2e0_2e3" in key]) == 2
 
-            processes[ending].end()
+            assert processes[ending].end() == 0
             ended_at = time.monotonic()
             child = processes[forking].ask("fork")
             until(

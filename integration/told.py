@@ -38,6 +38,10 @@ class ToldProcess:
             env={**os.environ, **(environment or {})},
         )
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def tell(self, do: str, **words: Any) -> None:
         """Send a command; `answer` must be called for it."""
         assert self._process.stdin is not None
