@@ -22,7 +22,7 @@ from . import matchmaker, model
 from .answers.belief import is_same
 from .errors import Closed, TimedOut, Unavailable
 from .fork import call_after_fork
-from .matchmaker import ASK_AGAIN_SECONDS, GRACE_SECONDS, nobody_came
+from .matchmaker import ASK_AGAIN_SECONDS, GRACE_SECONDS, judged, nobody_came
 from .model import Host, Snapshot, Standing
 from .registrations.keeper import Change
 from .settings import Settings
@@ -165,12 +165,8 @@ class Matchmaker:
         """A picked host, for an ``async with`` block: rejected if the block raises, else
         acknowledged.  A cancellation says nothing of the host."""
         host = await self.pick(topic, server, key=key)
-        try:
+        with judged(self.sync, topic, host):
             yield host
-        except Exception:
-            self.sync.judge(topic, host, is_good=False)
-            raise
-        self.sync.judge(topic, host, is_good=True)
 
     async def wait_for_hosts(
         self, topic: str, *, timeout_seconds: float, server: str | None = None

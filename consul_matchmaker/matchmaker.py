@@ -333,12 +333,8 @@ class Matchmaker:
         Exception (an interrupt, a cancelled task) says nothing of the host.  Raises like `pick`.
         """
         host = self.pick(topic, server, key=key)
-        try:
+        with judged(self, topic, host):
             yield host
-        except Exception:
-            self.judge(topic, host, is_good=False)
-            raise
-        self.judge(topic, host, is_good=True)
 
     def judge(self, topic: str, host: Host, *, is_good: bool) -> None:
         """Reject *host*, or lift its quarantine: what `using` does at its end."""
@@ -439,6 +435,17 @@ class Matchmaker:
     def _check_open(self) -> None:
         if self._closing.is_set():
             raise Closed("this matchmaker was closed: make a new one")
+
+
+@contextmanager
+def judged(matchmaker: Matchmaker, topic: str, host: Host) -> Iterator[None]:
+    """As `Matchmaker.using`, for a host that was picked already."""
+    try:
+        yield
+    except Exception:
+        matchmaker.judge(topic, host, is_good=False)
+        raise
+    matchmaker.judge(topic, host, is_good=True)
 
 
 def _changes(
