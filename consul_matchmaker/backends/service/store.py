@@ -455,10 +455,14 @@ def definition_of(
     if options.check is not None:
         # Who is not up yet waits for the first probe; others need no more than the beats say.
         every = check_ttl_seconds if options.is_up else max(1.0, check_ttl_seconds / 3)
-        probe = {"CheckID": f"{service_id}:probe", "Interval": go_duration(every)}
+        probe: dict[str, object] = {
+            "CheckID": f"{service_id}:probe",
+            "Interval": go_duration(every),
+            **probe_of(options.check),
+        }
         if options.is_up:
             probe["Status"] = "passing"
-        checks.append({**probe, **probe_of(options.check)})
+        checks.append(probe)
     service = {
         "ID": service_id,
         "Name": name,

@@ -106,7 +106,8 @@ class _Coming:
 
 class Connection(asyncio.Protocol):
     """Answers requests one after the other; one that comes before the answer to the one before it
-    ends the connection, as HTTP allows.  Everything but `finish_here` is called on *loop*.
+    ends the connection, as HTTP allows.  Everything but `finish_here` and `tell` is called on the
+    loop.
 
     *sock*, without TLS: written to by the thread that executes a call, which saves the loop a turn
     (a tenth of the time of a call).  `closes_at` is when the connection has to be closed, by the
