@@ -1,5 +1,5 @@
 """Install the lowest version of each package that pyproject.toml declares the package needs, and
-an extra of it, whose name is the argument."""
+extras of it, whose names are the arguments."""
 
 import importlib.metadata
 import re
@@ -11,7 +11,7 @@ pins = sorted(
     {
         line.partition(";")[0].strip().replace(">=", "==")
         for line in needed
-        if "extra ==" not in line or re.search(rf"extra == .{sys.argv[1]}\b", line)
+        if "extra ==" not in line or re.search(rf"extra == .({'|'.join(sys.argv[1:])})\b", line)
     }
 )
 print("lowest:", *pins, flush=True)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
@@ -20,9 +21,10 @@ from typing import Any, TypeVar, cast
 
 from . import matchmaker, model
 from .answers.belief import is_same
-from .errors import Closed, TimedOut, Unavailable
+from .calls import ATTEMPTS, RETRY_ON
+from .errors import Closed, MatchmakerError, TimedOut, Unavailable
 from .fork import call_after_fork
-from .matchmaker import ASK_AGAIN_SECONDS, GRACE_SECONDS, judged, nobody_came
+from .matchmaker import ASK_AGAIN_SECONDS, GRACE_SECONDS, nobody_came
 from .model import Host, Snapshot, Standing
 from .registrations.keeper import Change
 from .settings import Settings
@@ -36,6 +38,7 @@ THREAD_NAME = "consul-matchmaker-awaited"
 HANGS = "it has not answered yet"
 MAX_THREADS = 16
 """At most so many awaited calls ask Consul at the same time."""
+RETRY_ON_AWAITED = (*RETRY_ON, asyncio.TimeoutError)  # which is another one in Python 3.10
 POLL_SECONDS = 0.02
 """While a registration is waited for, its state is read this often; that asks nobody."""
 
@@ -152,11 +155,17 @@ class Matchmaker:
         )
 
     async def pick(
-        self, topic: str, server: str | None = None, *, key: str | bytes | None = None
+        self,
+        topic: str,
+        server: str | None = None,
+        *,
+        key: str | bytes | None = None,
+        exclude: Collection[Host] = (),
     ) -> Host:
-        """One live host of *topic* that is not rejected."""
+        """One live host of *topic* that is neither rejected nor one of *exclude*."""
         # Out of this very answer: to look once more could ask Consul, on the event loop.
-        return self.sync.picked(await self.hosts(topic, server), server, key=key)
+        snapshot = await self.hosts(topic, server)
+        return self.sync.picked(snapshot, server, key=key, exclude=exclude)
 
     @asynccontextmanager
     async def using(
@@ -164,9 +173,49 @@ class Matchmaker:
     ) -> AsyncIterator[Host]:
         """A picked host, for an ``async with`` block: rejected if the block raises, else
         acknowledged.  A cancellation says nothing of the host."""
-        host = await self.pick(topic, server, key=key)
-        with judged(self.sync, topic, host):
-            yield host
+        attempts = self.sync.attempts(topic, server, key=key)
+        with attempts.begin(await self.hosts(topic, server)) as attempt:
+            yield attempt.host
+
+    async def call(
+        self,
+        topic: str,
+        function: Callable[[Host], Awaitable[T]],
+        *,
+        attempts: int = ATTEMPTS,
+        key: str | bytes | None = None,
+        retry_on: tuple[type[Exception], ...] = RETRY_ON_AWAITED,
+        timeout_seconds: float | None = None,
+    ) -> T:
+        """What ``await function(host)`` returns for a host of *topic*; for another one when it
+        fails.  The attempt that is under way after *timeout_seconds* is cancelled, and fails by
+        asyncio.TimeoutError."""
+        tries = self.sync.attempts(topic, attempts=attempts, key=key)
+        until = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+        failure: Exception | None = None
+        while True:
+            left = None if timeout_seconds is None else max(0.0, until - time.monotonic())
+            try:
+                attempt = tries.begin(await self.hosts(topic, timeout_seconds=left))
+            except MatchmakerError:
+                if failure is not None:  # it says more than that nobody is left
+                    raise failure from None
+                raise
+            try:
+                result = await asyncio.wait_for(function(attempt.host), left)
+            except retry_on as error:
+                attempt.judge(is_good=False)
+                attempt.end()
+                if time.monotonic() >= until or not tries.may_retry():
+                    raise
+                failure = error
+            except BaseException:
+                attempt.end()
+                raise
+            else:
+                attempt.judge(is_good=True)
+                attempt.end()
+                return result
 
     async def wait_for_hosts(
         self, topic: str, *, timeout_seconds: float, server: str | None = None

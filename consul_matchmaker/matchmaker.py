@@ -9,16 +9,18 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from types import TracebackType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
+from . import calls
 from .answers.belief import is_same
 from .answers.cache import Cache
 from .answers.selection import Quarantine, Selector
 from .backends import Registrar, Resolver
+from .calls import ATTEMPTS, RETRY_ON, Attempts
 from .errors import Closed, ConfigurationError, Denied, NoLiveHosts, TimedOut, Unavailable
 from .fork import call_after_fork
 from .model import Host, Registration, ServiceOptions, Snapshot, checked_topic, warning_of
@@ -33,6 +35,8 @@ if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reve
     from .backends.watching import Watchable
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ASK_AGAIN_SECONDS = 0.5
 """While somebody waits for the first host of a topic, Consul is asked this often."""
@@ -133,20 +137,34 @@ class Matchmaker:
         return self._cache.lookup(topic, server, timeout_seconds)
 
     def pick(
-        self, topic: str, server: str | None = None, *, key: str | bytes | None = None
+        self,
+        topic: str,
+        server: str | None = None,
+        *,
+        key: str | bytes | None = None,
+        exclude: Collection[Host] = (),
     ) -> Host:
-        """One live host of *topic* that is not rejected; the next one in turn, or by its weight.
+        """One live host of *topic* that is not rejected; which, the setting ``selection`` says.
 
         With *key*, the same host for the same key in every process, as long as that host lives.
-        Raises NoLiveHosts when there is none, and what `hosts` raises.
+        Never one of *exclude*: those that were tried.  Raises NoLiveHosts when there is none (but
+        those), and what `hosts` raises.
         """
-        return self.picked(self._cache.lookup(topic, server), server, key=key)
+        return self.picked(self._cache.lookup(topic, server), server, key=key, exclude=exclude)
 
     def picked(
-        self, snapshot: Snapshot, server: str | None = None, *, key: str | bytes | None = None
+        self,
+        snapshot: Snapshot,
+        server: str | None = None,
+        *,
+        key: str | bytes | None = None,
+        exclude: Collection[Host] = (),
     ) -> Host:
         """As `pick`, out of an answer that `hosts` gave, also for *server*: asks nobody."""
         self._check_open()
+        if exclude:
+            rest = [one for one in snapshot.instances if one.host not in exclude]
+            snapshot = snapshot.with_instances(rest)
         host = self._selector.pick(snapshot, server=server, key=key)
         if host is None:
             name = _named(snapshot.topic, server)
@@ -332,9 +350,53 @@ class Matchmaker:
         What is no failure of the host must not leave the block as an exception; what is no
         Exception (an interrupt, a cancelled task) says nothing of the host.  Raises like `pick`.
         """
-        host = self.pick(topic, server, key=key)
-        with judged(self, topic, host):
-            yield host
+        attempts = self.attempts(topic, server, key=key)
+        with attempts.begin(self._cache.lookup(topic, server)) as attempt:
+            yield attempt.host
+
+    def attempts(
+        self,
+        topic: str,
+        server: str | None = None,
+        *,
+        attempts: int = ATTEMPTS,
+        key: str | bytes | None = None,
+    ) -> Attempts:
+        """The attempts of one call, for who calls in a way of his own, as the adapters do."""
+        return Attempts(self, topic, server, attempts=attempts, key=key)
+
+    def call(
+        self,
+        topic: str,
+        function: Callable[[Host], T],
+        *,
+        attempts: int = ATTEMPTS,
+        key: str | bytes | None = None,
+        retry_on: tuple[type[Exception], ...] = RETRY_ON,
+        timeout_seconds: float | None = None,
+    ) -> T:
+        """What ``function(host)`` returns for a host of *topic*; for another one when it fails.
+
+        A host fails by raising one of *retry_on*: it is rejected, and *function* is called for a
+        host that was not tried yet, while there is one, up to *attempts* times in all and within
+        the topic's retry budget (settings ``retry_fraction``, ``retry_floor_per_second``).  Then
+        the last failure is raised; as is at once whatever else *function* raises, which says
+        nothing of the host.  *function* may be executed twice: what must not be is not for
+        *retry_on*.
+
+        No attempt begins *timeout_seconds* after the call; *function* has to have a timeout of its
+        own.  Raises like `pick` when no host can be found for the first attempt.
+        """
+        return calls.call(
+            self,
+            topic,
+            function,
+            attempts=attempts,
+            key=key,
+            retry_on=retry_on,
+            timeout_seconds=timeout_seconds,
+            clock=self._clock,
+        )
 
     def judge(self, topic: str, host: Host, *, is_good: bool) -> None:
         """Reject *host*, or lift its quarantine: what `using` does at its end."""
@@ -435,17 +497,6 @@ class Matchmaker:
     def _check_open(self) -> None:
         if self._closing.is_set():
             raise Closed("this matchmaker was closed: make a new one")
-
-
-@contextmanager
-def judged(matchmaker: Matchmaker, topic: str, host: Host) -> Iterator[None]:
-    """As `Matchmaker.using`, for a host that was picked already."""
-    try:
-        yield
-    except Exception:
-        matchmaker.judge(topic, host, is_good=False)
-        raise
-    matchmaker.judge(topic, host, is_good=True)
 
 
 def _changes(

@@ -50,7 +50,7 @@ LAYERS = {
         "backends.*",
         "answers.state_file",
     ),
-    "running": ("answers.*", "registrations.*", "matchmaker", "aio"),
+    "running": ("answers.*", "registrations.*", "matchmaker", "calls", "aio"),
     "public": ("",),  # the package itself: its list of public names
     "edges": ("adapters", "adapters.*", "testing", "testing.*", "cli", "cli.*", "__main__"),
 }
