@@ -21,11 +21,11 @@ from typing import Any, TypeVar, cast
 
 from . import matchmaker, model
 from .answers.belief import is_same
-from .calls import ATTEMPTS, RETRY_ON
+from .calls import ATTEMPTS, RETRY_ON, Failures
 from .errors import Closed, MatchmakerError, TimedOut, Unavailable
 from .fork import call_after_fork
 from .matchmaker import ASK_AGAIN_SECONDS, GRACE_SECONDS, nobody_came
-from .model import Host, Snapshot, Standing
+from .model import Host, Snapshot, Standing, host_of
 from .registrations.keeper import Change
 from .settings import Settings
 
@@ -160,12 +160,12 @@ class Matchmaker:
         server: str | None = None,
         *,
         key: str | bytes | None = None,
-        exclude: Collection[Host] = (),
+        exclude: Collection[str | Host] = (),
     ) -> Host:
         """One live host of *topic* that is neither rejected nor one of *exclude*."""
         # Out of this very answer: to look once more could ask Consul, on the event loop.
         snapshot = await self.hosts(topic, server)
-        return self.sync.picked(snapshot, server, key=key, exclude=exclude)
+        return self.sync.picked(snapshot, server, key=key, exclude=[*map(host_of, exclude)])
 
     @asynccontextmanager
     async def using(
@@ -173,7 +173,7 @@ class Matchmaker:
     ) -> AsyncIterator[Host]:
         """A picked host, for an ``async with`` block: rejected if the block raises, else
         acknowledged.  A cancellation says nothing of the host."""
-        attempts = self.sync.attempts(topic, server, key=key)
+        attempts = self.sync.attempts(topic, server, attempts=1, key=key)
         with attempts.begin(await self.hosts(topic, server)) as attempt:
             yield attempt.host
 
@@ -184,13 +184,13 @@ class Matchmaker:
         *,
         attempts: int = ATTEMPTS,
         key: str | bytes | None = None,
-        retry_on: tuple[type[Exception], ...] = RETRY_ON_AWAITED,
+        retry_on: Failures = RETRY_ON_AWAITED,
         timeout_seconds: float | None = None,
     ) -> T:
         """What ``await function(host)`` returns for a host of *topic*; for another one when it
         fails.  The attempt that is under way after *timeout_seconds* is cancelled, and fails by
         asyncio.TimeoutError."""
-        tries = self.sync.attempts(topic, attempts=attempts, key=key)
+        tries = self.sync.attempts(topic, attempts=attempts, key=key, failures=retry_on)
         until = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
         failure: Exception | None = None
         while True:
@@ -202,20 +202,12 @@ class Matchmaker:
                     raise failure from None
                 raise
             try:
-                result = await asyncio.wait_for(function(attempt.host), left)
+                with attempt:
+                    return await asyncio.wait_for(function(attempt.host), left)
             except retry_on as error:
-                attempt.judge(is_good=False)
-                attempt.end()
                 if time.monotonic() >= until or not tries.may_retry():
                     raise
                 failure = error
-            except BaseException:
-                attempt.end()
-                raise
-            else:
-                attempt.judge(is_good=True)
-                attempt.end()
-                return result
 
     async def wait_for_hosts(
         self, topic: str, *, timeout_seconds: float, server: str | None = None
@@ -241,8 +233,7 @@ class Matchmaker:
 
     async def is_alive(self, topic: str, host: str | Host) -> bool:
         """Whether *host* serves *topic*, by what `hosts` says."""
-        wanted = host if isinstance(host, Host) else Host.parse(host)
-        return wanted in await self.hosts(topic)
+        return host_of(host) in await self.hosts(topic)
 
     async def watch(self, topic: str, server: str | None = None) -> AsyncIterator[Snapshot]:
         """The hosts of *topic* now, and again at every change, until `close`."""

@@ -9,21 +9,22 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
-from . import calls
 from .answers.belief import is_same
 from .answers.cache import Cache
-from .answers.selection import Quarantine, Selector
+from .answers.load import Load
+from .answers.quarantine import Quarantine
+from .answers.selection import Selector
 from .backends import Registrar, Resolver
-from .calls import ATTEMPTS, RETRY_ON, Attempts
+from .calls import Caller, named
 from .errors import Closed, ConfigurationError, Denied, NoLiveHosts, TimedOut, Unavailable
 from .fork import call_after_fork
-from .model import Host, Registration, ServiceOptions, Snapshot, checked_topic, warning_of
+from .model import Host, Registration, ServiceOptions, Snapshot, checked_topic, host_of, warning_of
 from .registrations.keeper import Change, Keeper
 from .registrations.operators import Operators
 from .registrations.wanted import wanted_registration
@@ -36,8 +37,6 @@ if TYPE_CHECKING:  # catalog mode never imports what kv mode needs, nor the reve
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 ASK_AGAIN_SECONDS = 0.5
 """While somebody waits for the first host of a topic, Consul is asked this often."""
 SECONDS_TO_CLOSE = 5.0
@@ -46,7 +45,7 @@ GRACE_SECONDS = 0.1
 Consul has to answer an unknown topic."""
 
 
-class Matchmaker:
+class Matchmaker(Caller):
     """Which hosts serve a topic, and the word that this process serves one.
 
     Thread-safe.  The constructor opens no socket and starts no thread; those that are needed start
@@ -71,7 +70,7 @@ class Matchmaker:
             )
         self.settings = settings
         self._backend = backend
-        self._clock = clock
+        self.clock = clock
         self._jitter = jitter
         self._build()
         call_after_fork(self)
@@ -83,14 +82,15 @@ class Matchmaker:
         keeper: Keeper | Operators | None = None,
     ) -> None:
         """Make every part.  *cache*, *quarantine*, *keeper*: in a forked child, its parent's."""
-        settings, clock, jitter = self.settings, self._clock, self._jitter
+        settings, clock, jitter = self.settings, self.clock, self._jitter
         self._lock = threading.RLock()
         self._closing = threading.Event()
         self._resolver = _resolver(settings, clock) if self._backend is None else self._backend
         self._registrar = _registrar(settings, self._resolver)
         self._cache = Cache(self._resolver, settings, clock=clock, jitter=jitter, before=cache)
         self._quarantine = Quarantine(settings, clock=clock, jitter=jitter, before=quarantine)
-        self._selector = Selector(self._quarantine)
+        self.load = Load(settings, clock=clock)
+        self._selector = Selector(self._quarantine, settings, self.load, clock=clock)
         self._watcher: Watcher | None = None
         if settings.watch and self._backend is None:
             self._watcher = _watcher(self._resolver, self._cache, settings, clock, jitter)
@@ -136,41 +136,6 @@ class Matchmaker:
         """
         return self._cache.lookup(topic, server, timeout_seconds)
 
-    def pick(
-        self,
-        topic: str,
-        server: str | None = None,
-        *,
-        key: str | bytes | None = None,
-        exclude: Collection[Host] = (),
-    ) -> Host:
-        """One live host of *topic* that is not rejected; which, the setting ``selection`` says.
-
-        With *key*, the same host for the same key in every process, as long as that host lives.
-        Never one of *exclude*: those that were tried.  Raises NoLiveHosts when there is none (but
-        those), and what `hosts` raises.
-        """
-        return self.picked(self._cache.lookup(topic, server), server, key=key, exclude=exclude)
-
-    def picked(
-        self,
-        snapshot: Snapshot,
-        server: str | None = None,
-        *,
-        key: str | bytes | None = None,
-        exclude: Collection[Host] = (),
-    ) -> Host:
-        """As `pick`, out of an answer that `hosts` gave, also for *server*: asks nobody."""
-        self._check_open()
-        if exclude:
-            rest = [one for one in snapshot.instances if one.host not in exclude]
-            snapshot = snapshot.with_instances(rest)
-        host = self._selector.pick(snapshot, server=server, key=key)
-        if host is None:
-            name = _named(snapshot.topic, server)
-            raise NoLiveHosts(f"no host serves {name} now: try wait_for_hosts()")
-        return host
-
     def wait_for_hosts(
         self, topic: str, *, timeout_seconds: float, server: str | None = None
     ) -> Snapshot:
@@ -180,9 +145,9 @@ class Matchmaker:
         not be asked, also when it hangs, and Denied at once.
         """
         self._check_open()
-        deadline = self._clock() + timeout_seconds
+        deadline = self.clock() + timeout_seconds
         while True:
-            left = max(0.0, deadline - self._clock())
+            left = max(0.0, deadline - self.clock())
             snapshot, error = None, None
             try:
                 snapshot = self.asked_for_hosts(topic, server, left + GRACE_SECONDS)
@@ -190,7 +155,7 @@ class Matchmaker:
                 error = failure
             if snapshot:
                 return snapshot
-            left = deadline - self._clock()
+            left = deadline - self.clock()
             if left <= 0:
                 raise nobody_came(topic, server, timeout_seconds, error)
             pause = min(left, ASK_AGAIN_SECONDS)
@@ -211,7 +176,7 @@ class Matchmaker:
 
     def is_alive(self, topic: str, host: str | Host) -> bool:
         """Whether *host* serves *topic*, by what `hosts` says."""
-        return _host(host) in self._cache.lookup(topic)
+        return host_of(host) in self._cache.lookup(topic)
 
     def watch(self, topic: str, server: str | None = None) -> Iterator[Snapshot]:
         """The hosts of *topic* now, and again at every change, until `close`.
@@ -309,7 +274,7 @@ class Matchmaker:
     def unregister(self, topic: str, host: str | Host) -> None:
         """Take back what this process registered for *topic* on *host*, and nothing else."""
         self._check_open()
-        self._keeper.unregister_host(topic, _host(host))
+        self._keeper.unregister_host(topic, host_of(host))
 
     def expire(self, topic: str, host: str | Host) -> int:
         """Remove *host*'s registrations of *topic* for everybody; return how many there were.
@@ -318,7 +283,7 @@ class Matchmaker:
         without effect.
         """
         self._check_open()
-        count = self._registrar.expire(topic, _host(host))
+        count = self._registrar.expire(topic, host_of(host))
         if self.settings.mode != "catalog" and self._cache.knows(topic):
             try:
                 self._cache.refresh(topic)
@@ -331,76 +296,15 @@ class Matchmaker:
     def acknowledge(self, topic: str, host: str | Host) -> None:
         """It answered: lift its quarantine.  If it is our own, renew our registrations now."""
         self._check_open()
-        good = _host(host)
-        self._quarantine.acknowledge(topic, good)
+        good = host_of(host)
+        self.judge(topic, good, is_good=True)
         if self._keeper.holds(topic, good):
             self._keeper.renew_now()
 
     def reject(self, topic: str, host: str | Host) -> None:
         """It failed: `pick` of this process avoids it for a while; `hosts` still lists it."""
         self._check_open()
-        self._quarantine.reject(topic, _host(host))
-
-    @contextmanager
-    def using(
-        self, topic: str, server: str | None = None, *, key: str | bytes | None = None
-    ) -> Iterator[Host]:
-        """A picked host, for a ``with`` block: rejected if the block raises, else acknowledged.
-
-        What is no failure of the host must not leave the block as an exception; what is no
-        Exception (an interrupt, a cancelled task) says nothing of the host.  Raises like `pick`.
-        """
-        attempts = self.attempts(topic, server, key=key)
-        with attempts.begin(self._cache.lookup(topic, server)) as attempt:
-            yield attempt.host
-
-    def attempts(
-        self,
-        topic: str,
-        server: str | None = None,
-        *,
-        attempts: int = ATTEMPTS,
-        key: str | bytes | None = None,
-    ) -> Attempts:
-        """The attempts of one call, for who calls in a way of his own, as the adapters do."""
-        return Attempts(self, topic, server, attempts=attempts, key=key)
-
-    def call(
-        self,
-        topic: str,
-        function: Callable[[Host], T],
-        *,
-        attempts: int = ATTEMPTS,
-        key: str | bytes | None = None,
-        retry_on: tuple[type[Exception], ...] = RETRY_ON,
-        timeout_seconds: float | None = None,
-    ) -> T:
-        """What ``function(host)`` returns for a host of *topic*; for another one when it fails.
-
-        A host fails by raising one of *retry_on*: it is rejected, and *function* is called for a
-        host that was not tried yet, while there is one, up to *attempts* times in all and within
-        the topic's retry budget (settings ``retry_fraction``, ``retry_floor_per_second``).  Then
-        the last failure is raised; as is at once whatever else *function* raises, which says
-        nothing of the host.  *function* may be executed twice: what must not be is not for
-        *retry_on*.
-
-        No attempt begins *timeout_seconds* after the call; *function* has to have a timeout of its
-        own.  Raises like `pick` when no host can be found for the first attempt.
-        """
-        return calls.call(
-            self,
-            topic,
-            function,
-            attempts=attempts,
-            key=key,
-            retry_on=retry_on,
-            timeout_seconds=timeout_seconds,
-            clock=self._clock,
-        )
-
-    def judge(self, topic: str, host: Host, *, is_good: bool) -> None:
-        """Reject *host*, or lift its quarantine: what `using` does at its end."""
-        (self._quarantine.acknowledge if is_good else self._quarantine.reject)(topic, host)
+        self.judge(topic, host_of(host), is_good=False)
 
     # -- its own life
 
@@ -412,11 +316,14 @@ class Matchmaker:
         for is looked up first; that Consul cannot be asked is part of the answer.  Raises Closed
         and InvalidTopic.
         """
-        hosts: tuple[Host, ...] = ()
+        found: Snapshot | None = None
         with suppress(Unavailable, Denied):
-            hosts = self._cache.lookup(topic, server).hosts
-        told = self._cache.explain(topic, server)
-        return {**told, "rejected": self._quarantine.explain(topic, hosts)}
+            found = self._cache.lookup(topic, server)
+        return {
+            **self._cache.explain(topic, server),
+            "rejected": self._quarantine.explain(topic, found.hosts if found else ()),
+            "selection": self._selector.explain(found, server) if found else {},
+        }
 
     def status(self) -> dict[str, object]:
         """Where everything stands, fit for json, without secrets.
@@ -431,6 +338,8 @@ class Matchmaker:
             "cache": self._cache.status(),
             "quarantine": self._quarantine.status(),
             "quarantines": self._quarantine.begun,
+            "ejections": self._quarantine.ejections,
+            "retries": {"allowed": self.load.retries, "refused": self.load.refused},
             "keeper": self._keeper.status(),
             "watcher": self._watcher and self._watcher.status(),
             "backend": self._resolver.status(),
@@ -460,10 +369,10 @@ class Matchmaker:
             if self._closing.is_set():
                 return
             self._closing.set()
-        deadline = self._clock() + timeout_seconds
+        deadline = self.clock() + timeout_seconds
 
         def remaining() -> float:
-            return max(0.0, deadline - self._clock())
+            return max(0.0, deadline - self.clock())
 
         self._cache.stop()  # tell everybody first, then wait for one after the other
         if self._watcher is not None:
@@ -574,29 +483,23 @@ def _refuse_to_interrupt_ourselves() -> None:
         )
 
 
-_PUBLIC_CALLS = frozenset([__file__, sys.modules[Registration.__module__].__file__])
+_PUBLIC_CALLS = frozenset(
+    sys.modules[each.__module__].__file__ for each in (Matchmaker, Caller, Registration)
+)
 """Where every public call has a frame on the stack: the methods of Matchmaker and of what it
 gives out."""
-
-
-def _host(host: str | Host) -> Host:
-    return host if isinstance(host, Host) else Host.parse(host)
 
 
 def nobody_came(
     topic: str, server: str | None, timeout_seconds: float, error: Unavailable | None
 ) -> TimedOut | NoLiveHosts:
     """What to raise when no host of *topic* was found in time."""
-    name = _named(topic, server)
+    name = named(topic, server)
     if error is None:
         return NoLiveHosts(f"no host served {name} within {timeout_seconds:g} s")
     waited = TimedOut(f"Consul could not be asked for {name} within {timeout_seconds:g} s: {error}")
     waited.__cause__ = error
     return waited
-
-
-def _named(topic: str, server: str | None) -> str:
-    return topic if server is None else f"{topic} as {server}"
 
 
 def _shown(settings: Settings) -> dict[str, object]:

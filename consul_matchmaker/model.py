@@ -167,6 +167,13 @@ class Host:
         return (self.address, self.port or 0) < (other.address, other.port or 0)
 
 
+def host_of(given: str | Host) -> Host:
+    """That host; a text is read by `Host.parse`."""
+    return given if isinstance(given, Host) else Host.parse(given)
+
+
+ZONE = "zone"
+"""The key of metadata that says where an instance runs."""
 _NOTHING: Mapping[str, str] = {}  # one for all that have none
 
 
@@ -187,6 +194,11 @@ class Instance:
     meta: Mapping[str, str] = field(default_factory=_nothing, hash=False)
     node: str | None = None
     datacenter: str | None = None
+
+    @property
+    def zone(self) -> str | None:
+        """Where it runs, as its service, or else its node, says (``zone`` in ``meta``)."""
+        return self.meta.get(ZONE)
 
 
 class RegistrationOwner(Protocol):

@@ -357,6 +357,59 @@ class Settings:
         "them is rejected, as the others would be overloaded; in a smaller one when all are",
         0.5,
     )
+    selection: str = _setting(
+        _one_of("round_robin", "least_loaded", "weighted"),
+        "which host pick takes: round_robin is in turn, and at random by weight where weights "
+        "differ; weighted is in turn by weight; least_loaded is the one of two random hosts that "
+        "has less to do, by the calls in flight and the latency that this process measured",
+        "round_robin",
+    )
+    slow_start_seconds: float = _setting(
+        _seconds(0, 3600),
+        "a host that is new in a topic gets a part of its share that grows for so long; 0: at "
+        "once all of it",
+        0.0,
+    )
+    zone: str | None = _setting(
+        _label,
+        "service mode: where this process runs; hosts whose zone is the same are used first, and "
+        "others as far as those are too few; what it registers says its zone",
+        None,
+    )
+    subset_size: int = _setting(
+        _whole(0, 65535),
+        "this process uses at most so many hosts of a topic (of its zone), always the same ones "
+        "while they live; 0: all",
+        0,
+    )
+    client_id: str | None = _setting(
+        _text,
+        "the name that subset_size draws by, to be another one for each process or machine; "
+        "default the name of the machine",
+        None,
+    )
+    ejection_failure_rate: float = _setting(
+        # Envoy's failure_percentage_threshold, gRPC A50's failure_percentage_ejection.
+        _number(0, 1),
+        "a host that fails this part of its last 20 or more calls, within about 10 s, is avoided "
+        "for quarantine_max_seconds, whatever it answers meanwhile; 0: never",
+        0.0,
+    )
+    ejection_max_fraction: float = _setting(
+        _number(0, 1),
+        "at most this fraction of a topic's hosts is ejected at a time; one of two or more always "
+        "may be",
+        0.2,
+    )
+    retry_fraction: float = _setting(
+        _number(0, 1),
+        "retries of a topic (Matchmaker.call and the adapters) are at most this fraction of its "
+        "calls, and retry_floor_per_second more, over about 10 s",
+        0.2,
+    )
+    retry_floor_per_second: float = _setting(
+        _number(0, 1000), "retries that a topic may have however few calls it has", 1.0
+    )
     max_topics: int = _setting(
         _whole(1, 1_000_000),
         "topics kept in memory; beyond it, topics that nobody asked for lately are dropped",
@@ -465,6 +518,8 @@ class Settings:
         if self.mode == "service" and self.check_ttl_seconds < 1:
             # The beats are 0.3 of it apart, and a busy machine holds one up for longer than that.
             raise ConfigurationError("check_ttl_seconds must be at least 1 in service mode")
+        if self.zone is not None and self.mode != "service":
+            raise ConfigurationError("zone needs service mode: only services say where they run")
         if self.consistency == "cached" and self.mode != "service":
             raise ConfigurationError("consistency=cached needs service mode")
 

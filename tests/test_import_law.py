@@ -32,6 +32,7 @@ LAYERS = {
         "registrations.differences",
         "registrations.reconciler",
         "answers",
+        "answers.balance",
         "answers.belief",
         "answers.blocking_query",
         "answers.freshness",

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consul_matchmaker.answers.selection import LARGE_POOL, MAX_TURNS, Quarantine, Selector
+from consul_matchmaker.answers.load import Load
+from consul_matchmaker.answers.quarantine import LARGE_POOL, Quarantine
+from consul_matchmaker.answers.selection import MAX_TURNS, Selector
 from consul_matchmaker.model import Host, Instance, Snapshot
 from consul_matchmaker.settings import Settings
 
@@ -30,7 +32,7 @@ def answer(*members: Host | Instance, topic: str = "scheduler") -> Snapshot:
 
 
 def selector(seed: int = 1, quarantine: Quarantine | None = None) -> Selector:
-    return Selector(quarantine or Quarantine(kv()), chance=random.Random(seed))
+    return Selector(quarantine or Quarantine(kv()), kv(), Load(kv()), chance=random.Random(seed))
 
 
 def picks(chooser: Selector, snapshot: Snapshot, count: int) -> list[Host]:
@@ -192,7 +194,9 @@ def test_a_key_means_the_same_host_in_every_process() -> None:
         "from consul_matchmaker.model import *; from consul_matchmaker.answers.selection import *;"
         "from consul_matchmaker.settings import *;"
         "s = Snapshot('t', tuple(Instance(Host(f'10.0.0.{n}', 5000)) for n in range(1, 11)), 'kv');"
-        "c = Selector(Quarantine(Settings(mode='kv')));"
+        "from consul_matchmaker.answers.load import *;"
+        "from consul_matchmaker.answers.quarantine import *;"
+        "e = Settings(mode='kv');c = Selector(Quarantine(e), e, Load(e));"
         "print([str(c.pick(s, key=f'tenant-{n}')) for n in range(20)])"
     )
     outputs = {
@@ -452,7 +456,7 @@ def test_a_selector_draws_from_its_own_chance() -> None:
     snapshot = answer(*(Instance(host, weight=1 + place) for place, host in enumerate(hosts(9))))
     one, other = (picks(selector(seed=5), snapshot, 20) for _ in range(2))
     assert one == other
-    assert Selector(Quarantine(kv())).pick(snapshot) in snapshot
+    assert Selector(Quarantine(kv()), kv(), Load(kv())).pick(snapshot) in snapshot
 
 
 def test_the_heaviest_entry_of_a_host_counts() -> None:

@@ -44,6 +44,7 @@ def file(name: str) -> Case:
     return Case(f"/etc/{name}", f"/etc/{name}", name, name, ("",))
 
 
+FRACTION = Case("0", 0.0, "1", 1.0, ("-0.1", "1.1", "half"))
 YES_OR_NO = Case("yes", True, "0", False, ("", "maybe", "2"))
 PAIR = {"client_cert": "client_key", "client_key": "client_cert"}
 CASES: dict[str, Case] = {
@@ -97,7 +98,16 @@ CASES: dict[str, Case] = {
     "consistency": Case("stale", "stale", "consistent", "consistent", ("", "strong")),
     "quarantine_seconds": seconds("0", "30", "-1", "3601"),
     "quarantine_max_seconds": seconds("1", "86400", "-1", "86401"),
-    "panic_fraction": Case("0", 0.0, "1", 1.0, ("-0.1", "1.1", "half")),
+    "panic_fraction": FRACTION,
+    "selection": Case("weighted", "weighted", "least_loaded", "least_loaded", ("", "random")),
+    "slow_start_seconds": seconds("0", "3600", "-1", "3601"),
+    "zone": Case("a", "a", "eu-1_b", "eu-1_b", ("", "a b", "a.b"), "service"),
+    "subset_size": Case("0", 0, "65535", 65535, ("-1", "65536", "1.5", "x", "")),
+    "client_id": Case("worker 7", "worker 7", "x", "x", ("",)),
+    "ejection_failure_rate": FRACTION,
+    "ejection_max_fraction": FRACTION,
+    "retry_fraction": FRACTION,
+    "retry_floor_per_second": Case("0", 0.0, "1000", 1000.0, ("-1", "1001", "x")),
     "max_topics": Case("1", 1, "1000000", 1_000_000, ("0", "1000001", "1.5", "x", "")),
     "state_path": file("state"),
     "token": Case("abc", "abc", " x\n", "x", ("", " ", "a b", "a\nb", "é", "a\0")),
@@ -286,6 +296,7 @@ def test_defaults_depend_on_the_mode() -> None:
         ({"mode": "service", "shards": 2}, ("shards", "catalog")),
         ({"mode": "service", "service_template": "{topic}.query"}, (".query", "catalog")),
         ({"consistency": "cached"}, ("cached", "service")),
+        ({"zone": "a"}, ("zone", "service")),
     ],
 )
 def test_settings_that_contradict_each_other_are_both_named(

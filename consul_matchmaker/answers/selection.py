@@ -1,4 +1,4 @@
-"""Which host of a snapshot to use: by preference and weight, in turn, or by key; never a bad one.
+"""Which host of a snapshot to use: near ones first, in turn, by weight, by load, or by key.
 
 Pure: time and chance are handed in, nothing here asks Consul.
 """
@@ -6,188 +6,132 @@ Pure: time and chance are handed in, nothing here asks Consul.
 from __future__ import annotations
 
 import bisect
-import hashlib
+import heapq
 import itertools
 import math
 import random
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-from ..backoff import Backoff
 from ..model import Host, Instance, Snapshot
 from ..settings import Settings
+from .balance import draw, local_share, newcomers, slow_start, subset
+from .load import Load
+from .quarantine import Quarantine
 
 MAX_TURNS = 10_000
 """Round robins remembered; beyond that all begin anew, each at a random host."""
-QUARANTINE_SPREAD = 0.2
-"""A quarantine is up to this part shorter, at random: processes that met the same failure together
-must not come back together."""
-_NONE_AVOIDED: frozenset[Host] = frozenset()
-LARGE_POOL = 10
-"""From so many hosts on, ``panic_fraction`` counts: there the load of the many rejected ones would
-fall on few; in a smaller pool the hosts that are left can bear it, and a try at a rejected host is
-likely to fail."""
+_NOBODY: frozenset[Host] = frozenset()
+_Name = tuple[str, "str | None"]
+"""A topic and a server."""
 SMALLEST_WEIGHT = 0.001
 """Weight 0 means "only a very small chance" where others have more (RFC 2782)."""
-
-
-class Quarantine:
-    """Hosts that callers rejected, each with its topic.  Thread-safe.
-
-    A rejection avoids the host for ``quarantine_seconds``; each further one that follows a trial
-    doubles that, up to ``quarantine_max_seconds``.  When it ends, one caller is sent there as a
-    trial and the others still are not, until it is acknowledged, or was not rejected for as long
-    as the quarantine had been (so callers who never acknowledge are not cut off for ever).
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        jitter: Callable[[], float] = random.random,
-        before: Quarantine | None = None,
-    ) -> None:
-        """*before*: in a forked child, its parent's; what was learnt of the hosts stays true."""
-        self._backoff = Backoff(settings.quarantine_seconds, settings.quarantine_max_seconds)
-        self._clock = clock
-        self._jitter = jitter
-        self._panic_fraction = settings.panic_fraction
-        self._memory_seconds = settings.quarantine_max_seconds
-        self._records: dict[str, dict[Host, _Record]] = {} if before is None else before._records
-        self._lock = threading.Lock()
-        self.begun = 0  # quarantines, since the start
-
-    def reject(self, topic: str, host: Host) -> None:
-        """It failed.  Rejections during a quarantine are the same failure seen by others."""
-        with self._lock:
-            now = self._clock()
-            self._drop_old(now)
-            record = self._records.setdefault(topic, {}).setdefault(host, _Record())
-            if now < record.until:
-                return
-            self.begun += 1
-            record.rejections += 1
-            spread = 1 - QUARANTINE_SPREAD * self._jitter()
-            record.seconds = self._backoff.bound_seconds(record.rejections) * spread
-            record.until = now + record.seconds
-            record.trial_until = None
-
-    def acknowledge(self, topic: str, host: Host) -> None:
-        """It answered: nothing is held against it any more."""
-        if topic not in self._records:  # almost always: the lock is not needed
-            return
-        with self._lock:
-            self._forgive(topic, host)
-
-    def avoided(self, topic: str, hosts: Sequence[Host]) -> frozenset[Host] | None:
-        """Which of *hosts* not to use now.
-
-        None when rejections do not matter: there are none; or all hosts are rejected; or, of
-        `LARGE_POOL` hosts or more, ``panic_fraction`` or more are, for then the fault is more
-        likely ours, or everywhere, and the few that are left would be overloaded.
-        """
-        if topic not in self._records:
-            return None
-        with self._lock:
-            now = self._clock()
-            records = self._records.get(topic, {})
-            bad = frozenset(
-                host for host in hosts if host in records and records[host].is_avoided(now)
-            )
-        is_panic = bad and (
-            len(bad) == len(hosts)
-            or (len(hosts) >= LARGE_POOL and len(bad) >= self._panic_fraction * len(hosts))
-        )
-        return None if is_panic else bad
-
-    def begin_trial(self, topic: str, host: Host) -> bool:
-        """Whether the caller may use *host*: False when another caller is trying it just now."""
-        with self._lock:
-            now = self._clock()
-            record = self._records.get(topic, {}).get(host)
-            if record is None:
-                return True
-            if record.is_avoided(now):
-                return False
-            if record.trial_until is None:
-                record.trial_until = now + record.seconds
-            return True
-
-    def status(self) -> dict[str, list[str]]:
-        """The hosts that are avoided now, by topic."""
-        with self._lock:
-            now = self._clock()
-            bad = {
-                topic: sorted(str(host) for host, one in records.items() if one.is_avoided(now))
-                for topic, records in self._records.items()
-            }
-        return {topic: hosts for topic, hosts in bad.items() if hosts}
-
-    def explain(self, topic: str, hosts: Sequence[Host]) -> dict[str, str]:
-        """The rejected hosts of *topic*, and whether that counts: not if too few of *hosts* would
-        be left."""
-        is_heeded = topic not in self._records or self.avoided(topic, hosts) is not None
-        what = "avoided by pick" if is_heeded else "used all the same: too many are rejected"
-        return dict.fromkeys(self.status().get(topic, []), what)
-
-    def _drop_old(self, now: float) -> None:
-        for topic in list(self._records):
-            for host, record in list(self._records[topic].items()):
-                if now >= max(record.until, record.trial_until or 0.0) + self._memory_seconds:
-                    self._forgive(topic, host)
-
-    def _forgive(self, topic: str, host: Host) -> None:
-        records = self._records.get(topic, {})
-        records.pop(host, None)
-        if not records:
-            self._records.pop(topic, None)
-
-
-@dataclass(slots=True)
-class _Record:
-    rejections: int = 0
-    seconds: float = 0.0
-    until: float = -math.inf  # quarantined until
-    trial_until: float | None = None  # one caller tries it, the others wait until then
-
-    def is_avoided(self, now: float) -> bool:
-        return now < self.until or (self.trial_until is not None and now < self.trial_until)
 
 
 class Selector:
     """Picks one host of a snapshot.  Thread-safe.
 
-    Where instances differ in priority or weight, as RFC 2782 says: of the lowest priority number,
-    at random by weight.  Else in turn, beginning at a random host, in an order that stays fair
-    when hosts come and go.  With a key: by rendezvous hashing, so that when a host leaves only its
-    own keys move.
+    Out of the instances of the lowest priority number that are not avoided; of those, where the
+    settings say so, out of the ones in our zone, and out of the ones that are ours (a subset).
+    Then by ``selection``: ``round_robin`` is in turn, beginning at a random host, in an order that
+    stays fair when hosts come and go, and at random by weight where weights differ (RFC 2782);
+    ``weighted`` is in turn by weight; ``least_loaded`` takes the less loaded of two random ones.
+    With a key: by rendezvous hashing out of all that are not avoided, so that when a host leaves
+    only its own keys move.
     """
 
-    def __init__(self, quarantine: Quarantine, *, chance: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        quarantine: Quarantine,
+        settings: Settings,
+        load: Load,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        chance: random.Random | None = None,
+    ) -> None:
         self._quarantine = quarantine
+        self._load = load
+        self._clock = clock
         self._chance = chance or random.Random()
-        self._turns: dict[tuple[str, str | None], _Turn] = {}
+        self._selection = settings.selection
+        self._zone = settings.zone
+        self._subset_size = settings.subset_size
+        self._client = settings.client_id or socket.gethostname()
+        self._slow_start_seconds = settings.slow_start_seconds
+        self._turns: dict[_Name, _Turn] = {}
         self._lock = threading.Lock()
 
     def pick(
-        self, snapshot: Snapshot, *, server: str | None = None, key: str | bytes | None = None
+        self,
+        snapshot: Snapshot,
+        *,
+        server: str | None = None,
+        key: str | bytes | None = None,
+        exclude: Collection[Host] = _NOBODY,
     ) -> Host | None:
-        """One host, or None when the snapshot has none.  *server* only names the round robin."""
+        """One host that is not in *exclude*, or None when the snapshot has none.  *server* only
+        names the round robin."""
         hosts = snapshot.hosts
         if not hosts:
             return None
         topic = snapshot.topic
         avoided = self._quarantine.avoided(topic, hosts)
         if avoided is None:
-            return self._pick(snapshot, server, key, _NONE_AVOIDED)
+            return self._pick(snapshot, server, key, _NOBODY, exclude)
         while True:
-            host = self._pick(snapshot, server, key, avoided)
-            if host in avoided or self._quarantine.begin_trial(topic, host):
+            host = self._pick(snapshot, server, key, avoided, exclude)
+            if host is None or host in avoided or self._quarantine.begin_trial(topic, host):
                 return host
             avoided |= {host}  # another thread rejected or tries this very host since we looked
+
+    def explain(
+        self, snapshot: Snapshot, server: str | None = None
+    ) -> dict[str, dict[str, object]]:
+        """By host: whether `pick` chooses it now and how, or why not, and what its calls found.
+        Changes nothing."""
+        topic, now = snapshot.topic, self._clock()
+        avoided = self._quarantine.avoided(topic, snapshot.hosts) or _NOBODY
+        told: dict[str, dict[str, object]] = {}
+        turn = self._turn_of(snapshot, avoided) if snapshot.instances else None
+        last = self._turns.get((topic, server))
+        for host in snapshot.hosts:
+            assert turn is not None
+            why = self._why_not(turn, snapshot, host)
+            is_chosen = not why
+            if is_chosen:
+                why = self._how(turn, host)
+                since = last.since.get(host, -math.inf) if last else -math.inf
+                if (share := slow_start(now - since, self._slow_start_seconds)) < 1:
+                    why += f"; it is new and gets {share:.0%} of its share"
+            told[str(host)] = {"is_chosen": is_chosen, "why": why}
+            told[str(host)] |= self._load.explain(topic, host)
+        return told
+
+    def _why_not(self, turn: _Turn, snapshot: Snapshot, host: Host) -> str:
+        if any(host in pool.hosts for pool in turn.pools):
+            return ""
+        if host in turn.avoided:
+            return "it was rejected"
+        if any(one.host == host for one in turn.choices):
+            return f"it is not one of the {self._subset_size} for this client (subset_size)"
+        own = min(one.priority for one in snapshot.instances if one.host == host)
+        return f"its priority is {own}, and hosts of priority {turn.choices[0].priority} are there"
+
+    def _how(self, turn: _Turn, host: Host) -> str:
+        pool = next(each for each in turn.pools if host in each.hosts)
+        how = {
+            "round_robin": "in turn" if pool.weights is None else "at random by weight",
+            "weighted": "in turn by weight",
+            "least_loaded": "the less loaded of two",
+        }[self._selection]
+        if len(turn.pools) == 1:
+            return how
+        is_local = pool is turn.pools[0]
+        share = turn.local_share if is_local else 1 - turn.local_share
+        where = f"of zone {self._zone}" if is_local else f"outside of zone {self._zone}"
+        return f"{how}; {share:.0%} of the calls go to hosts {where}"
 
     def _pick(
         self,
@@ -195,24 +139,81 @@ class Selector:
         server: str | None,
         key: str | bytes | None,
         avoided: frozenset[Host],
-    ) -> Host:
+        exclude: Collection[Host],
+    ) -> Host | None:
         name = snapshot.topic, server
         turn = self._turns.get(name)
         if turn is None or turn.instances is not snapshot.instances or turn.avoided != avoided:
             turn = self._next_turn(name, snapshot, avoided)
         if key is not None:
-            return by_key(turn.choices, key)
-        if turn.weights is None:
-            return turn.hosts[next(turn.counter) % len(turn.hosts)]
-        return turn.by_weight(self._chance)
+            host = by_key([one for one in turn.choices if one.host not in exclude], key)
+        elif turn.is_plain and not exclude:
+            pool = turn.pools[0]
+            return pool.hosts[next(pool.counter) % len(pool.hosts)]
+        else:
+            host = self._chosen(turn, snapshot.topic, exclude)
+        if host is None:  # what is left is avoided, or not for us: better than one that was tried
+            rest = [one for one in snapshot.instances if one.host not in exclude]
+            if rest:
+                choices = preferred(rest, avoided)
+                host = by_key(choices, key) if key is not None else self._by_weight(choices)
+        return host
+
+    def _chosen(self, turn: _Turn, topic: str, exclude: Collection[Host]) -> Host | None:
+        """One of *turn* by the rules; None when all are excluded."""
+        late = self._held_back(turn)
+        for skipped in [{*exclude, *late}, exclude] if late else [exclude]:
+            pools = turn.pools
+            if len(pools) > 1 and self._chance.random() >= turn.local_share:
+                pools = pools[::-1]
+            for pool in pools:
+                host = self._one_of(pool, topic, skipped)
+                if host is not None:
+                    return host
+        return None
+
+    def _one_of(self, pool: _Pool, topic: str, skipped: Collection[Host]) -> Host | None:
+        if self._selection == "weighted":
+            with self._lock:
+                return pool.next_by_weight(skipped)
+        if self._selection == "round_robin" and pool.weights is None:
+            return pool.next_in_turn(skipped)
+        choices = pool.choices
+        if skipped:
+            choices = [one for one in choices if one.host not in skipped]
+        if not choices:
+            return None
+        if self._selection == "round_robin":
+            return self._by_weight(choices) if skipped else pool.by_weight(self._chance)
+        if len(choices) == 1:
+            return choices[0].host
+        return self._load.lesser(topic, *self._chance.sample(choices, 2)).host
+
+    def _by_weight(self, choices: Sequence[Instance]) -> Host:
+        return self._chance.choices(
+            [one.host for one in choices], [_positive(one.weight) for one in choices]
+        )[0]
+
+    def _held_back(self, turn: _Turn) -> list[Host]:
+        """The new hosts that do not take part this time, by their slow start."""
+        now, window = self._clock(), self._slow_start_seconds
+        if now >= turn.slow_until:
+            return []
+        return [
+            host
+            for host, since in turn.since.items()
+            if now - since < window and self._chance.random() >= slow_start(now - since, window)
+        ]
 
     def _next_turn(
         self,
-        name: tuple[str, str | None],
+        name: _Name,
         snapshot: Snapshot,
         avoided: frozenset[Host],
     ) -> _Turn:
-        turn = _Turn(snapshot, avoided, preferred(snapshot.instances, avoided))
+        turn = self._turn_of(snapshot, avoided)
+        if name[1] is None:
+            self._load.hosts_are(name[0], snapshot.hosts)
         with self._lock:
             last = self._turns.get(name)
             if (
@@ -221,37 +222,126 @@ class Selector:
                 and last.avoided == avoided
             ):
                 return last  # another thread was faster
-            if last is None:
-                start = self._chance.randrange(len(turn.hosts))
-            else:  # go on with the host whose turn it would have been, or the next one still there
-                due = last.hosts[next(last.counter) % len(last.hosts)]
-                start = bisect.bisect_left(turn.hosts, due)
-            turn.counter = itertools.count(start)
+            if self._slow_start_seconds:
+                known = None if last is None else last.since
+                turn.since = newcomers(snapshot.hosts, known, self._clock())
+                turn.slow_until = max(turn.since.values()) + self._slow_start_seconds
+                turn.is_plain = False
+            for pool, before in itertools.zip_longest(turn.pools, last.pools if last else ()):
+                if pool is not None:
+                    pool.begin(before, self._chance)
             if len(self._turns) >= MAX_TURNS:
                 self._turns.clear()
             self._turns[name] = turn
         return turn
 
+    def _turn_of(self, snapshot: Snapshot, avoided: frozenset[Host]) -> _Turn:
+        turn = _Turn(snapshot.instances, avoided)
+        choices = turn.choices
+        parts: list[Sequence[Instance]] = [choices]
+        if self._zone is not None:
+            ours = [one for one in choices if one.zone == self._zone]
+            if 0 < len(ours) < len(choices):
+                parts = [ours, [one for one in choices if one.zone != self._zone]]
+                zones = len({one.zone for one in choices})
+                turn.local_share = local_share(_weight(ours), _weight(choices), zones)
+        if self._subset_size:
+            parts = [subset(part, self._subset_size, self._client) for part in parts]
+        turn.pools = tuple(map(_Pool, parts))
+        turn.is_plain = (
+            self._selection == "round_robin" and len(parts) == 1 and turn.pools[0].weights is None
+        )
+        return turn
+
 
 class _Turn:
-    """Where the round robin of one answer stands; its counter needs no lock."""
+    """What there is to choose of one answer."""
 
-    __slots__ = ("avoided", "choices", "counter", "hosts", "instances", "weights")
+    __slots__ = (
+        "avoided",
+        "choices",
+        "instances",
+        "is_plain",
+        "local_share",
+        "pools",
+        "since",
+        "slow_until",
+    )
 
-    def __init__(
-        self, snapshot: Snapshot, avoided: frozenset[Host], choices: Sequence[Instance]
-    ) -> None:
-        self.instances = snapshot.instances  # the same as long as nothing changes
+    def __init__(self, instances: tuple[Instance, ...], avoided: frozenset[Host]) -> None:
+        self.instances = instances  # the same as long as nothing changes
         self.avoided = avoided
+        self.choices = preferred(instances, avoided)
+        self.pools: tuple[_Pool, ...] = ()
+        """Those of our zone and the others, or all in one."""
+        self.local_share = 1.0
+        self.is_plain = True
+        """Whether there is one pool whose hosts are chosen in turn."""
+        self.since: dict[Host, float] = {}
+        self.slow_until = -math.inf
+        """When the slow start of the last new host ends."""
+
+
+class _Pool:
+    """Hosts of which one is chosen.  Its counter needs no lock."""
+
+    __slots__ = ("_heap", "choices", "counter", "hosts", "weights")
+
+    def __init__(self, choices: Sequence[Instance]) -> None:
         self.choices = choices
         self.hosts = tuple(instance.host for instance in choices)
         self.counter: Iterator[int] = itertools.count()
         self.weights = cumulated(instance.weight for instance in choices)
+        self._heap: list[tuple[float, int]] = []
+
+    def begin(self, before: _Pool | None, chance: random.Random) -> None:
+        """Go on with the host whose turn it would have been *before*, or the next one that is still
+        there; without it, with a random one."""
+        if before is None:
+            start = chance.randrange(len(self.hosts))
+        else:
+            due = before.hosts[next(before.counter) % len(before.hosts)]
+            start = bisect.bisect_left(self.hosts, due)
+        self.counter = itertools.count(start)
+        # Random beginnings, or all processes would send to the same hosts at the same time.
+        self._heap = [
+            (chance.random() / _positive(one.weight), place)
+            for place, one in enumerate(self.choices)
+        ]
+        heapq.heapify(self._heap)
+
+    def next_in_turn(self, skipped: Collection[Host]) -> Host | None:
+        """The next that is not *skipped*; None where all are."""
+        for _ in self.hosts:
+            host = self.hosts[next(self.counter) % len(self.hosts)]
+            if host not in skipped:
+                return host
+        return None
 
     def by_weight(self, chance: random.Random) -> Host:
+        """One at random, by weight."""
         assert self.weights is not None
         point = chance.random() * self.weights[-1]
         return self.hosts[bisect.bisect_right(self.weights, point)]
+
+    def next_by_weight(self, skipped: Collection[Host]) -> Host | None:
+        """The next in turn by weight that is not *skipped*; the caller holds the lock.
+
+        Earliest deadline first, as Envoy's and gRPC's schedulers have it: a host is due 1 / weight
+        after it was chosen last.
+        """
+        passed: list[tuple[float, int]] = []
+        found: Host | None = None
+        while self._heap and found is None:
+            due, place = heapq.heappop(self._heap)
+            if self.hosts[place] in skipped:
+                passed.append((due, place))
+                continue
+            found = self.hosts[place]
+            passed.append((due + 1 / _positive(self.choices[place].weight), place))
+        for each in passed:
+            heapq.heappush(self._heap, each)
+        return found
 
 
 def preferred(instances: Iterable[Instance], avoided: frozenset[Host]) -> tuple[Instance, ...]:
@@ -273,24 +363,30 @@ def cumulated(weights: Iterable[int]) -> tuple[float, ...] | None:
     weights = tuple(weights)
     if len(set(weights)) == 1:
         return None
-    return tuple(itertools.accumulate(weight or SMALLEST_WEIGHT for weight in weights))
+    return tuple(itertools.accumulate(map(_positive, weights)))
 
 
-def by_key(choices: Sequence[Instance], key: str | bytes) -> Host:
-    """The host of *key*: the same in every process, and weighted.
+def _positive(weight: int) -> float:
+    return weight or SMALLEST_WEIGHT
+
+
+def _weight(choices: Iterable[Instance]) -> float:
+    return sum(_positive(one.weight) for one in choices)
+
+
+def by_key(choices: Sequence[Instance], key: str | bytes) -> Host | None:
+    """The host of *key*: the same in every process, and weighted; None without choices.
 
     Rendezvous hashing (Thaler and Ravishankar, 1998), weighted by -weight / ln(hash) (Schindelhauer
     and Schomaker, 2005): every host draws a number from the key, the highest wins, so a host that
     leaves or comes moves no key between others.
     """
+    if not choices:
+        return None
     raw = key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
-    best = max(choices, key=lambda one: (_draw(raw, one), one.host.address, one.host.port or 0))
+    best = max(choices, key=lambda one: (_score(raw, one), one.host.address, one.host.port or 0))
     return best.host
 
 
-def _draw(key: bytes, instance: Instance) -> float:
-    # Not hash(): that differs from process to process.
-    name = str(instance.host).encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(key, digest_size=8, key=hashlib.blake2b(name).digest()).digest()
-    part = (int.from_bytes(digest, "big") + 0.5) / 2**64  # between 0 and 1, never either
-    return -(instance.weight or SMALLEST_WEIGHT) / math.log(part)
+def _score(key: bytes, instance: Instance) -> float:
+    return -_positive(instance.weight) / math.log(draw(key, instance.host))

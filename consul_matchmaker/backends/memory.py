@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ..errors import Denied, LeaseLost, Unavailable
 from ..fork import call_after_fork
-from ..model import Host, Instance, Lease, Registration, Snapshot, checked_topic
+from ..model import Host, Instance, Lease, Registration, Snapshot, checked_topic, host_of
 from . import OnDoubt
 
 LIVES_PER_TTL = 2
@@ -154,10 +154,7 @@ class Memory:
     def declare(self, topic: str, hosts: Iterable[str | Host | Instance]) -> None:
         """List exactly *hosts* under *topic*, without a lease; an empty list takes them away."""
         instances = tuple(
-            host
-            if isinstance(host, Instance)
-            else Instance(Host.parse(host) if isinstance(host, str) else host)
-            for host in hosts
+            host if isinstance(host, Instance) else Instance(host_of(host)) for host in hosts
         )
         with self._lock:
             self._declared[checked_topic(topic)] = instances

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 
 from ..backends.kv.keys import checked_registration
 from ..backends.service_names import namer
 from ..errors import ConfigurationError
-from ..model import MOST_META_BYTES, Host, Registration, ServiceOptions, warning_of
+from ..model import MOST_META_BYTES, ZONE, Host, Registration, ServiceOptions, host_of, warning_of
 from ..settings import Settings
 
 FAR_AWAY = ("192.0.2.1", 9)
@@ -33,11 +34,13 @@ def wanted_registration(
     if host is None:
         where = Host.parse(_bracketed(own_address(settings.addresses[0]), port))
     else:
-        where = host if isinstance(host, Host) else Host.parse(host)
+        where = host_of(host)
     if settings.mode == "kv" and options != ServiceOptions():
         raise ConfigurationError(
             "tags, meta, weight and check need service mode: consul+service://"
         )
+    if settings.zone is not None and ZONE not in options.meta:
+        options = replace(options, meta={**options.meta, ZONE: settings.zone})
     wanted = checked_registration(Registration(topic, where, server or None, service=options))
     if settings.mode == "service":
         _check_service(settings, wanted)

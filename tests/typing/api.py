@@ -44,6 +44,7 @@ def pick(mm: Matchmaker) -> Host:
     try:
         mm.pick("scheduler", server="node7")
         mm.pick("scheduler", key=b"tenant-42")
+        mm.pick("scheduler", exclude={Host.parse("10.0.0.5:9501"), "10.0.0.6:9501"})
         mm.judge("scheduler", mm.picked(mm.hosts("scheduler"), None, key="t"), is_good=True)
         return mm.pick("scheduler", key="tenant-42")
     except errors.NoLiveHosts:
@@ -87,6 +88,21 @@ def feed_back(mm: Matchmaker, host: Host) -> int:
     return count + alive
 
 
+def call(mm: Matchmaker) -> float:
+    def sent(host: Host) -> float:
+        return float(host.port or 0)
+
+    tries = mm.attempts("scheduler", attempts=2, key="tenant-42")
+    while True:
+        attempt = tries.begin(mm.hosts("scheduler"))
+        attempt.judge(is_good=sent(attempt.host) > 0)
+        attempt.end()
+        if not tries.may_retry():
+            break
+    mm.call("scheduler", sent, attempts=2, key=b"k", retry_on=(OSError,), timeout_seconds=3)
+    return mm.call("scheduler", sent)
+
+
 def watch(mm: Matchmaker) -> Iterator[Snapshot]:
     for snapshot in mm.watch("scheduler"):
         print(snapshot, *snapshot)
@@ -111,6 +127,12 @@ async def awaited() -> None:
         await web.unregister()
         async with registration:
             await registration.wait_until_published(timeout_seconds=5)
+
+        async def sent(host: Host) -> float:
+            return float(host.port or 0)
+
+        answer: float = await mm.call("scheduler", sent, attempts=2, timeout_seconds=3)
+        print(answer, await mm.pick("scheduler", exclude=[host]))
         async with mm.using("scheduler") as used:
             print(used.port, snapshot)
         async for each in mm.watch("scheduler"):

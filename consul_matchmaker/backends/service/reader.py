@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import ConfigurationError, Denied, Unavailable
-from ...model import Host, Instance, Snapshot
+from ...model import ZONE, Host, Instance, Snapshot
 from ...settings import Settings
 from ..http.api import NO_PARAMETERS, Answer, ConsulApi, Line, timeout_until
 from ..http.leader import leader_by
@@ -218,7 +218,7 @@ class Reader:
                     server,
                     weight=weight,
                     tags=tuple(service.get("Tags") or ()),
-                    meta={key: value for key, value in meta.items() if key not in _OURS},
+                    meta=_shown(meta, node, service),
                     node=node["Node"],
                     datacenter=node.get("Datacenter"),
                 ),
@@ -289,6 +289,21 @@ class Reader:
 
 
 _OURS = {META_TOPIC, META_SERVER, META_LEASE}
+
+
+def _shown(meta: Mapping[str, str], node: Any, service: Any) -> dict[str, str]:
+    """What is the service's own in its *meta*; its zone is its node's where it says none.
+
+    Consul itself has localities since 1.17, of a service or its node.
+    """
+    shown = {key: value for key, value in meta.items() if key not in _OURS}
+    zone = (
+        shown.get(ZONE)
+        or (service.get("Locality") or {}).get("Zone")
+        or (node.get("Meta") or {}).get(ZONE)
+        or (node.get("Locality") or {}).get("Zone")
+    )
+    return {**shown, ZONE: zone} if zone else shown
 
 
 def _hidden(answer: Answer, name: str | None = None) -> Denied:

@@ -1,0 +1,170 @@
+"""What the calls of this process found: how busy, how quick and how sound each host is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection
+
+from ..model import Host, Instance
+from ..settings import Settings
+from .balance import Fading, Latency, RetryBudget, cost, is_failing
+
+MAX_TOPICS = 10_000
+"""So many topics are remembered; beyond that all begin anew."""
+
+
+class HostLoad:
+    """One host of one topic; changed with the lock of `Load` held."""
+
+    __slots__ = ("calls", "failures", "in_flight", "latency")
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.latency = Latency()
+        self.calls, self.failures = Fading(), Fading()
+
+
+class Load:
+    """Counts calls by topic and host, and the retries of each topic.  Thread-safe.
+
+    Hosts are counted only where a setting needs it: ``selection=least_loaded`` or
+    ``ejection_failure_rate``.
+    """
+
+    def __init__(self, settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._failure_rate = settings.ejection_failure_rate
+        self.is_counted = settings.selection == "least_loaded" or self._failure_rate > 0
+        self._budget = settings.retry_fraction, settings.retry_floor_per_second
+        self._budgets: dict[str, RetryBudget] = {}
+        self._topics: dict[str, dict[Host, HostLoad]] = {}
+        self._hosts: dict[str, Collection[Host]] = {}
+        self._lock = threading.Lock()
+        self.retries = self.refused = 0
+        """Since the start: retries, and those that the budget did not allow."""
+
+    # -- one call of one host
+
+    def begin(self, topic: str, host: Host) -> tuple[HostLoad, ...]:
+        """*host* has one call more to answer, until what is returned is given to `end`; nothing
+        where hosts are not counted."""
+        if not self.is_counted:
+            return ()
+        with self._lock:
+            one = self._of(topic, host)
+            one.in_flight += 1
+        return (one,)
+
+    def end(self, one: HostLoad) -> None:
+        """A call that `begin` returned is over."""
+        with self._lock:
+            one.in_flight -= 1
+
+    def judged(self, topic: str, host: Host, *, is_good: bool, seconds: float | None) -> bool:
+        """A call was answered or failed, after *seconds* if that is known; whether *host* fails too
+        often."""
+        if not self.is_counted:
+            return False
+        with self._lock:
+            now = self._clock()
+            one = self._of(topic, host)
+            one.calls.add(1, now)
+            if not is_good:
+                one.failures.add(1, now)
+            # A failure that comes quickly must not make the host look quick.
+            if seconds is not None and (is_good or seconds > one.latency.seconds(now)):
+                one.latency.measured(seconds, now)
+            if is_good or not self._failure_rate:
+                return False
+            return is_failing(one.failures.value(now), one.calls.value(now), self._failure_rate)
+
+    def ejected(self, topic: str, host: Host) -> None:
+        """*host* is judged anew when it comes back."""
+        with self._lock:
+            one = self._of(topic, host)
+            one.calls, one.failures = Fading(), Fading()
+
+    # -- which host
+
+    def hosts_are(self, topic: str, hosts: Collection[Host]) -> None:
+        """The hosts of *topic*; what is known of others is dropped."""
+        if not self.is_counted:
+            return
+        with self._lock:
+            self._hosts[topic] = hosts
+            known = self._topics.get(topic, {})
+            for host in known.keys() - set(hosts):
+                del known[host]
+
+    def hosts_of(self, topic: str) -> Collection[Host]:
+        """What `hosts_are` was told."""
+        return self._hosts.get(topic, ())
+
+    def lesser(self, topic: str, one: Instance, other: Instance) -> Instance:
+        """Which of two has less to do.  Where a latency is not known, only what is in flight and
+        the weights count."""
+        with self._lock:
+            now = self._clock()
+            each = [self._of(topic, instance.host) for instance in (one, other)]
+            are_known = all(load.latency.is_known for load in each)
+            costs = [
+                cost(
+                    load.latency.seconds(now) if are_known else 1.0,
+                    load.in_flight,
+                    instance.weight,
+                )
+                for load, instance in zip(each, (one, other), strict=True)
+            ]
+        return other if costs[1] < costs[0] else one
+
+    # -- retries
+
+    def call(self, topic: str) -> None:
+        """A call begins that may be repeated."""
+        with self._lock:
+            self._budget_of(topic).call(self._clock())
+
+    def may_retry(self, topic: str) -> bool:
+        """Whether the topic's budget allows one more retry, which is counted then."""
+        with self._lock:
+            is_allowed = self._budget_of(topic).take(self._clock())
+            self.retries += is_allowed
+            self.refused += not is_allowed
+        return is_allowed
+
+    # -- for people
+
+    def explain(self, topic: str, host: Host) -> dict[str, object]:
+        """What is known of *host*; nothing where hosts are not counted."""
+        with self._lock:
+            one = self._topics.get(topic, {}).get(host)
+            if one is None:
+                return {}
+            now = self._clock()
+            calls = one.calls.value(now)
+            is_known = one.latency.is_known
+            return {
+                "in_flight": one.in_flight,
+                "latency_seconds": one.latency.seconds(now) if is_known else None,
+                "recent_calls": calls,
+                "failure_rate": one.failures.value(now) / calls if calls else None,
+            }
+
+    def _of(self, topic: str, host: Host) -> HostLoad:
+        if topic not in self._topics and len(self._topics) >= MAX_TOPICS:
+            self._topics.clear()
+            self._hosts.clear()
+        known = self._topics.setdefault(topic, {})
+        one = known.get(host)
+        if one is None:
+            one = known[host] = HostLoad()
+        return one
+
+    def _budget_of(self, topic: str) -> RetryBudget:
+        budget = self._budgets.get(topic)
+        if budget is None:
+            if len(self._budgets) >= MAX_TOPICS:
+                self._budgets.clear()
+            budget = self._budgets[topic] = RetryBudget(*self._budget)
+        return budget
