@@ -328,20 +328,19 @@ class _Pool:
         """The next in turn by weight that is not *skipped*; the caller holds the lock.
 
         Earliest deadline first, as Envoy's and gRPC's schedulers have it: a host is due 1 / weight
-        after it was chosen last.
+        after its last turn, which it also has when it is skipped.
         """
+        if all(host in skipped for host in self.hosts):
+            return None
         passed: list[tuple[float, int]] = []
-        found: Host | None = None
-        while self._heap and found is None:
+        while True:
             due, place = heapq.heappop(self._heap)
-            if self.hosts[place] in skipped:
-                passed.append((due, place))
-                continue
-            found = self.hosts[place]
             passed.append((due + 1 / _positive(self.choices[place].weight), place))
+            if self.hosts[place] not in skipped:
+                break
         for each in passed:
             heapq.heappush(self._heap, each)
-        return found
+        return self.hosts[place]
 
 
 def preferred(instances: Iterable[Instance], avoided: frozenset[Host]) -> tuple[Instance, ...]:

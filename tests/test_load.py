@@ -1,0 +1,159 @@
+"""What calls find of hosts: who is busy, slow or failing, and what may be retried."""
+
+from __future__ import annotations
+
+import pytest
+
+from consul_matchmaker.answers import load as module
+from consul_matchmaker.answers.load import Load
+from consul_matchmaker.model import Host, Instance
+
+from .doubles import DEADLINE_SECONDS, ManualClock, in_thread, kv
+
+ONE, TWO = Host("10.0.0.1", 1), Host("10.0.0.2", 1)
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def load(clock: ManualClock) -> Load:
+    return Load(kv(selection="least_loaded", ejection_failure_rate=0.3), clock=clock)
+
+
+def lesser(load: Load, one_weight: int = 1, two_weight: int = 1) -> Host:
+    """Of both orders the same."""
+    pair = Instance(ONE, weight=one_weight), Instance(TWO, weight=two_weight)
+    found = {load.lesser("web", *pair).host, load.lesser("web", *pair[::-1]).host}
+    assert len(found) == 1
+    return found.pop()
+
+
+def answered(load: Load, host: Host, seconds: float, *, is_good: bool = True) -> bool:
+    return load.judged("web", host, is_good=is_good, seconds=seconds)
+
+
+def test_the_host_with_fewer_calls_in_flight_has_less_to_do(load: Load) -> None:
+    """Until they end; and by weight."""
+    busy = [load.begin("web", ONE) for _ in range(2)]
+    load.begin("web", TWO)
+    assert lesser(load) == TWO
+    assert lesser(load, one_weight=4) == ONE
+    for (one,) in busy:
+        load.end(one)
+    assert lesser(load) == ONE
+
+
+def test_the_slower_host_has_more_to_do(load: Load) -> None:
+    """Once the latencies of both are known; a failure that comes at once does not look quick."""
+    answered(load, ONE, 0.1)
+    load.begin("web", ONE)
+    assert lesser(load) == TWO, "of TWO nothing is known: calls in flight count"
+    answered(load, TWO, 2.0)
+    assert lesser(load) == ONE
+    answered(load, TWO, 0.001, is_good=False)
+    assert lesser(load) == ONE
+    answered(load, ONE, 30.0, is_good=False)
+    assert lesser(load) == TWO, "a timeout took its time"
+
+
+def test_a_host_fails_too_often(load: Load, clock: ManualClock) -> None:
+    """From 20 calls on; told with the failure that makes it so; afterwards it is judged anew."""
+    told = [answered(load, ONE, 0.1, is_good=number % 2 == 0) for number in range(24)]
+    assert told[:19] == [False] * 19
+    assert told[19::2] == [True, True, True]
+    assert not any(told[20::2])
+    load.ejected("web", ONE)
+    assert not answered(load, ONE, 0.1, is_good=False)
+    clock.advance(60)
+    assert not answered(load, TWO, 0.1, is_good=False)
+
+
+def test_old_failures_do_not_count(load: Load, clock: ManualClock) -> None:
+    """A host that failed a minute ago and answers now is well."""
+    for _ in range(30):
+        answered(load, ONE, 0.1, is_good=False)
+    clock.advance(60)
+    for _ in range(25):
+        answered(load, ONE, 0.1)
+    assert not answered(load, ONE, 0.1, is_good=False)
+
+
+def test_what_left_is_forgotten(load: Load) -> None:
+    """Also while it is busy; its end changes nothing then."""
+    (one,) = load.begin("web", ONE)
+    load.begin("web", TWO)
+    load.hosts_are("web", (TWO,))
+    assert load.explain("web", ONE) == {}
+    assert load.hosts_of("web") == (TWO,)
+    load.end(one)
+    load.hosts_are("web", (ONE, TWO))
+    assert lesser(load) == ONE
+    assert load.hosts_of("mails") == ()
+
+
+def test_nothing_is_counted_where_no_setting_needs_it() -> None:
+    """A process that takes hosts in turn keeps no figures of them."""
+    load = Load(kv())
+    assert load.begin("web", ONE) == ()
+    load.hosts_are("web", (ONE,))
+    assert not load.judged("web", ONE, is_good=False, seconds=1)
+    assert load.explain("web", ONE) == {}
+    assert load.hosts_of("web") == ()
+
+
+def test_what_is_known_of_a_host_is_explained(load: Load) -> None:
+    """In flight, latency, and how many of its last calls failed."""
+    load.begin("web", ONE)
+    assert load.explain("web", ONE) == {
+        "in_flight": 1,
+        "latency_seconds": None,
+        "recent_calls": 0,
+        "failure_rate": None,
+    }
+    answered(load, ONE, 0.5)
+    answered(load, ONE, 0.1, is_good=False)
+    assert load.explain("web", ONE) == {
+        "in_flight": 1,
+        "latency_seconds": 0.5,
+        "recent_calls": 2,
+        "failure_rate": 0.5,
+    }
+
+
+def test_each_topic_has_a_budget_of_its_own(load: Load) -> None:
+    """A sick one takes no retries from another; what was allowed and refused is counted."""
+    for _ in range(100):
+        load.call("web")
+    assert [load.may_retry("web") for _ in range(31)] == [True] * 30 + [False]
+    assert [load.may_retry("mails") for _ in range(11)] == [True] * 10 + [False]
+    assert (load.retries, load.refused) == (40, 2)
+
+
+def test_topics_are_bounded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more of them, all begin anew."""
+    monkeypatch.setattr(module, "MAX_TOPICS", 2)
+    for topic in ("a", "b"):
+        load.begin(topic, ONE)
+        load.call(topic)
+    assert load.explain("a", ONE)
+    load.begin("c", ONE)
+    load.call("c")
+    assert not load.explain("a", ONE)
+    assert load.explain("c", ONE)
+    assert all(load.may_retry("a") for _ in range(10))
+
+
+def test_threads_lose_no_count(load: Load) -> None:
+    """Eight threads that begin and end: nothing is in flight at the end."""
+
+    def run() -> None:
+        for _ in range(2000):
+            (one,) = load.begin("web", ONE)
+            load.end(one)
+
+    for worker in [in_thread(run) for _ in range(8)]:
+        worker.result(DEADLINE_SECONDS)
+    assert load.explain("web", ONE)["in_flight"] == 0
