@@ -102,7 +102,7 @@ class Attempts:
         untried = self._tried if any(host not in self._tried for host in snapshot.hosts) else ()
         host = self._caller.picked(snapshot, self.server, key=self._key, exclude=untried)
         self._tried.add(host)
-        return Attempt(self._caller, self.topic, host, self._failures)
+        return self._caller.attempt(self.topic, host, failures=self._failures)
 
     def may_retry(self) -> bool:
         """Whether another attempt is allowed after the last one failed: there are attempts left,
@@ -183,6 +183,10 @@ class Caller:
 
         *failures*: what a block of an attempt raises where the host failed."""
         return Attempts(self, topic, server, attempts=attempts, key=key, failures=failures)
+
+    def attempt(self, topic: str, host: Host, *, failures: Failures = (Exception,)) -> Attempt:
+        """One use of *host*, which begins now; for who has chosen it himself."""
+        return Attempt(self, topic, host, failures)
 
     def call(
         self,

@@ -157,22 +157,26 @@ class Delivery:
         host, place = found.host, found.place
         began = self._clock()
         until = deadline if is_call else min(deadline, began + FANOUT_SECONDS)
+        attempt = found.attempt()
         try:
             answer = self._client.post(host, body, until, monitor=monitor)
+            if answer is None:
+                now = self._clock()
+                is_missed = monitor is not None and monitor >= HEARD_SECONDS and now < until
+                # A method may be slow.
+                if is_missed or (not is_call and now - began >= FAIR_SECONDS):
+                    attempt.judge(is_good=False)
+                raise NoAnswer(f"{host} has not answered for {place}")
+            attempt.judge(is_good=True)
         except (NotTaken, Lost) as error:
             if not isinstance(error, NotTried):
-                found.judge(is_good=False)
+                attempt.judge(is_good=False)
             if isinstance(error, Lost):
                 raise
             tried[host] = str(error)
             return None
-        if answer is None:
-            now = self._clock()
-            is_missed = monitor is not None and monitor >= HEARD_SECONDS and now < until
-            if is_missed or (not is_call and now - began >= FAIR_SECONDS):  # a method may be slow
-                found.judge(is_good=False)
-            raise NoAnswer(f"{host} has not answered for {place}")
-        found.judge(is_good=True)
+        finally:
+            attempt.end()
         if answer.status in _REASONS:
             tried[host] = _REASONS[answer.status]
             return None

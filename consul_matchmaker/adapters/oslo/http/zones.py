@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from ....calls import Attempt
 from ....errors import MatchmakerError, NoLiveHosts, Unavailable
 from ....matchmaker import Matchmaker
 from ....model import Host, Instance, Snapshot
@@ -27,9 +28,9 @@ class Found(NamedTuple):
     place: Place
     matchmaker: Matchmaker
 
-    def judge(self, *, is_good: bool) -> None:
-        """Have the host avoided for a while, or no longer."""
-        self.matchmaker.judge(self.place.service, self.host, is_good=is_good)
+    def attempt(self) -> Attempt:
+        """One use of the host, which begins now."""
+        return self.matchmaker.attempt(self.place.service, self.host)
 
 
 def settings_by_zone(settings: Settings) -> list[Settings]:
@@ -71,12 +72,8 @@ class Zones:
                 snapshot = matchmaker.hosts(place.service, place.server, timeout_seconds=left)
                 if among is not None:
                     snapshot = among(snapshot)
-                if tried:
-                    rest = [one for one in snapshot.instances if one.host not in tried]
-                    snapshot = snapshot.with_instances(rest)
-                if snapshot.instances:
-                    host = matchmaker.picked(snapshot, place.server)
-                    return Found(host, place, matchmaker)
+                host = matchmaker.picked(snapshot, place.server, exclude=tried)
+                return Found(host, place, matchmaker)
             except NoLiveHosts:
                 continue
             except MatchmakerError as error:
