@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from http.server import HTTPServer, SimpleHTTPRequestHandler
@@ -153,6 +154,28 @@ def test_nearest_first(join: Callable[..., Matchmaker], agent: Node, topic: str)
 
     until(lambda: found() == [TWO, ONE], 60, "the agent has its coordinates")
     catalog.unregister(agent, elsewhere)
+
+
+def test_the_own_zone_first(join: Callable[..., Matchmaker], agent: Node, topic: str) -> None:
+    """By what each service says, which is its process's zone, or else by what its node says; the
+    other zone when none is left."""
+    elsewhere = {"Service": topic, "Address": "10.0.0.3", "Port": 8080}
+    node = {"Node": f"{topic}-node", "Address": "10.0.0.9"}
+    in_zone = {**node, "NodeMeta": {"zone": "b"}, "Service": elsewhere}
+    tell(agent, "PUT", "/v1/catalog/register", json.dumps(in_zone))
+    ours = join("&zone=a").register(topic, ONE)
+    join("&zone=a").register(topic, TWO, meta={"zone": "b"})
+    caller = join("&zone=a")
+    until(lambda: len(hosts(caller, topic)) == 3, 5, "all")
+    zones = {str(one.host): one.zone for one in caller.hosts(topic).instances}
+    assert zones == {ONE: "a", TWO: "b", "10.0.0.3:8080": "b"}
+    near = Counter(str(caller.pick(topic)) for _ in range(1000))
+    # One of three hosts for half of the callers: 1.4 x 2 / 3 of the calls.
+    assert 880 < near[ONE] < 980
+    assert [str(join("&zone=b").pick(topic)) for _ in range(20)].count(ONE) == 0
+    ours.unregister()
+    until(lambda: str(caller.pick(topic)) != ONE, 5, "the other zone")
+    tell(agent, "PUT", "/v1/catalog/deregister", json.dumps(node))
 
 
 def test_the_agents_own_cache_answers_without_servers(

@@ -146,6 +146,29 @@ def test_an_instance_of_another_topic_is_left_out(consul: GuardedConsul) -> None
     assert isinstance(left_out, dict) and "'w.e.b'" in left_out["a"]
 
 
+@pytest.mark.parametrize(
+    ("service", "node", "zone"),
+    [
+        ({}, {}, None),
+        ({"Meta": {"zone": "a"}}, {"Meta": {"zone": "b"}}, "a"),
+        ({"Locality": {"Region": "r", "Zone": "a"}}, {"Meta": {"zone": "b"}}, "a"),
+        ({"Locality": None}, {"Meta": {"zone": "b"}, "Locality": {"Zone": "c"}}, "b"),
+        ({}, {"Meta": None, "Locality": {"Zone": "c"}}, "c"),
+        ({}, {"Meta": {}, "Locality": {"Zone": ""}}, None),
+    ],
+)
+def test_where_an_instance_says_its_zone(
+    consul: GuardedConsul, service: dict[str, Any], node: dict[str, Any], zone: str | None
+) -> None:
+    """Its service's word counts before its node's; localities are Consul's own since 1.17."""
+    told = entry(foreign("a", "10.0.0.1", **service))
+    told["Node"].update(node)
+    consul.extra = [told]
+    (instance,) = made(consul).lookup("web", timeout_seconds=5).instances
+    assert instance.zone == zone
+    assert instance.meta == ({"zone": zone} if zone else {})
+
+
 def test_a_datacenter_that_hangs_leaves_time_for_the_others(consul: GuardedConsul) -> None:
     """Each has its share of what is left."""
     consul.extra, consul.hangs = [entry(foreign("a", "10.0.0.1"))], {"dc1"}

@@ -95,6 +95,18 @@ def test_a_host_or_a_port(where: tuple[Any, Any]) -> None:
         wanted_registration(SERVICE, "web", host, None, port, ServiceOptions())
 
 
+def test_a_registration_says_its_zone() -> None:
+    """That of the settings, unless it is given one of its own."""
+    settings = Settings(mode="service", zone="a")
+    for meta, said in (({}, {"zone": "a"}), ({"zone": "b"}, {"zone": "b"})):
+        options = ServiceOptions.of((), meta, 1, None)
+        wanted = wanted_registration(settings, "web", "10.0.0.1:80", None, None, options)
+        assert wanted.service.meta == said
+    assert (
+        wanted_registration(SERVICE, "web", "10.0.0.1:80", None, None, options).service is options
+    )
+
+
 @pytest.mark.system
 def test_the_address_that_peers_reach() -> None:
     """On the way to an agent elsewhere; never a loopback address because the agent is here."""
