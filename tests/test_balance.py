@@ -68,7 +68,7 @@ def test_what_a_host_costs() -> None:
     assert balance.cost(0.2, 0, 1) == 0.2
     assert balance.cost(0.1, 1, 1) == 0.2
     assert balance.cost(0.1, 3, 4) == 0.1
-    assert balance.cost(0.1, 0, 0) == 0.1
+    assert balance.cost(0.1, 0, 0) == 100, "a weight of 0 is a very small one"
 
 
 def test_a_service_that_is_sick_gets_a_fifth_more_calls() -> None:

@@ -22,6 +22,8 @@ SMALLEST_SLOW_START = 0.1
 OVERPROVISIONING = 1.4
 """A zone that has 1 / 1.4 of the hosts that its callers need still keeps all their calls (Envoy's
 overprovisioning factor)."""
+SMALLEST_WEIGHT = 0.001
+"""Weight 0 means "only a very small chance" where others have more (RFC 2782)."""
 MIN_CALLS_TO_EJECT = 20
 """Fewer calls in the window say too little of a host to eject it."""
 
@@ -105,7 +107,12 @@ class RetryBudget:
 def cost(latency: float, in_flight: int, weight: int) -> float:
     """How much a host has to do, for the lesser of two: its latency times the calls that it would
     have with this one, for each unit of weight (peak EWMA of Finagle; Mitzenmacher, 2001)."""
-    return latency * (in_flight + 1) / max(weight, 1)
+    return latency * (in_flight + 1) / positive(weight)
+
+
+def positive(weight: int) -> float:
+    """What *weight* stands for in a quotient."""
+    return weight or SMALLEST_WEIGHT
 
 
 def slow_start(age_seconds: float, window_seconds: float) -> float:

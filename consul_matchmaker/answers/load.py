@@ -92,10 +92,10 @@ class Load:
         if not self.is_counted:
             return
         with self._lock:
-            self._hosts[topic] = hosts
-            known = self._topics.get(topic, {})
+            known = self._known(topic)
             for host in known.keys() - set(hosts):
                 del known[host]
+            self._hosts[topic] = hosts
 
     def hosts_of(self, topic: str) -> Collection[Host]:
         """What `hosts_are` was told."""
@@ -152,14 +152,17 @@ class Load:
             }
 
     def _of(self, topic: str, host: Host) -> HostLoad:
-        if topic not in self._topics and len(self._topics) >= MAX_TOPICS:
-            self._topics.clear()
-            self._hosts.clear()
-        known = self._topics.setdefault(topic, {})
+        known = self._known(topic)
         one = known.get(host)
         if one is None:
             one = known[host] = HostLoad()
         return one
+
+    def _known(self, topic: str) -> dict[Host, HostLoad]:
+        if topic not in self._topics and len(self._topics) >= MAX_TOPICS:
+            self._topics.clear()
+            self._hosts.clear()
+        return self._topics.setdefault(topic, {})
 
     def _budget_of(self, topic: str) -> RetryBudget:
         budget = self._budgets.get(topic)

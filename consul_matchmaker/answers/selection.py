@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from ..model import Host, Instance, Snapshot
 from ..settings import Settings
-from .balance import draw, local_share, newcomers, slow_start, subset
+from .balance import draw, local_share, newcomers, positive, slow_start, subset
 from .load import Load
 from .quarantine import Quarantine
 
@@ -26,8 +26,6 @@ MAX_TURNS = 10_000
 _NOBODY: frozenset[Host] = frozenset()
 _Name = tuple[str, "str | None"]
 """A topic and a server."""
-SMALLEST_WEIGHT = 0.001
-"""Weight 0 means "only a very small chance" where others have more (RFC 2782)."""
 
 
 class Selector:
@@ -191,7 +189,7 @@ class Selector:
 
     def _by_weight(self, choices: Sequence[Instance]) -> Host:
         return self._chance.choices(
-            [one.host for one in choices], [_positive(one.weight) for one in choices]
+            [one.host for one in choices], [positive(one.weight) for one in choices]
         )[0]
 
     def _held_back(self, turn: _Turn) -> list[Host]:
@@ -305,7 +303,7 @@ class _Pool:
         self.counter = itertools.count(start)
         # Random beginnings, or all processes would send to the same hosts at the same time.
         self._heap = [
-            (chance.random() / _positive(one.weight), place)
+            (chance.random() / positive(one.weight), place)
             for place, one in enumerate(self.choices)
         ]
         heapq.heapify(self._heap)
@@ -335,7 +333,7 @@ class _Pool:
         passed: list[tuple[float, int]] = []
         while True:
             due, place = heapq.heappop(self._heap)
-            passed.append((due + 1 / _positive(self.choices[place].weight), place))
+            passed.append((due + 1 / positive(self.choices[place].weight), place))
             if self.hosts[place] not in skipped:
                 break
         for each in passed:
@@ -362,15 +360,11 @@ def cumulated(weights: Iterable[int]) -> tuple[float, ...] | None:
     weights = tuple(weights)
     if len(set(weights)) == 1:
         return None
-    return tuple(itertools.accumulate(map(_positive, weights)))
-
-
-def _positive(weight: int) -> float:
-    return weight or SMALLEST_WEIGHT
+    return tuple(itertools.accumulate(map(positive, weights)))
 
 
 def _weight(choices: Iterable[Instance]) -> float:
-    return sum(_positive(one.weight) for one in choices)
+    return sum(positive(one.weight) for one in choices)
 
 
 def by_key(choices: Sequence[Instance], key: str | bytes) -> Host | None:
@@ -388,4 +382,4 @@ def by_key(choices: Sequence[Instance], key: str | bytes) -> Host | None:
 
 
 def _score(key: bytes, instance: Instance) -> float:
-    return -_positive(instance.weight) / math.log(draw(key, instance.host))
+    return -positive(instance.weight) / math.log(draw(key, instance.host))
