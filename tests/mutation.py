@@ -45,8 +45,8 @@ MODULES = {
     "keys": ("test_kv_keys",),
     "balance": ("test_balance",),
     "load": ("test_load",),
-    "quarantine": ("test_selection",),
-    "selection": ("test_selection",),
+    "quarantine": ("test_selection", "test_balancing"),
+    "selection": ("test_selection", "test_balancing"),
     "watch_plan": ("test_watch_plan",),
     "wire": ("test_dns_wire",),
 }
