@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import ConfigurationError
 from ..settings import Settings
 
 FAILED_STATUSES = frozenset({502, 503, 504})
@@ -14,13 +15,29 @@ IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELET
 def default_suffix(settings: Settings) -> str:
     """What follows the topic in a URL's host where no suffix is given: Consul's own spelling, so
     that a URL means the same with and without this library."""
-    return f".service.{settings.domain}"
+    return f".service.{settings.domain}".lower()
+
+
+def checked_suffix(suffix: str | None, settings: Settings) -> str:
+    """*suffix*, or where it is None the default.  Raises ConfigurationError for one that would make
+    a topic of every host, or of a part of a label."""
+    if suffix is None:
+        return default_suffix(settings)
+    if not suffix.startswith(".") or not suffix.strip("."):
+        raise ConfigurationError(
+            f"suffix must begin with a dot and have a name after it, as in '.service.consul', "
+            f"not {suffix!r}"
+        )
+    return suffix.rstrip(".").lower()
 
 
 def topic_of(host: str, suffix: str) -> str | None:
-    """The topic that *host*, of a URL, means; None where it is an ordinary name."""
+    """The topic that *host*, of a URL, means; None where it is an ordinary name.
+
+    Upper and lower case are the same in a URL's host: a topic that has capitals has no URL.
+    """
     name = host.rstrip(".").lower()
-    topic = name.removesuffix(suffix.lower())
+    topic = name.removesuffix(suffix)
     return topic if topic and topic != name else None
 
 
