@@ -23,13 +23,16 @@ class Certificates:
     key: Path
 
 
-def make(folder: Path) -> Certificates:
-    """For 127.0.0.1, localhost, and this machine's name and address.  Raises NoOpenssl."""
+def make(folder: Path, *others: str) -> Certificates:
+    """For 127.0.0.1, localhost, this machine's name and address, and the names *others*.
+
+    Raises NoOpenssl.
+    """
     if shutil.which("openssl") is None:
         raise NoOpenssl("openssl is needed to make certificates: apt-get install openssl")
     folder.mkdir(parents=True, exist_ok=True)
     own = f"DNS:{socket.gethostname()},IP:{_own_address()}"
-    names = f"IP:127.0.0.1,DNS:localhost,{own}"
+    names = ",".join(["IP:127.0.0.1", "DNS:localhost", own, *(f"DNS:{name}" for name in others)])
     (folder / "names").write_text(
         f"subjectAltName={names}\nextendedKeyUsage=serverAuth,clientAuth\n"
     )
