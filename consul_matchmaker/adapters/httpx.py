@@ -399,16 +399,13 @@ class _Calls(Generic[T]):
     def left(self, snapshot: Snapshot) -> list[T]:
         """The transports to hosts that are not in *snapshot* any more, and not in use."""
         topic, hosts = snapshot.topic, snapshot.hosts
-        if self._hosts.get(topic, ()) is hosts:
+        known = self._hosts.get(topic, ())
+        if known is hosts or known == hosts:  # so a name that nobody serves leaves nothing here
             return []
         with self._lock:
             pools = self._pools.get(topic, {})
             gone = [pools.pop(host) for host in pools.keys() - set(hosts)]
-            if hosts:
-                self._hosts[topic] = hosts
-            else:  # a topic that nobody serves, which anybody may have named, leaves nothing
-                self._hosts.pop(topic, None)
-                self._pools.pop(topic, None)
+            self._hosts[topic] = hosts
             for pool in gone:
                 pool.has_left = True
             return [pool.transport for pool in gone if not pool.users]

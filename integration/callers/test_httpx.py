@@ -529,6 +529,21 @@ def test_consul_away_is_a_connection_error(make: Make, memory: Memory) -> None:
     assert isinstance(caught.value.__cause__, Unavailable)
 
 
+def test_a_failure_says_more_than_that_no_host_is_left(make: Make, memory: Memory) -> None:
+    """Where none can be found for the next attempt, the last one's failure is raised as it was."""
+    memory.declare("web", ["127.0.0.1:9501"])
+    with Matchmaker(Settings(mode="kv"), backend=memory) as mm:
+
+        def fail(request: httpx.Request) -> httpx.Response:
+            mm.close()
+            raise httpx.ReadError("broken") from ConnectionResetError()
+
+        client = make(matchmaker=mm, transport=lambda: httpx.MockTransport(fail))
+        with pytest.raises(httpx.ReadError, match="broken") as caught:
+            client.get(f"{WEB}/")
+    assert isinstance(caught.value.__cause__, ConnectionResetError)
+
+
 class Hanging(Memory):
     """Consul that does not answer before it is told to."""
 
@@ -620,6 +635,9 @@ def test_connections_to_a_host_that_left_are_closed(make: Make, memory: Memory) 
             str(leaves.host),
             str(stays.host),
         }
+        declare(stays.host)
+        client.get(f"{WEB}/")
+        until(lambda: not leaves.open, 5, "also where nothing is being answered")
         assert mm.busy == []
 
 
@@ -712,7 +730,8 @@ def test_tls_verifies_the_name_for_each_name(
         with pytest.raises(httpx.ConnectError, match=r"(?i)hostname mismatch"):
             client.get("https://other.service.consul/")
         assert "other.service.consul" in told
-        assert client.get("https://web.service.consul.").status_code == 200
+        with_dot = make(transport=lambda: kind.http(verify=trusting))
+        assert with_dot.get("https://web.service.consul./").status_code == 200
         before = server.connections
         assert client.get(f"https://{server.host}/").status_code == 200
         assert server.connections == before + 1
