@@ -23,5 +23,6 @@ else:
         and is not the span of a request that this process serves."""
         span = get_current_span()
         if span.is_recording() and getattr(span, "kind", None) not in OF_SERVERS:
-            port = {} if host.port is None else {"server.port": host.port}
-            span.set_attributes({"server.address": host.address, **port})
+            span.set_attribute("server.address", host.address)
+            if host.port is not None:
+                span.set_attribute("server.port", host.port)
