@@ -1,0 +1,127 @@
+"""A service of a test: HTTP servers in this process, and a matchmaker that finds them."""
+
+from __future__ import annotations
+
+import http.server
+import ssl
+import subprocess
+import threading
+from pathlib import Path
+
+from consul_matchmaker import Settings
+from consul_matchmaker.backends.memory import Memory
+from consul_matchmaker.model import Host
+from integration.callers.http_server import HttpServer
+from integration.callers.noted import NotingMatchmaker
+from integration.waiting import until
+
+TOPIC = "web"
+URL = "http://web.service.consul"
+QUICK = Settings(mode="kv", ttl_seconds=0.1, confirm_empty_seconds=0)
+
+
+class Service:
+    """*count* servers of the topic `TOPIC`; a context manager that ends them."""
+
+    def __init__(self, count: int = 2, *, tls: ssl.SSLContext | None = None) -> None:
+        self.servers = [HttpServer(tls=tls) for _ in range(count)]
+        self.memory = Memory()
+        self.memory.declare(TOPIC, self.hosts)
+        self.matchmaker = NotingMatchmaker(QUICK, backend=self.memory)
+
+    @property
+    def hosts(self) -> list[Host]:
+        return [server.host for server in self.servers]
+
+    @property
+    def asked(self) -> list[int]:
+        """How many requests each server got."""
+        return [len(server.requests) for server in self.servers]
+
+    @property
+    def next(self) -> HttpServer:
+        """The server that is picked next, by round robin."""
+        found = self.matchmaker.pick(TOPIC)
+        for _ in range(len(self.servers) - 1):
+            self.matchmaker.pick(TOPIC)
+        return next(server for server in self.servers if server.host == found)
+
+    def leave(self, server: HttpServer) -> None:
+        """Have *server* leave the topic, while it serves on; returns once that is known."""
+        rest = [host for host in self.hosts if host != server.host]
+        self.memory.declare(TOPIC, rest)
+        until(lambda: server.host not in self.matchmaker.hosts(TOPIC), 10, "left")
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.matchmaker.close()
+        for server in self.servers:
+            server.stop()
+
+
+def break_(server: HttpServer, failure: str) -> None:
+    """Have the next requests to *server* fail so: ``stops``, ``drops``, ``hangs`` or a status."""
+    if failure == "stops":
+        server.stop()
+    elif failure == "drops":
+        server.drops = 100
+    elif failure == "hangs":
+        server.seconds = 3.0
+    else:
+        server.status = int(failure)
+
+
+def certified(folder: Path, *names: str) -> tuple[str, ssl.SSLContext]:
+    """A new authority, which is the certificate of a server with these *names* itself."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    alternatives = ",".join(f"DNS:{name}" for name in names)
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt"),
+            *("ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=test"),
+            *("-addext", f"subjectAltName={alternatives}"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        capture_output=True,
+        check=True,
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return str(certificate), context
+
+
+class Proxy:
+    """An HTTP proxy that answers by itself; a context manager that ends it."""
+
+    def __init__(self) -> None:
+        self.targets: list[str] = []
+        """Of the requests that it got: for a proxy, whole URLs."""
+        targets = self.targets
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                targets.append(self.path)
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Nothing."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.host = Host("127.0.0.1", self._server.server_port)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
