@@ -132,6 +132,27 @@ def test_watch_prints_every_change(kv: str, topic: str) -> None:
         assert watch.wait(WAIT_SECONDS) == 130
 
 
+def test_watch_tells_a_command_every_change(kv: str, topic: str, tmp_path: Path) -> None:
+    """A run at once and one after each change; SIGTERM ends it with 0."""
+    log = tmp_path / "log"
+    log.touch()
+    script = 'echo "$TOPIC: $HOSTS, added $ADDED, removed $REMOVED" >> "$1"'
+    command = ["sh", "-c", script, "sh", str(log)]
+
+    def is_told(*lines: str) -> bool:
+        return log.read_text().splitlines()[-len(lines) :] == [f"{topic}: {line}" for line in lines]
+
+    with running("watch", topic, "--url", kv, "--", *command) as watch:
+        until(lambda: is_told(", added , removed "), WAIT_SECONDS)
+        with running("register", topic, "10.0.0.5:9501", "--url", kv) as process:
+            until(lambda: is_told("10.0.0.5:9501, added 10.0.0.5:9501, removed "), WAIT_SECONDS)
+            process.send_signal(signal.SIGTERM)
+            until(lambda: is_told(", added , removed 10.0.0.5:9501"), WAIT_SECONDS)
+        watch.send_signal(signal.SIGTERM)
+        assert watch.wait(WAIT_SECONDS) == 0
+    assert len(log.read_text().splitlines()) == 3
+
+
 @pytest.fixture
 def service(agent: Node, topic: str) -> Iterator[str]:
     """A service named as the topic, with one instance, declared to Consul."""

@@ -321,6 +321,8 @@ BAD_INPUT = [
     (["hosts", "a", "-o", "xml"], "json"),
     (["register", "scheduler"], "HOST"),
     (["register", "scheduler", "a:1", "--"], "command"),
+    (["watch", "scheduler", "--"], "command"),
+    (["watch", "--", "true"], "TOPIC"),
     *((["register", "scheduler", "a:1", "--drain", text], "seconds") for text in ("-1", "x")),
     (["frobnicate"], "hosts"),
     ([], "COMMAND"),
@@ -677,6 +679,32 @@ def test_watch_prints_at_once_and_ends_on_ctrl_c(argv: list[str], line: str) -> 
         started.send_signal(signal.SIGINT)
         out, err = started.communicate()
         assert (started.returncode, out, err) == (130, "", "")
+
+
+@pytest.mark.system
+def test_watch_runs_a_command_instead_of_printing() -> None:
+    """What is after -- is its own, options too; SIGTERM ends both with 0."""
+    script = "import os, signal, sys; print(os.environ['HOSTS'], *sys.argv[1:], flush=True)"
+    command = [*python(f"{script}; signal.pause()"), "-o", "--", "x"]
+    with process("watch", "declared", "--", *command) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "10.0.0.1:9501 10.0.0.2:9501 -o -- x\n"
+        started.send_signal(signal.SIGTERM)
+        out, err = started.communicate()
+        assert (started.returncode, out, err) == (0, "", "")
+
+
+@pytest.mark.system
+def test_a_watch_that_cannot_begin_runs_nothing(run: Run, memory: Memory) -> None:
+    """Exit 4, as without a command."""
+    memory.is_available = False
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code, out, err = run("watch", "a", "--url", KV, "--", "echo", "never")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (code, out, err.count("\n")) == (4, "", 1)
 
 
 @pytest.mark.system

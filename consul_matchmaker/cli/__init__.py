@@ -29,10 +29,12 @@ from ..texts import escaped_line, escaped_word
 from . import doctor
 from .supervise import Holder
 from .sweep import sweep
+from .watching import Follower
 
 PROGRAM = "consul-matchmaker"
 OK, FAILED, WRONG_USAGE, NO_HOSTS, NO_ANSWER = 0, 1, 2, 3, 4
 INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
+TAKE_COMMAND = ("register", "watch")
 BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of our output has closed it
 
 EXIT_CODES = """\
@@ -103,6 +105,13 @@ def _explain(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> 
 
 def _watch(arguments: argparse.Namespace, make_matchmaker: MakeMatchmaker) -> int:
     with make_matchmaker(_settings(arguments)) as matchmaker:
+        if arguments.command_to_run:
+            return Follower(
+                arguments.topic,
+                lambda: matchmaker.watch(arguments.topic),
+                command=arguments.command_to_run,
+                say=_say,
+            ).run()
         for snapshot in matchmaker.watch(arguments.topic):
             _answer(arguments, _object_of(snapshot), [" ".join(_words_of(snapshot))])
     return OK
@@ -351,15 +360,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         raise ConfigurationError(f"{what} (see {PROGRAM} {arguments.command} --help)")
     if any(_URL.match(getattr(arguments, name, "")) for name in ("topic", "host")):
         raise ConfigurationError(f"TOPIC or HOST is a URL: give it as --url, or in {URL_VARIABLE}")
-    if command_to_run is not None and (arguments.command != "register" or not command_to_run):
-        raise ConfigurationError("only `register` takes --, and a command must follow it")
+    if command_to_run is not None and not (arguments.command in TAKE_COMMAND and command_to_run):
+        words = " and ".join(f"`{name}`" for name in TAKE_COMMAND)
+        raise ConfigurationError(f"only {words} take --, and a command must follow it")
     arguments.command_to_run = command_to_run or []
     return arguments
 
 
 def _split_command(argv: list[str]) -> tuple[list[str], list[str] | None]:
-    """The command after the first `--` of `register`, which argparse would parse as options."""
-    if "--" in argv and "register" in argv[: argv.index("--")]:
+    """The command after the first `--`, which argparse would parse as options."""
+    if "--" in argv and any(name in argv[: argv.index("--")] for name in TAKE_COMMAND):
         end = argv.index("--")
         return argv[:end], argv[end + 1 :]
     return argv, None
@@ -456,9 +466,11 @@ def _parser() -> argparse.ArgumentParser:
         "watch",
         _watch,
         "print the hosts of a topic on one line, separated by spaces, now and after each change; "
-        "an empty line means that there are none",
+        "an empty line means that there are none; or run COMMAND now and after each change, with "
+        "HOSTS, ADDED, REMOVED and TOPIC in its environment",
         ["TOPIC"],
         log_level=logging.WARNING,
+        usage=f"{PROGRAM} watch [options] TOPIC [-- COMMAND ...]",
     )
     command("topics", _topics, "print every topic that has hosts, one per line")
     command(
