@@ -18,7 +18,8 @@ from consul_matchmaker.errors import ConfigurationError
 from consul_matchmaker.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *RECIPES]
 SETTINGS_PAGE = ROOT / "docs" / "settings.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 BY_MODE = ("addresses", "request_timeout_seconds", "check_ttl_seconds", "watch")
@@ -143,6 +144,17 @@ def test_every_module_is_in_the_architecture() -> None:
     whole = ("adapters/", "cli/")
     needed = {each for each in modules if not each.startswith(whole) and "__" not in each}
     assert needed <= set(named)
+
+
+@pytest.mark.parametrize("page", RECIPES, ids=lambda page: page.name)
+def test_every_recipe_is_run_by_a_test(page: Path) -> None:
+    """A page of docs/recipes has the test of its name, and says when to use it and what it lacks."""
+    text = page.read_text()
+    assert (ROOT / "integration" / "recipes" / f"test_{page.stem}.py").exists()
+    assert re.search(r"^```python\n# \S+\.py$", text, re.MULTILINE)
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings[-1] == "What it does not do"
+    assert re.match(r"When .* dies$", headings[-2])
 
 
 def test_the_first_screen_has_the_two_commands() -> None:

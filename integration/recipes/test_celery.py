@@ -73,7 +73,7 @@ def executed(worker: Running) -> int:
 def test_worker_and_client_move_to_the_new_broker(
     start: Callable[..., Running], url: str, brokers: tuple[Broker, Broker]
 ) -> None:
-    """Also when the old one is there again, as a replica that takes no tasks."""
+    """And stay there when the old one is back, as a replica that takes no tasks."""
     first, second = brokers
     second.follow(first)
     first.register(url)
@@ -91,6 +91,6 @@ def test_worker_and_client_move_to_the_new_broker(
     until(lambda: executed(worker) > count + 2, LONG_SECONDS, "tasks are executed again")
     first.server.start()
     first.follow(second)
-    newcomer = start("celery.md", "python", "-c", SEND, **variables)
-    newcomer.wait_for("sent 3")
-    assert "failed" not in newcomer.said()
+    second.client.client_kill_filter(_type="normal")
+    count = executed(worker)
+    until(lambda: executed(worker) > count + 2, LONG_SECONDS, "and after connections broke")
