@@ -148,7 +148,7 @@ def test_every_module_is_in_the_architecture() -> None:
 
 @pytest.mark.parametrize("page", RECIPES, ids=lambda page: page.name)
 def test_every_recipe_is_run_by_a_test(page: Path) -> None:
-    """A page of docs/recipes has the test of its name, and says when to use it and what it lacks."""
+    """A page of docs/recipes has a program, the test of its name, and says what it does not do."""
     text = page.read_text()
     assert (ROOT / "integration" / "recipes" / f"test_{page.stem}.py").exists()
     assert re.search(r"^```python\n# \S+\.py$", text, re.MULTILINE)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from consul_matchmaker.testing.consul_binary import ConsulNotFound
+from consul_matchmaker.testing.consul_probe import Node
 from integration.access_rules import SHORT_LEASES
 from integration.cluster import Cluster, LocalTestCluster
 
@@ -30,3 +31,9 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         pytest.fail(str(error))
     yield made
     made.close(keep_logs=request.session.testsfailed > 0)
+
+
+@pytest.fixture(scope="session")
+def agent(cluster: Cluster) -> Node:
+    """Of that cluster; the one beside other tests is remembered for the run."""
+    return cluster.nodes["agent1"]

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from consul_matchmaker.testing.consul_probe import Node
-from integration.callers.conftest import cluster
+from integration.callers.conftest import agent, cluster
 from integration.recipes.pages import Running, programs
 
-__all__ = ["cluster"]
+__all__ = ["agent", "cluster"]
 
 PACKAGES = ("celery", "psycopg", "psycopg_pool", "redis", "rpyc", "sqlalchemy")
 if not all(map(importlib.util.find_spec, PACKAGES)):
