@@ -43,7 +43,7 @@ MODULES = {
     "model": ("test_model",),
     "dns/names": ("test_dns_names",),
     "keys": ("test_kv_keys",),
-    "balance": ("test_balance",),
+    "balance": ("test_balance", "test_selection"),
     "load": ("test_load",),
     "quarantine": ("test_selection", "test_balancing"),
     "selection": ("test_selection", "test_balancing"),

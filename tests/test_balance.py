@@ -14,6 +14,9 @@ from consul_matchmaker.answers.balance import Fading, Latency, RetryBudget
 from consul_matchmaker.model import Host, Instance
 
 HOSTS = [Host(f"10.0.0.{number}", 5000) for number in range(1, 101)]
+# As this release draws: another draw would move keys and subsets at an update.
+KNOWN_SUBSET = ["10.0.0.43", "10.0.0.62", "10.0.0.93"]
+KNOWN_DRAW = 0.3876780581730202
 
 
 def test_a_fading_sum_is_about_the_sum_of_its_window() -> None:
@@ -151,6 +154,22 @@ def test_a_subset_is_stable(count: int, size: int, gone: int, client: str) -> No
     if left:
         after = balance.subset(left, size, client)
         assert {one for one in chosen if one in left} <= set(after)
+
+
+def test_a_client_of_any_name_has_a_subset() -> None:
+    """Also one whose name is no Unicode, as a file system may have it; and it is a known one."""
+    choices = [Instance(host) for host in HOSTS]
+    assert len(balance.subset(choices, 3, "\udcff")) == 3
+    assert [one.host.address for one in balance.subset(choices, 3, "web-1")] == KNOWN_SUBSET
+
+
+def test_draws_are_even_and_the_same_everywhere() -> None:
+    """A number that never changes: or every process would move its keys with the next release."""
+    draws = [balance.draw(b"key", Host(f"10.1.{n >> 8}.{n & 255}", 80)) for n in range(10_000)]
+    assert 0 < min(draws) < 0.001 < 0.999 < max(draws) < 1
+    assert sum(draws) / len(draws) == pytest.approx(0.5, abs=0.02)
+    assert balance.draw(b"key", HOSTS[0]) == KNOWN_DRAW
+    assert 0 < balance.draw(b"key", Host.opaque("\udcff")) < 1
 
 
 def test_clients_together_use_all_hosts() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from consul_matchmaker.answers import load as module
@@ -102,6 +104,25 @@ def test_nothing_is_counted_where_no_setting_needs_it() -> None:
     assert not load.judged("web", ONE, is_good=False, seconds=1)
     assert load.explain("web", ONE) == {}
     assert load.hosts_of("web") == ()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"selection": "least_loaded"}, {"ejection_failure_rate": 0.5}]
+)
+def test_either_setting_has_hosts_counted(settings: dict[str, Any]) -> None:
+    """Each needs what calls find; a rate of failures is judged only where one is set."""
+    load = Load(kv(**settings))
+    assert load.begin("web", ONE)
+    told = [load.judged("web", ONE, is_good=False, seconds=None) for _ in range(30)]
+    assert any(told) is ("ejection_failure_rate" in settings)
+    assert load.explain("web", ONE)["latency_seconds"] is None
+
+
+def test_of_two_hosts_alike_the_first_is_taken(load: Load) -> None:
+    """Which is the first is drawn by chance before."""
+    pair = Instance(ONE), Instance(TWO)
+    assert load.lesser("web", *pair).host == ONE
+    assert load.lesser("web", *pair[::-1]).host == TWO
 
 
 def test_what_is_known_of_a_host_is_explained(load: Load) -> None:
