@@ -20,7 +20,7 @@ CHECKS ?= lint types unit py-consul integration-local \
 define LEFT_OUT
 $(if $(findstring integration-docker,$(CHECKS)),,integration-docker: needs a Docker engine that answers
 )$(if $(findstring oslo,$(CHECKS)),,oslo: needs redis-server
-)$(if $(findstring long,$(CHECKS)),,long, rpc and soak: need minutes (.venv/bin/tox run -e long,rpc,soak)
+)$(if $(findstring long,$(CHECKS)),,long, rpc, callers, recipes and soak: need minutes (.venv/bin/tox run -e long,rpc,callers,recipes,soak)
 )
 endef
 export LEFT_OUT
