@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from consul_matchmaker import Matchmaker
-from consul_matchmaker.calls import Attempt, Attempts
 from consul_matchmaker.model import Host, Snapshot
 
 
@@ -19,21 +18,21 @@ class NotingMatchmaker(Matchmaker):
         self.good: list[Host] = []
         self.bad: list[Host] = []
 
-    def attempts(self, *args: Any, **words: Any) -> Attempts:
-        return _NotedAttempts(self, *args, **words)
+    def attempts(self, *args: Any, **words: Any) -> Any:
+        return _NotedAttempts(super().attempts(*args, **words), self)
 
 
-class _NotedAttempts(Attempts):
-    def __init__(self, notes: NotingMatchmaker, *args: Any, **words: Any) -> None:
-        super().__init__(notes, *args, **words)
-        self._notes = notes
+class _NotedAttempts:
+    def __init__(self, attempts: Any, notes: NotingMatchmaker) -> None:
+        self._attempts, self._notes = attempts, notes
+        self.may_retry = attempts.may_retry
 
-    def begin(self, snapshot: Snapshot) -> Any:
-        return _NotedAttempt(super().begin(snapshot), self._notes)
+    def begin(self, snapshot: Snapshot) -> _NotedAttempt:
+        return _NotedAttempt(self._attempts.begin(snapshot), self._notes)
 
 
 class _NotedAttempt:
-    def __init__(self, attempt: Attempt, notes: NotingMatchmaker) -> None:
+    def __init__(self, attempt: Any, notes: NotingMatchmaker) -> None:
         self._attempt, self._notes = attempt, notes
         self._is_over = False
         self.host, self.topic = attempt.host, attempt.topic
@@ -48,9 +47,3 @@ class _NotedAttempt:
             self._is_over = True
             self._notes.busy.remove(self.host)
         self._attempt.end()
-
-    def __enter__(self) -> Attempt:
-        return self._attempt.__enter__()
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self._attempt.__exit__(*exc_info)
