@@ -23,6 +23,7 @@ from ..errors import ConfigurationError, MatchmakerError, TimedOut
 from ..fork import call_after_fork
 from ..matchmaker import Matchmaker
 from ..model import Host, Snapshot
+from ..texts import SHOWN_LENGTH, escaped_word
 from .extras import extra
 from .http_rules import FAILED_STATUSES, checked_suffix, may_repeat, topic_of
 from .tracing import name_host
@@ -233,11 +234,11 @@ class _Call:
         """
         request = self._request
         if host.port is None:
-            raise httpx.ConnectError(f"{self.topic}: {host} is not an address and a port")
+            raise self._no_url_of(host)
         try:
             url = request.url.copy_with(host=host.address, port=host.port)
         except httpx.InvalidURL as error:
-            raise httpx.ConnectError(f"{self.topic}: {host} cannot stand in a URL") from error
+            raise self._no_url_of(host) from error
         name = request.url.raw_host.decode("ascii").rstrip(".")
         return httpx.Request(
             request.method,
@@ -246,6 +247,10 @@ class _Call:
             stream=self._body or request.stream,
             extensions={"sni_hostname": name, **request.extensions},
         )
+
+    def _no_url_of(self, host: Host) -> httpx.ConnectError:
+        shown = escaped_word(str(host)[:SHOWN_LENGTH])
+        return httpx.ConnectError(f"{self.topic}: {shown} is no host of a URL")
 
     def is_repeated_after_answer(self, attempt: Attempt, status: int) -> bool:
         """Judge the host by the status of its answer; say whether another one is asked."""

@@ -492,10 +492,16 @@ def test_a_full_pool_says_nothing_of_the_host(
 
 
 @pytest.mark.parametrize(
-    "host", [Host.opaque("router-socket"), Host("a b/c?d", 80), Host("x" * 70_000, 80)]
+    ("host", "what"),
+    [
+        (Host.opaque("a\nb"), r"bad: a\\nb is no host of a URL"),
+        (Host("a b/c?d", 80), None),  # what the name service says of it
+        (Host("x" * 70_000, 80), "bad: x{200} is no host of a URL"),
+    ],
+    ids=["opaque", "strange", "long"],
 )
 def test_a_host_that_no_url_can_have_is_left(
-    make: Make, mm: NotingMatchmaker, memory: Memory, host: Host
+    make: Make, mm: NotingMatchmaker, memory: Memory, host: Host, what: str | None
 ) -> None:
     """Anybody may have registered it; where there is no other it is a connection error."""
     with HttpServer() as good:
@@ -504,7 +510,7 @@ def test_a_host_that_no_url_can_have_is_left(
         client = make()
         for _ in range(4):
             assert client.request("POST", f"{WEB}/").status_code == 200
-        with pytest.raises(httpx.ConnectError):
+        with pytest.raises(httpx.ConnectError, match=what):
             client.get("http://bad.service.consul/")
         assert set(mm.bad) == {host}
         assert mm.busy == []
@@ -573,6 +579,24 @@ def test_consul_that_hangs_is_waited_for_as_long_as_for_a_connection(make: Make)
         finally:
             hanging.go_on.set()
         assert client.get(f"{WEB}/", timeout=20).status_code == 200
+
+
+def test_an_event_loop_goes_on_while_consul_is_asked() -> None:
+    """Also where it hangs."""
+
+    async def main(hanging: Hanging, mm: Matchmaker) -> None:
+        transport = AsyncMatchmakerTransport(aio.Matchmaker(mm))
+        async with httpx.AsyncClient(transport=transport, timeout=20) as client:
+            running = asyncio.create_task(client.get(f"{WEB}/"))
+            for _ in range(10):
+                await asyncio.sleep(0.01)
+            assert not running.done()
+            hanging.go_on.set()
+            assert (await running).status_code == 200
+
+    hanging = Hanging()
+    with one_server(hanging), Matchmaker(Settings(mode="kv"), backend=hanging) as mm:
+        asyncio.run(main(hanging, mm))
 
 
 # --- what a host is busy with, and its connections -----------------------------------------------
