@@ -22,6 +22,13 @@ ATTEMPTS = 3
 RETRY_ON: Failures = (OSError, TimeoutError)
 
 
+def checked_attempts(attempts: int) -> int:
+    """*attempts*; raises ConfigurationError unless it is at least 1."""
+    if type(attempts) is not int or attempts < 1:
+        raise ConfigurationError(f"attempts must be a whole number from 1, not {attempts!r}")
+    return attempts
+
+
 class Attempt:
     """One use of one host, from the moment that it is picked.  Thread-safe.
 
@@ -87,11 +94,9 @@ class Attempts:
         failures: Failures,
     ) -> None:
         """Raises ConfigurationError unless *attempts* is at least 1."""
-        if type(attempts) is not int or attempts < 1:
-            raise ConfigurationError(f"attempts must be a whole number from 1, not {attempts!r}")
+        self._left = checked_attempts(attempts)
         self.topic, self.server = checked_topic(topic), server
         self._caller, self._key, self._failures = caller, key, failures
-        self._left = attempts
         self._tried: set[Host] = set()
         if attempts > 1:
             caller.load.call(topic)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from .. import aio
-from ..calls import ATTEMPTS, Attempt
+from ..calls import ATTEMPTS, Attempt, checked_attempts
 from ..errors import ConfigurationError, MatchmakerError
 from ..model import Host
 from .extras import extra
@@ -92,7 +92,7 @@ def matchmaker_middleware(
     if not isinstance(matchmaker, aio.Matchmaker):
         raise ConfigurationError("matchmaker_middleware takes an aio.Matchmaker")
     ending = checked_suffix(suffix, matchmaker.settings)
-    matchmaker.sync.attempts("any", attempts=attempts)  # a wrong number is refused here
+    checked_attempts(attempts)
 
     async def middleware(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
         topic = topic_of(request.url.raw_host or "", ending)

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Generic, NoReturn, TypeVar
 
 from .. import aio
-from ..calls import ATTEMPTS, Attempt
+from ..calls import ATTEMPTS, Attempt, checked_attempts
 from ..errors import ConfigurationError, MatchmakerError, TimedOut
 from ..fork import call_after_fork
 from ..matchmaker import Matchmaker
@@ -365,10 +365,9 @@ class _Calls(Generic[T]):
             raise ConfigurationError(
                 "transport is a function that makes one: lambda: httpx.HTTPTransport(http2=True)"
             )
-        matchmaker.attempts("any", attempts=attempts)  # a wrong number is refused here
         self._matchmaker = matchmaker
         self._suffix = checked_suffix(suffix, matchmaker.settings)
-        self._attempts = attempts
+        self._attempts = checked_attempts(attempts)
         self._make = make
         self.after_fork()
         call_after_fork(self)

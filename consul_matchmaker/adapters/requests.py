@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..calls import ATTEMPTS, Attempt
+from ..calls import ATTEMPTS, Attempt, checked_attempts
 from ..errors import ConfigurationError, MatchmakerError, TimedOut
 from ..matchmaker import Matchmaker
 from ..model import Host, Snapshot
@@ -106,8 +106,7 @@ class MatchmakerAdapter(HTTPAdapter):
             raise ConfigurationError("MatchmakerAdapter takes a Matchmaker, and no aio.Matchmaker")
         self._matchmaker = matchmaker
         self._suffix = checked_suffix(suffix, matchmaker.settings)
-        matchmaker.attempts("any", attempts=attempts)  # a wrong number is refused here
-        self._attempts = attempts
+        self._attempts = checked_attempts(attempts)
         self._via_proxy = via_proxy
         self._seen: dict[str, Snapshot] = {}
         super().__init__(pool_connections, pool_maxsize, pool_block=pool_block)
