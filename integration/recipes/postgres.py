@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -35,7 +37,7 @@ def _programs() -> Path:
 
 
 class Postgres:
-    """One on 127.0.0.1, a standby of *primary* if that is given; a context manager that kills it.
+    """One on 127.0.0.1, a standby of *primary* if that is given; a context manager that ends it.
 
     Its files are in a folder of its own: those of a test are under a folder that only root enters.
     Everybody is let in as the superuser `USER`, without a password.
@@ -114,5 +116,9 @@ class Postgres:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)  # at once, but it waits for its children
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(READY_SECONDS)
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
