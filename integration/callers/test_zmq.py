@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ import zmq.asyncio
 from consul_matchmaker import Host, Matchmaker, Settings, aio, errors
 from consul_matchmaker.adapters.zmq import Changes, advertise, follow, following
 from consul_matchmaker.backends.memory import Memory
-from consul_matchmaker.model import Instance
+from consul_matchmaker.model import Instance, Snapshot
 from consul_matchmaker.registrations.wanted import own_address
 from consul_matchmaker.testing.consul_probe import Node
 from integration.waiting import threads_since, until
@@ -214,6 +215,22 @@ def test_an_update_without_a_change_asks_nothing(
         assert lookups(mm) == before
 
 
+def test_many_changes_are_one_update(mm: Matchmaker, memory: Memory, make: Make) -> None:
+    """Who does not look for a while is told once, or twice where the last came meanwhile."""
+    with follow(mm, "jobs", make(zmq.PUSH)) as follower:
+        for port in range(1, 11):
+            memory.declare("jobs", [host := Host("127.0.0.1", port)])
+            until(lambda host=host: mm.hosts("jobs").hosts == (host,), SECONDS)  # type: ignore[misc]
+        poller = zmq.Poller()
+        poller.register(follower, zmq.POLLIN)
+        updates = 0
+        while follower.hosts != (host,) or poller.poll(0):
+            assert poller.poll(SECONDS * 1000)
+            follower.update()
+            updates += 1
+        assert updates <= 2
+
+
 def test_the_socket_is_connected_to_exactly_the_live_hosts(
     mm: Matchmaker, memory: Memory, make: Make
 ) -> None:
@@ -281,7 +298,8 @@ def test_one_server_of_a_topic_can_be_followed(mm: Matchmaker, memory: Memory, m
 def test_a_host_that_cannot_be_connected_to_is_skipped(
     mm: Matchmaker, memory: Memory, make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With one line in the log, however often the others change."""
+    """With one line in the log, however often the others change; it is said again when it left and
+    came back."""
     identity, odd = Host.opaque("a socket"), Host.parse("_odd.example:9")
     memory.declare("jobs", [identity, odd, "127.0.0.1:9"])
     with follow(mm, "jobs", make(zmq.DEALER)) as follower:
@@ -289,10 +307,15 @@ def test_a_host_that_cannot_be_connected_to_is_skipped(
         memory.declare("jobs", [identity, odd, "127.0.0.1:10"])
         new, old = Host("127.0.0.1", 10), Host("127.0.0.1", 9)
         assert changed(follower) == Changes((new,), (old,))
+        assert len(caplog.records) == 2
+        memory.declare("jobs", [odd, "127.0.0.1:9"])
+        assert changed(follower) == Changes((old,), (new,))
+        memory.declare("jobs", [identity, odd, "127.0.0.1:10"])
+        assert changed(follower) == Changes((new,), (old,))
     lines = [record.getMessage() for record in caplog.records if "ZeroMQ" in record.getMessage()]
-    assert len(lines) == 2
-    assert any("a socket: it has no port" in line for line in lines)
-    assert any("_odd.example:9: Invalid argument" in line for line in lines)
+    assert len(lines) == 3
+    assert sum("a socket: it has no port" in line for line in lines) == 2
+    assert sum("_odd.example:9: Invalid argument" in line for line in lines) == 1
     assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
@@ -417,6 +440,49 @@ def test_an_outage_changes_nothing(memory: Memory, make: Make) -> None:
         assert changed(follower) == Changes((new,), (old,))
 
 
+class Hanging(Memory):
+    """While `answers` is not set, a question takes all the time that it may."""
+
+    longest_lookup_seconds = 10 * SECONDS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = threading.Event()
+        self.answers.set()
+
+    def lookup(
+        self, topic: str, server: str | None = None, *, timeout_seconds: float = 0.0
+    ) -> Snapshot:
+        if not self.answers.wait(timeout_seconds):
+            raise errors.TimedOut("it hangs")
+        return super().lookup(topic, server, timeout_seconds=timeout_seconds)
+
+
+@pytest.mark.parametrize("outage", ["away", "hangs"])
+def test_a_topic_that_made_room_in_an_outage_is_found_again(outage: str, make: Make) -> None:
+    """Meanwhile the connections stay, and an update does not wait for Consul."""
+    memory, old, new = Hanging(), Host("127.0.0.1", 9), Host("127.0.0.1", 10)
+    memory.declare("jobs", [old])
+    settings = Settings(mode="kv", max_topics=1, ttl_seconds=TTL)
+    with Matchmaker(settings, backend=memory) as mm, follow(mm, "jobs", make(zmq.PUSH)) as follower:
+        memory.is_available = False
+        if outage == "hangs":
+            memory.answers.clear()
+        with pytest.raises(errors.Unavailable):
+            mm.hosts("other", timeout_seconds=0.0)
+        poller = zmq.Poller()
+        poller.register(follower, zmq.POLLIN)
+        assert poller.poll(SECONDS * 1000)
+        began = time.monotonic()
+        assert not follower.update()
+        assert time.monotonic() - began < SECONDS
+        assert follower.hosts == (old,)
+        memory.declare("jobs", [new])
+        memory.is_available = True
+        memory.answers.set()
+        assert changed(follower) == Changes((new,), (old,))
+
+
 def test_follow_raises_what_hosts_raises(mm: Matchmaker, memory: Memory, make: Make) -> None:
     """Where there is no first answer; and leaves nothing behind."""
     memory.is_available = False
@@ -507,6 +573,34 @@ def test_a_forked_child_does_not_follow(mm: Matchmaker, memory: Memory, make: Ma
         assert changed(follower) == Changes((new,), (old,))
 
 
+def test_a_fork_while_a_change_is_told(mm: Matchmaker, memory: Memory, make: Make) -> None:
+    """What another thread held at that moment does not hold up the child."""
+    with follow(mm, "jobs", make(zmq.PUSH)) as follower:
+        is_held, is_over = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with follower._bell._lock:
+                is_held.set()
+                is_over.wait(SECONDS)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert is_held.wait(SECONDS)
+        child = os.fork()
+        if child == 0:
+            follower.close()
+            os._exit(0)
+        try:
+            until(lambda: os.waitpid(child, os.WNOHANG) == (child, 0), SECONDS)
+        except BaseException:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+        finally:
+            is_over.set()
+            holder.join()
+
+
 # --- asyncio -------------------------------------------------------------------------------------
 
 
@@ -554,6 +648,29 @@ def test_asyncio_outlives_outages_and_ends(mm: Matchmaker, memory: Memory) -> No
                     await amm.close()
                     await _eventually(lambda: len(asyncio.all_tasks()) == 1)
                     assert len(connections.hosts) == 1
+
+    asyncio.run(program())
+
+
+def test_asyncio_finds_a_topic_again_that_made_room_in_an_outage(memory: Memory) -> None:
+    """Before its first look, too."""
+    memory.declare("jobs", ["127.0.0.1:9"])
+    settings = Settings(mode="kv", max_topics=1, ttl_seconds=TTL)
+
+    async def program() -> None:
+        with zmq.asyncio.Context() as context, context.socket(zmq.PUSH) as push:
+            push.linger = 0
+            async with (
+                aio.Matchmaker(Matchmaker(settings, backend=memory)) as amm,
+                following(amm, "jobs", push) as connections,
+            ):
+                memory.is_available = False
+                with pytest.raises(errors.Unavailable):
+                    amm.sync.hosts("other")
+                await asyncio.sleep(2 * TTL)
+                memory.declare("jobs", ["127.0.0.1:10"])
+                memory.is_available = True
+                await _eventually(lambda: connections.hosts == (Host("127.0.0.1", 10),))
 
     asyncio.run(program())
 
