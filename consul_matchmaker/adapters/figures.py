@@ -144,6 +144,21 @@ FIGURES = (
         _quarantined,
         "topic",
     ),
+    Figure(
+        "ejections",
+        "Hosts that were avoided because they failed too often.",
+        "counter",
+        "{host}",
+        lambda status: status["ejections"],
+    ),
+    Figure(
+        "call_retries",
+        "Calls that wanted another host, by what the retry budget said.",
+        "counter",
+        "{retry}",
+        lambda status: status["retries"],
+        "outcome",
+    ),
     Figure("watching", "1 while a watch is held.", "amount", "{watch}", _watcher("is_watching")),
     Figure("watch_answers", "Answers to the watch.", "counter", "{answer}", _watcher("answers")),
     Figure(
