@@ -5,7 +5,18 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("cache", "dns", "fleet", "growth", "kv", "oslo", "rpc", "service", "watch")
+BENCHMARKS = (
+    "cache",
+    "calls",
+    "dns",
+    "fleet",
+    "growth",
+    "kv",
+    "oslo",
+    "rpc",
+    "service",
+    "watch",
+)
 
 
 def main() -> int:
