@@ -17,8 +17,9 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from consul_matchmaker import Matchmaker, Settings, aio
@@ -34,8 +35,8 @@ CLIENTS = ("httpx", "aiohttp", "requests", "grpc")
 ADDED_SECONDS = 50e-6
 """At most so much longer a request may take than with the plain client, p50."""
 TOPIC = "bench"
-BLOCK = 100
-"""So many requests one way, then as many the other way."""
+BLOCK = 25
+"""So many requests one way, then as many the next way."""
 PER_SECOND = 500.0
 HOSTS = 3
 EVEN = 0.05
@@ -51,7 +52,10 @@ def overhead(rounds: int) -> bool:
     """Time of a request with the plain client, with ours, and with ours by least_loaded."""
     from integration.bench.calls_clients import CLIENTS
 
-    print(f"\none request after another to one server, {rounds} x {BLOCK} each way by turns; p50")
+    print(
+        f"\none request after another to one server, {rounds} x {BLOCK} each way by turns:\n"
+        "p50, and CPU time of this process"
+    )
     is_kept = True
     with EchoProcess() as server:
         hosts = {kind: server.serve(kind) for kind in ("http", "grpc")}
@@ -60,22 +64,19 @@ def overhead(rounds: int) -> bool:
             with ExitStack() as stack:
                 loop = stack.enter_context(event_loop())
                 mm = stack.enter_context(matchmaker_of(host))
-                by_load = stack.enter_context(matchmaker_of(host, selection="least_loaded"))
+                loaded = stack.enter_context(matchmaker_of(host, selection="least_loaded"))
                 ways = [client.plain(lambda host=host: host)]
-                ways += [ours_of(client, each, TOPIC) for each in (mm, by_load)]
+                ways += [ours_of(client, each, TOPIC) for each in (mm, loaded)]
                 blocks = [stack.enter_context(block_of(way, loop)) for way in ways]
                 found = by_turns(blocks, rounds)
-            plain, ours, loaded = map(statistics.median, found)
-            added, added_by_load = (
-                statistics.median(b - a for a, b in zip(found[0], each, strict=True))
-                for each in found[1:]
-            )
-            is_reached = added <= ADDED_SECONDS
+            plain, ours, by_load = found
+            added = plain.more(ours)
+            is_reached = added.seconds <= ADDED_SECONDS
             is_kept &= is_reached
             print(
-                f"  {client.name:14} plain {plain * 1e6:6.0f} us, ours {ours * 1e6:6.0f}: "
-                f"{added * 1e6:+4.0f} (bound {ADDED_SECONDS * 1e6:g}, {said(is_reached)}); "
-                f"least_loaded {loaded * 1e6:6.0f}: {added_by_load * 1e6:+4.0f}"
+                f"  {client.name:14} plain{plain.p50.seconds * 1e6:5.0f} us; ours {added} "
+                f"(bound {ADDED_SECONDS * 1e6:g}, {said(is_reached)}); "
+                f"least_loaded {plain.more(by_load)}"
             )
     return is_kept
 
@@ -102,42 +103,80 @@ def event_loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
+@dataclass(frozen=True)
+class Taken:
+    """Of one request: its seconds, and the CPU seconds of this process."""
+
+    seconds: float
+    cpu: float
+
+    def __str__(self) -> str:
+        return f"{self.seconds * 1e6:+4.0f} us, CPU {self.cpu * 1e6:+4.0f}"
+
+
+class Blocks:
+    """What each block of one way took, by turns with those of the others."""
+
+    def __init__(self) -> None:
+        self.taken: list[Taken] = []
+
+    @property
+    def p50(self) -> Taken:
+        return middle(self.taken)
+
+    def more(self, other: Blocks) -> Taken:
+        """What *other* took more."""
+        pairs = zip(self.taken, other.taken, strict=True)
+        return middle([Taken(b.seconds - a.seconds, b.cpu - a.cpu) for a, b in pairs])
+
+
+def middle(taken: Sequence[Taken]) -> Taken:
+    """The medians of both."""
+    return Taken(
+        statistics.median(each.seconds for each in taken),
+        statistics.median(each.cpu for each in taken),
+    )
+
+
 @contextmanager
-def block_of(way: Any, loop: asyncio.AbstractEventLoop) -> Iterator[Callable[[], float]]:
-    """A function that makes `BLOCK` requests one way, and returns the p50 of their seconds."""
+def block_of(way: Any, loop: asyncio.AbstractEventLoop) -> Iterator[Callable[[], Taken]]:
+    """A function that makes `BLOCK` requests one way; its p50, and its CPU time a request."""
     if hasattr(way, "__enter__"):
         with way as ask:
-            yield lambda: statistics.median(timed(ask) for _ in range(BLOCK))
+            yield lambda: timed_block(ask)
         return
     awaited_ask = loop.run_until_complete(way.__aenter__())
-
-    async def block() -> float:
-        taken = []
-        for _ in range(BLOCK):
-            began = time.perf_counter()
-            await awaited_ask()
-            taken.append(time.perf_counter() - began)
-        return statistics.median(taken)
-
-    yield lambda: loop.run_until_complete(block())
+    yield lambda: loop.run_until_complete(timed_awaited_block(awaited_ask))
     loop.run_until_complete(way.__aexit__(None, None, None))
 
 
-def timed(function: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+def timed_block(ask: Callable[[], object]) -> Taken:
+    taken, cpu = [], time.process_time()
+    for _ in range(BLOCK):
+        began = time.perf_counter()
+        ask()
+        taken.append(time.perf_counter() - began)
+    return Taken(statistics.median(taken), (time.process_time() - cpu) / BLOCK)
 
 
-def by_turns(blocks: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+async def timed_awaited_block(ask: Callable[[], Awaitable[object]]) -> Taken:
+    taken, cpu = [], time.process_time()
+    for _ in range(BLOCK):
+        began = time.perf_counter()
+        await ask()
+        taken.append(time.perf_counter() - began)
+    return Taken(statistics.median(taken), (time.process_time() - cpu) / BLOCK)
+
+
+def by_turns(blocks: Sequence[Callable[[], Taken]], rounds: int) -> list[Blocks]:
     """What each of *blocks* returned in each round; each round begins with another one."""
-    found: list[list[float]] = [[] for _ in blocks]
+    found = [Blocks() for _ in blocks]
     for turn in range(rounds + 1):
         for place in range(len(blocks)):
             way = (turn + place) % len(blocks)
-            seconds = blocks[way]()
+            taken = blocks[way]()
             if turn:  # the first connects
-                found[way].append(seconds)
+                found[way].taken.append(taken)
     return found
 
 
@@ -259,7 +298,7 @@ def main(argv: Sequence[str]) -> int:
     names = "overhead, killed, slow, new, failing, sick, swaps"
     parser.add_argument("parts", nargs="*", metavar="PART", help=names)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
-    parser.add_argument("--rounds", type=int, default=50, help="of the overhead")
+    parser.add_argument("--rounds", type=int, default=200, help="of the overhead")
     parser.add_argument("--swaps", type=int, default=1_000)
     arguments = parser.parse_args(argv)
     missing = [name for name in CLIENTS if importlib.util.find_spec(name) is None]
