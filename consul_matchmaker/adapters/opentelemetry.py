@@ -9,24 +9,20 @@ An exporter to Prometheus gives them the names that `adapters.prometheus` has.
 from __future__ import annotations
 
 import functools
-import time
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from .. import __version__
 from ..fork import ProcessLock
 from ..matchmaker import Matchmaker
 from .extras import extra
-from .figures import FIGURES, Figure, Status
+from .figures import FIGURES, Figure
 
 with extra("opentelemetry"):
     from opentelemetry.metrics import CallbackOptions, Meter, Observation, get_meter
 
 PREFIX = "consul_matchmaker."
-AGE_SECONDS = 1.0
-"""A collection asks for one figure after the other; it takes less."""
-
-Callback = Callable[[CallbackOptions], Iterable[Observation]]
 
 
 def instrument(
@@ -79,18 +75,15 @@ class _Reading:
 
     def __init__(self, attributes: Mapping[str, str]) -> None:
         self._attributes = dict(attributes)
-        self._read: tuple[float, Status, set[str]] = (0.0, {}, {figure.name for figure in FIGURES})
-        """When, what, and the figures that were taken of it.  Replaced as one: no lock is needed,
-        and two readers at once ask for the status more often at most."""
+        # A collection takes one figure after the other, each once, on one thread.
+        self._read = threading.local()
 
     def observations(self, mm: Matchmaker, figure: Figure) -> Iterator[Observation]:
-        at, status, taken = self._read
-        now = time.monotonic()
-        if figure.name in taken or now >= at + AGE_SECONDS:
-            status, taken = mm.status(), set()
-            self._read = now, status, taken
+        taken = getattr(self._read, "taken", None)
+        if taken is None or figure.name in taken:  # this is another collection
+            self._read.status, self._read.taken = mm.status(), (taken := set[str]())
         taken.add(figure.name)
-        value = figure.of(status)
+        value = figure.of(self._read.status)
         if isinstance(value, Mapping):
             for key, number in value.items():
                 yield Observation(number, {**self._attributes, figure.by: key})
