@@ -11,7 +11,10 @@ pytestmark = pytest.mark.system
 
 WITHOUT = """
 import sys
-for name in ("oslo_config", "oslo_messaging", "prometheus_client"):
+for name in (
+    "aiohttp", "grpc", "httpx", "opentelemetry", "oslo_config", "oslo_messaging",
+    "prometheus_client", "requests", "zmq",
+):
     sys.modules[name] = None  # as if it were not installed
 """
 
@@ -30,6 +33,12 @@ def run(code: str) -> tuple[int, str]:
         ("oslo.config", "oslo"),
         ("oslo.zmq.driver", "oslo"),
         ("prometheus", "metrics"),
+        ("aiohttp", "aiohttp"),
+        ("grpc", "grpc"),
+        ("httpx", "httpx"),
+        ("opentelemetry", "opentelemetry"),
+        ("requests", "requests"),
+        ("zmq", "zmq"),
     ],
 )
 def test_an_adapter_names_the_extra_that_it_needs(module: str, extra: str) -> None:
