@@ -595,6 +595,32 @@ def test_a_body_that_is_kept_is_sent_again(kind: str, failure: str, service: Ser
     assert {one["body"] for server in service.servers for one in server.requests} == {content}
 
 
+@pytest.mark.parametrize("kind", ["bytes", "file"] if SENDS_FILES_AGAIN else ["bytes"])
+def test_a_host_that_refuses_a_large_body_before_its_end(kind: str, service: Service) -> None:
+    """The next host gets it from its beginning."""
+    content = "0123456789" * 1_000_000
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n")
+        while await reader.read(65536):
+            await asyncio.sleep(0.01)
+        writer.close()
+
+    async def play(session: aiohttp.ClientSession) -> None:
+        async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            service.memory.declare(TOPIC, [f"127.0.0.1:{port}", service.hosts[0]])
+            for _ in range(2):
+                body = content.encode()
+                data: Any = body if kind == "bytes" else io.BytesIO(body)
+                async with session.put(f"{URL}/", data=data) as answer:
+                    assert (await said(answer))["body"] == content
+            assert [host.port for host in service.matchmaker.bad] == [port]
+
+    on_loop(service, play)
+
+
 def test_a_body_waits_for_each_host_to_want_it(service: Service) -> None:
     """With ``Expect: 100-continue`` a host may refuse before the body, which the next one gets."""
 
@@ -708,6 +734,25 @@ def test_a_discarded_answer_is_released(service: Service) -> None:
             await eventually(lambda: not broken.open, "the discarded answer's connection closed")
 
     on_loop(service, play)
+
+
+def test_a_discarded_answer_that_was_read_keeps_its_connection(service: Service) -> None:
+    """A short answer with 503 costs no connection."""
+    broken = service.next
+    broken.status = 503
+
+    async def play(session: aiohttp.ClientSession) -> None:
+        async with session.get(f"{URL}/") as answer:
+            await answer.read()
+        service.memory.declare(TOPIC, [broken.host])
+        await asyncio.to_thread(
+            until, lambda: service.matchmaker.hosts(TOPIC).hosts == (broken.host,), 10
+        )
+        async with session.get(f"{URL}/") as answer:
+            assert answer.status == 503
+
+    on_loop(service, play)
+    assert broken.connections == 1
 
 
 # -- hosts that leave
