@@ -167,6 +167,18 @@ def test_topics_are_bounded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(load.may_retry("a") for _ in range(10))
 
 
+def test_a_finalizer_may_end_a_call(load: Load) -> None:
+    """The garbage collector runs it on a thread that holds the lock: it neither waits nor is lost."""
+    (one,) = load.begin("web", ONE)
+
+    def collect() -> None:
+        with load._lock:
+            load.end(one)
+
+    in_thread(collect).result(DEADLINE_SECONDS)
+    assert load.explain("web", ONE)["in_flight"] == 0
+
+
 def test_threads_lose_no_count(load: Load) -> None:
     """Eight threads that begin and end: nothing is in flight at the end."""
 

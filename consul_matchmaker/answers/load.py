@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 
 from ..model import Host, Instance
@@ -41,6 +42,8 @@ class Load:
         self._topics: dict[str, dict[Host, HostLoad]] = {}
         self._hosts: dict[str, Collection[Host]] = {}
         self._lock = threading.Lock()
+        self._ended: deque[HostLoad] = deque()
+        """Whose calls are over, and not counted yet."""
         self.retries = self.refused = 0
         """Since the start: retries, and those that the budget did not allow."""
 
@@ -52,14 +55,15 @@ class Load:
         if not self.is_counted:
             return ()
         with self._lock:
+            self._count_ended()
             one = self._of(topic, host)
             one.in_flight += 1
         return (one,)
 
     def end(self, one: HostLoad) -> None:
-        """A call that `begin` returned is over."""
-        with self._lock:
-            one.in_flight -= 1
+        """A call that `begin` returned is over.  Takes no lock: a finalizer may say so, which the
+        garbage collector runs in the middle of anything."""
+        self._ended.append(one)
 
     def judged(self, topic: str, host: Host, *, is_good: bool, seconds: float | None) -> bool:
         """A call was answered or failed, after *seconds* if that is known; whether *host* fails too
@@ -105,6 +109,7 @@ class Load:
         """Which of two has less to do.  Where a latency is not known, only what is in flight and
         the weights count."""
         with self._lock:
+            self._count_ended()
             now = self._clock()
             each = [self._of(topic, instance.host) for instance in (one, other)]
             are_known = all(load.latency.is_known for load in each)
@@ -138,6 +143,7 @@ class Load:
     def explain(self, topic: str, host: Host) -> dict[str, object]:
         """What is known of *host*; nothing where hosts are not counted."""
         with self._lock:
+            self._count_ended()
             one = self._topics.get(topic, {}).get(host)
             if one is None:
                 return {}
@@ -150,6 +156,10 @@ class Load:
                 "recent_calls": calls,
                 "failure_rate": one.failures.value(now) / calls if calls else None,
             }
+
+    def _count_ended(self) -> None:
+        while self._ended:
+            self._ended.popleft().in_flight -= 1
 
     def _of(self, topic: str, host: Host) -> HostLoad:
         known = self._known(topic)
