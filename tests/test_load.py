@@ -168,7 +168,7 @@ def test_topics_are_bounded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_finalizer_may_end_a_call(load: Load) -> None:
-    """The garbage collector runs it on a thread that holds the lock: it neither waits nor is lost."""
+    """The garbage collector runs it on a thread that holds the lock: it does not wait for that."""
     (one,) = load.begin("web", ONE)
 
     def collect() -> None:
