@@ -11,9 +11,9 @@ from typing import Any
 import grpc
 
 from ... import aio
-from ...calls import ATTEMPTS, Attempts
+from ...calls import ATTEMPTS, Attempts, checked_attempts
 from ...errors import MatchmakerError, Unavailable
-from ...model import Host, Snapshot
+from ...model import Host, Snapshot, checked_topic
 from . import rules
 from .awaited_calls import StreamStreamCall, StreamUnaryCall, UnaryStreamCall, UnaryUnaryCall
 from .methods import Method
@@ -109,8 +109,8 @@ class Channel(grpc.aio.Channel):
         attempts: int,
         idempotence: Idempotence,
     ) -> None:
-        matchmaker.sync.attempts(topic, attempts=attempts)  # raises for what cannot be
-        self._matchmaker, self._topic, self._attempts = matchmaker, topic, attempts
+        self._matchmaker, self._topic = matchmaker, checked_topic(topic)
+        self._attempts = checked_attempts(attempts)
         self.idempotence = idempotence
         self.subs = SubChannels(make, _state, _connect, _let_go, self._close_soon, grace_seconds)
         self._loop: asyncio.AbstractEventLoop | None = None

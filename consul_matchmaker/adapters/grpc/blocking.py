@@ -9,10 +9,10 @@ from typing import Any
 
 import grpc
 
-from ...calls import ATTEMPTS, Attempts
+from ...calls import ATTEMPTS, Attempts, checked_attempts
 from ...errors import MatchmakerError
 from ...matchmaker import Matchmaker
-from ...model import Host
+from ...model import Host, checked_topic
 from . import rules
 from .connectivity import Connectivity
 from .methods import Method
@@ -134,8 +134,8 @@ class Channel(grpc.Channel):
         attempts: int,
         idempotence: Idempotence,
     ) -> None:
-        matchmaker.attempts(topic, attempts=attempts)  # raises for what cannot be
-        self._matchmaker, self._topic, self._attempts = matchmaker, topic, attempts
+        self._matchmaker, self._topic = matchmaker, checked_topic(topic)
+        self._attempts = checked_attempts(attempts)
         self.idempotence = idempotence
         self.subs = SubChannels(make, _state, _connect, _let_go, _close, grace_seconds)
         self._connectivity = Connectivity(self._observe)
