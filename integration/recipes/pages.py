@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from integration.command_line import environment
@@ -58,12 +58,16 @@ class Running:
             assert self.process.poll() is None, "it has ended"
             return words in self.said()[len(after) :]
 
+        self.until(has_said, f"printed {words!r}")
+        return self.said()
+
+    def until(self, claim: Callable[[], object], what: str) -> None:
+        """Until *claim* is true; if it never is, what the program printed is shown."""
         try:
-            until(has_said, LONG_SECONDS, f"printed {words!r}")
+            until(claim, LONG_SECONDS, what)
         except BaseException:
             print(self.said())
             raise
-        return self.said()
 
     def __enter__(self) -> Running:
         return self
