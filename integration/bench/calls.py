@@ -27,6 +27,7 @@ from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.testing.local_consul import LocalCluster
 from integration.bench import calls_selection
 from integration.bench.calls_selection import said
+from integration.bench.kv import until
 from integration.bench.service import ByHand
 from integration.callers.echo_process import EchoProcess
 from integration.callers.load import Load
@@ -208,11 +209,9 @@ def one_killed(client: Any, way: str, address: str, seconds: float) -> bool:
         servers = [stack.enter_context(EchoProcess(url)) for _ in range(HOSTS)]
         names = [server.serve(client.kind, topic) for server in servers]
         mm = stack.enter_context(Matchmaker.from_url(url))
+        until(lambda: len(mm.hosts(topic)) == HOSTS, 10, "all servers are known")
         by_hand = ByHand(address)
-        for known in (mm, by_hand):
-            while len(known.hosts(topic)) < HOSTS:
-                time.sleep(0.1)
-                by_hand = ByHand(address)
+        by_hand.hosts(topic)
         choose = lambda: random.choice(sorted(by_hand.hosts(topic)))  # noqa: E731
         load = stack.enter_context(Load(PER_SECOND))
         stack.enter_context(asking(client, way, load, mm, topic, choose))
