@@ -15,10 +15,10 @@ import aiohttp
 import grpc
 import httpx
 import requests
-from consul_matchmaker.adapters.grpc import aio_channel, channel
 
 from consul_matchmaker import Matchmaker, aio
 from consul_matchmaker.adapters.aiohttp import matchmaker_middleware
+from consul_matchmaker.adapters.grpc import aio_channel, channel
 from consul_matchmaker.adapters.httpx import AsyncMatchmakerTransport, MatchmakerTransport
 from consul_matchmaker.adapters.requests import MatchmakerAdapter
 from integration.callers.echo_process import HOST

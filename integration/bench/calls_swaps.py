@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 import grpc
-from consul_matchmaker.adapters.grpc import aio_channel, channel
 
 from consul_matchmaker import Matchmaker, Settings, aio
+from consul_matchmaker.adapters.grpc import aio_channel, channel
 from consul_matchmaker.backends.memory import Memory
 from integration.bench.calls_selection import said
 from integration.callers.echo_process import HOSTS, EchoProcess
