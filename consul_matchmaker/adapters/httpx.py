@@ -15,7 +15,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
-from typing import Generic, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from .. import aio
 from ..calls import ATTEMPTS, Attempt, checked_attempts
@@ -35,6 +35,10 @@ T = TypeVar("T")
 
 HOST_FAILURES = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.TimeoutException)
 """After these another host may do better; any other exception is for the caller at once."""
+ARE_URLS_KNOWN = list(vars(httpx.URL("http://a"))) == ["_uri_reference"] and hasattr(
+    httpx.URL("http://a")._uri_reference, "_replace"
+)
+"""Whether a URL of this release is what it is of 0.25 to 0.28, which is no public word."""
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
@@ -90,7 +94,7 @@ class MatchmakerTransport(httpx.BaseTransport):
             use = self._begin(call)
             try:
                 name_host(use.host)
-                response = use.transport.handle_request(call.request_to(use.host))
+                response = use.transport.handle_request(call.request_to(use))
                 if not call.is_repeated_after_answer(use.attempt, response.status_code):
                     return self._handed_out(response, use)
                 response.close()
@@ -153,7 +157,7 @@ class AsyncMatchmakerTransport(httpx.AsyncBaseTransport):
             use = await self._begin(call)
             try:
                 name_host(use.host)
-                response = await use.transport.handle_async_request(call.request_to(use.host))
+                response = await use.transport.handle_async_request(call.request_to(use))
                 if not call.is_repeated_after_answer(use.attempt, response.status_code):
                     return self._handed_out(response, use)
                 await response.aclose()
@@ -227,18 +231,18 @@ class _Call:
         seconds: float | None = self._request.extensions.get("timeout", {}).get("connect")
         return seconds
 
-    def request_to(self, host: Host) -> httpx.Request:
-        """A copy that goes to *host*; what the caller sees of its own stays as it was.
+    def request_to(self, use: _Use[Any]) -> httpx.Request:
+        """A copy that goes to the host of *use*; what the caller sees of its own stays as it was.
 
         Raises ConnectError for a host that no URL can have.
         """
         request = self._request
-        if host.port is None:
-            raise self._no_url_of(host)
+        if use.host.port is None:
+            raise self._no_url_of(use.host)
         try:
-            url = request.url.copy_with(host=host.address, port=host.port)
+            url = use.url_for(request.url)
         except httpx.InvalidURL as error:
-            raise self._no_url_of(host) from error
+            raise self._no_url_of(use.host) from error
         name = request.url.raw_host.decode("ascii").rstrip(".")
         return httpx.Request(
             request.method,
@@ -393,7 +397,7 @@ class _Calls(Generic[T]):
                 pools = self._pools.setdefault(call.topic, {})
                 pool = pools.get(attempt.host)
                 if pool is None:
-                    pool = pools[attempt.host] = _Pool(self._make())
+                    pool = pools[attempt.host] = _Pool(attempt.host, self._make())
                 pool.users += 1
         except BaseException:
             attempt.end()
@@ -431,12 +435,29 @@ class _Calls(Generic[T]):
 class _Pool(Generic[T]):
     """The transport to one host, and how many use it."""
 
-    __slots__ = ("has_left", "transport", "users")
+    __slots__ = ("_places", "has_left", "host", "transport", "users")
 
-    def __init__(self, transport: T) -> None:
+    def __init__(self, host: Host, transport: T) -> None:
+        self.host = host
         self.transport = transport
         self.users = 0
         self.has_left = False
+        self._places: dict[str, dict[str, Any]] = {}
+        """What a URL of each scheme has for this host."""
+
+    def url_for(self, url: httpx.URL) -> httpx.URL:
+        """*url* with this host.  Raises httpx.InvalidURL."""
+        place = self._places.get(url.scheme)
+        if place is None:
+            moved = url.copy_with(host=self.host.address, port=self.host.port)
+            if ARE_URLS_KNOWN:
+                parts = moved._uri_reference
+                self._places[url.scheme] = {"host": parts.host, "port": parts.port}
+            return moved
+        # As copy_with, which takes all of it apart and checks it: half of what we cost.
+        moved = object.__new__(httpx.URL)
+        moved._uri_reference = url._uri_reference._replace(**place)
+        return moved
 
 
 class _Use(Generic[T]):
@@ -457,6 +478,9 @@ class _Use(Generic[T]):
     @property
     def transport(self) -> T:
         return self._pool.transport
+
+    def url_for(self, url: httpx.URL) -> httpx.URL:
+        return self._pool.url_for(url)
 
     def end(self) -> list[T]:
         """The host is not busy with it any more; what is to be closed now.  Idempotent."""

@@ -46,8 +46,8 @@ class Blocking:
         said: Said = self._requests(iter(list(requests)), timeout=10)
         return said
 
-    def both(self, requests: Iterable[Said]) -> list[Said]:
-        return list(self._both(iter(list(requests)), timeout=10))
+    def both(self, requests: Iterable[Said], timeout: float | None = 10) -> list[Said]:
+        return list(self._both(iter(list(requests)), timeout=timeout))
 
     def begin_and_cancel(self, **request: Any) -> None:
         """Begin a call, and cancel it after a moment."""
@@ -111,9 +111,9 @@ class Awaited:
         said: Said = self.run(call())
         return said
 
-    def both(self, requests: Iterable[Said]) -> list[Said]:
+    def both(self, requests: Iterable[Said], timeout: float | None = 10) -> list[Said]:
         async def call() -> list[Said]:
-            call = self._both(timeout=10)
+            call = self._both(timeout=timeout)
             said = []
             for request in requests:  # the other style: written and read one by one
                 await call.write(request)

@@ -219,6 +219,29 @@ def test_a_host_that_is_being_connected_keeps_no_call_waiting(
 # --- when calls fail -----------------------------------------------------------------------------
 
 
+def test_a_call_that_waits_for_a_host_which_leaves_goes_on(
+    client: Client, servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker
+) -> None:
+    """It is told when the connection fails, as if the host were still there, and goes elsewhere."""
+    with socket.create_server(("127.0.0.1", 0)) as leaving:
+        memory.declare("web", [Host("127.0.0.1", leaving.getsockname()[1])])
+        with client(matchmaker, "web") as clients:
+            said: list[Any] = []
+            requests: list[Any] = [{"text": "a"}]
+            waiting = threading.Thread(
+                target=lambda: said.extend(clients.both(requests, timeout=None)), daemon=True
+            )
+            waiting.start()
+            connection, _ = leaving.accept()
+            memory.declare("web", [servers[0].host])
+            until(lambda: matchmaker.hosts("web").hosts == (servers[0].host,), SECONDS, "it left")
+            assert clients.unary()["host"] == str(servers[0].host)
+            leaving.close()
+            connection.close()
+            waiting.join(SECONDS)
+    assert [one["host"] for one in said] == [str(servers[0].host)]
+
+
 def test_an_idempotent_call_goes_to_another_host(
     client: Client, servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker
 ) -> None:

@@ -173,7 +173,8 @@ class SubChannels:
                     sub.left_at = None
                 elif sub.left_at is None:
                     sub.left_at = clock()
-                    self._let_go(sub)
+                    if not sub.calls:  # one may wait until it is connected
+                        self._let_go(sub)
             self._leaving = [sub for sub in self._subs.values() if sub.left_at is not None]
 
     def _close_left(self) -> None:
