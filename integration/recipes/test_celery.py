@@ -78,8 +78,9 @@ def test_worker_and_client_move_to_the_new_broker(
     second.follow(first)
     first.register(url)
     variables = {"CONSUL_MATCHMAKER_URL": f"{url}?tag=primary"}
-    words = ["celery", "-A", "tasks", "worker", "--concurrency", "1", "--loglevel", "INFO"]
-    worker = start("celery.md", *words, **variables)
+    # Restarted when it ends, as the page says that it may.
+    words = "celery -A tasks worker --concurrency 1 --loglevel INFO"
+    worker = start("celery.md", "sh", "-c", f"while :; do {words}; done", **variables)
     client = start("celery.md", "python", "-c", SEND, **variables)
     worker.until(lambda: executed(worker) > 2, "tasks are executed")
     first.kill()
