@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from .answers.cache import Cache
-from .answers.load import Load
+from .answers.load import HostLoad, Load
 from .answers.quarantine import Quarantine
 from .answers.selection import Selector
 from .errors import ConfigurationError, MatchmakerError, NoLiveHosts
@@ -44,7 +44,8 @@ class Attempt:
         self.topic, self.host = topic, host
         self._is_judged = False
         self._load = caller.load
-        self._busy = list(self._load.begin(topic, host))
+        self._busy: list[HostLoad] = []  # for `end`, also where the next line raises
+        self._busy += self._load.begin(topic, host)
         self._began = caller.clock()
 
     def judge(self, *, is_good: bool) -> None:
@@ -57,7 +58,7 @@ class Attempt:
 
     def end(self) -> None:
         """The host is not busy with it any more; without `judge` before, nothing is known of it.
-        Idempotent."""
+        Idempotent; an attempt that is forgotten has ended."""
         with suppress(IndexError):  # pop is atomic: it ends once
             busy = self._busy.pop()
             if self._load is self._caller.load:  # else this is a forked child
@@ -72,9 +73,14 @@ class Attempt:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is None or isinstance(error, self._failures):
-            self.judge(is_good=error is None)
-        self.end()
+        try:
+            if error is None or isinstance(error, self._failures):
+                self.judge(is_good=error is None)
+        finally:
+            self.end()
+
+    def __del__(self) -> None:
+        self.end()  # nobody else can any more, and the host would be taken for busy for ever
 
 
 class Attempts:

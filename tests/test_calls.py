@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -324,6 +325,29 @@ def test_an_attempt_ends_once() -> None:
     assert play.rejected == {str(attempt.host)}
     assert in_flight(play.mm) == 1
     other.end()
+    assert in_flight(play.mm) == 0
+    play.mm.close()
+
+
+def test_an_attempt_that_is_forgotten_ends() -> None:
+    """By an answer that nobody reads, an interrupt before its block: its host is not shunned."""
+    play = Play("threaded", selection="least_loaded")
+    attempt = play.mm.attempts(TOPIC).begin(play.mm.hosts(TOPIC))
+    assert in_flight(play.mm) == 1
+    del attempt
+    gc.collect()
+    assert in_flight(play.mm) == 0
+    assert not play.rejected
+    play.mm.close()
+
+
+def test_an_attempt_ends_although_it_cannot_be_judged() -> None:
+    """Whatever goes wrong, here `retry_on` that is no tuple: the host is not busy any more."""
+    play = Play("threaded", selection="least_loaded")
+    failures: Any = [OSError]
+    attempt = play.mm.attempts(TOPIC, failures=failures).begin(play.mm.hosts(TOPIC))
+    with pytest.raises(TypeError), attempt:
+        raise OSError
     assert in_flight(play.mm) == 0
     play.mm.close()
 
