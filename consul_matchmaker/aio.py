@@ -193,21 +193,25 @@ class Matchmaker:
         tries = self.sync.attempts(topic, attempts=attempts, key=key, failures=retry_on)
         until = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
         failure: Exception | None = None
-        while True:
-            left = None if timeout_seconds is None else max(0.0, until - time.monotonic())
-            try:
-                attempt = tries.begin(await self.hosts(topic, timeout_seconds=left))
-            except MatchmakerError:
-                if failure is not None:  # it says more than that nobody is left
-                    raise failure from None
-                raise
-            try:
-                with attempt:
-                    return await asyncio.wait_for(function(attempt.host), left)
-            except retry_on as error:
-                if time.monotonic() >= until or not tries.may_retry():
-                    raise
-                failure = error
+        try:
+            while True:
+                left = None if timeout_seconds is None else max(0.0, until - time.monotonic())
+                try:
+                    attempt = tries.begin(await self.hosts(topic, timeout_seconds=left))
+                except MatchmakerError:
+                    if failure is None:
+                        raise
+                    break  # the failure says more than that nobody is left
+                try:
+                    with attempt:
+                        return await asyncio.wait_for(function(attempt.host), left)
+                except retry_on as error:
+                    if time.monotonic() >= until or not tries.may_retry():
+                        raise
+                    failure = error
+            raise failure
+        finally:
+            del failure  # which refers to this frame
 
     async def wait_for_hosts(
         self, topic: str, *, timeout_seconds: float, server: str | None = None

@@ -224,21 +224,26 @@ class Caller:
         tries = self.attempts(topic, attempts=attempts, key=key, failures=retry_on)
         deadline = None if timeout_seconds is None else self.clock() + timeout_seconds
         failure: Exception | None = None
-        while True:
-            left = None if deadline is None else max(0.0, deadline - self.clock())
-            try:
-                attempt = tries.begin(self._cache.lookup(topic, timeout_seconds=left))
-            except MatchmakerError:
-                if failure is not None:  # it says more than that nobody is left
-                    raise failure from None
-                raise
-            try:
-                with attempt:
-                    return function(attempt.host)
-            except retry_on as error:
-                if (deadline is not None and self.clock() >= deadline) or not tries.may_retry():
-                    raise
-                failure = error
+        try:
+            while True:
+                left = None if deadline is None else max(0.0, deadline - self.clock())
+                try:
+                    attempt = tries.begin(self._cache.lookup(topic, timeout_seconds=left))
+                except MatchmakerError:
+                    if failure is None:
+                        raise
+                    break  # the failure says more than that nobody is left
+                try:
+                    with attempt:
+                        return function(attempt.host)
+                except retry_on as error:
+                    is_late = deadline is not None and self.clock() >= deadline
+                    if is_late or not tries.may_retry():
+                        raise
+                    failure = error
+            raise failure
+        finally:
+            del failure  # which refers to this frame
 
     def judge(self, topic: str, host: Host, *, is_good: bool, seconds: float | None = None) -> None:
         """Reject *host*, or lift its quarantine: what `using` does at its end.  *seconds*: how long

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -160,8 +162,62 @@ def test_hosts_that_leave_during_a_call(play: Play) -> None:
 
     with pytest.raises(OSError, match="down") as caught:
         play.call(leave)
-    assert caught.value.__context__ is None or caught.value.__suppress_context__
+    assert caught.value.__context__ is None
     assert len(play.called) == 1
+
+
+@pytest.mark.parametrize("way", ["threaded", "awaited"])
+@pytest.mark.parametrize("is_said", [True, False])
+def test_a_failure_keeps_its_own_cause(way: str, is_said: bool) -> None:
+    """Also when it is raised because nobody is left; no exception of ours stands before it."""
+    play, root = Play(way), KeyError("root")
+
+    def function(host: Host) -> OSError:
+        play.memory.declare(TOPIC, [])
+        play.mm.expire(TOPIC, host)
+        down = OSError("down")
+        down.__context__ = root
+        if is_said:
+            down.__cause__ = root
+        return down
+
+    with pytest.raises(OSError, match="down") as caught:
+        play.call(function)
+    assert caught.value.__context__ is root
+    assert caught.value.__cause__ is (root if is_said else None)
+    assert caught.value.__suppress_context__ is is_said
+    play.mm.close()
+
+
+class Resource:
+    """What a function has while it is called."""
+
+
+@pytest.mark.parametrize(
+    ("way", "failures"),  # not all three, awaited: asyncio.run keeps what it raises
+    [("threaded", 1), ("threaded", 3), ("awaited", 1), ("awaited", 2)],
+)
+def test_what_a_failed_attempt_had_is_freed(way: str, failures: int) -> None:
+    """With the call, without waiting for the garbage collector: a socket, a large answer."""
+    play, had = Play(way), []
+
+    def failing(host: Host) -> str:
+        resource = Resource()
+        had.append(weakref.ref(resource))
+        if len(had) <= failures:
+            raise OSError
+        return "done"
+
+    gc.collect()
+    gc.disable()
+    try:
+        with suppress(OSError):
+            play.call(failing)
+        assert len(had) > 1
+        assert [each() for each in had] == [None] * len(had)
+    finally:
+        gc.enable()
+    play.mm.close()
 
 
 @pytest.mark.parametrize("attempts", [0, -1, True, 1.5, "3"])
