@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 
 from . import matchmaker, model
 from .answers.belief import is_same
-from .calls import ATTEMPTS, RETRY_ON, Failures
+from .calls import ATTEMPTS, RETRY_ON, Failures, named
 from .errors import Closed, MatchmakerError, TimedOut, Unavailable
 from .fork import call_after_fork
 from .matchmaker import ASK_AGAIN_SECONDS, GRACE_SECONDS, nobody_came
@@ -150,9 +150,15 @@ class Matchmaker:
             return held
         if timeout_seconds is None:
             return await self._shared(self.sync.hosts, topic, server)
-        return await self._off_loop(
+        asking = self._off_loop(
             lambda: self.sync.hosts(topic, server, timeout_seconds=timeout_seconds)
         )
+        try:  # its thread may have to wait for others, before its own timeout begins
+            return await asyncio.wait_for(asking, timeout_seconds + GRACE_SECONDS)
+        except asyncio.TimeoutError:
+            name = named(topic, server)
+            waited = f"Consul could not be asked for {name} within {timeout_seconds:g} s"
+            raise TimedOut(waited) from None
 
     async def pick(
         self,

@@ -141,6 +141,29 @@ def test_a_topic_that_hangs_holds_up_neither_loop_nor_others() -> None:
     run(work())
 
 
+def test_a_timeout_counts_while_every_thread_waits_for_consul() -> None:
+    """As many topics hang as there are threads to ask: one more raises TimedOut at its time."""
+    consul = FakeResolver()
+    topics = [f"slow{number}" for number in range(aio.MAX_THREADS)]
+    for topic in topics:
+        consul.say(topic, str(ONE))
+        consul.hold(topic)
+
+    async def work() -> None:
+        async with aio.Matchmaker(Matchmaker(catalog(), backend=consul)) as mm:
+            waiting = [asyncio.create_task(mm.hosts(topic)) for topic in topics]
+            while len(consul.asked) < len(topics):
+                await asyncio.sleep(0.001)
+            with pytest.raises(errors.TimedOut, match="another"):
+                await mm.hosts("another", timeout_seconds=0)
+            assert not any(task.done() for task in waiting)
+            for topic in topics:
+                consul.let_go(topic)
+            await asyncio.gather(*waiting)
+
+    run(work())
+
+
 @pytest.mark.system
 def test_registering_waiting_and_watching() -> None:
     """A registration is awaited, seen by a watch, and leaves with its block."""
