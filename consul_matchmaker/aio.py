@@ -198,19 +198,22 @@ class Matchmaker:
         asyncio.TimeoutError."""
         tries = self.sync.attempts(topic, attempts=attempts, key=key, failures=retry_on)
         until = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+
+        def left() -> float | None:
+            return None if timeout_seconds is None else max(0.0, until - time.monotonic())
+
         failure: Exception | None = None
         try:
             while True:
-                left = None if timeout_seconds is None else max(0.0, until - time.monotonic())
                 try:
-                    attempt = tries.begin(await self.hosts(topic, timeout_seconds=left))
+                    attempt = tries.begin(await self.hosts(topic, timeout_seconds=left()))
                 except MatchmakerError:
                     if failure is None:
                         raise
                     break  # the failure says more than that nobody is left
                 try:
                     with attempt:
-                        return await asyncio.wait_for(function(attempt.host), left)
+                        return await asyncio.wait_for(function(attempt.host), left())
                 except retry_on as error:
                     if time.monotonic() >= until or not tries.may_retry():
                         raise

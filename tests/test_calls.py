@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
@@ -12,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from consul_matchmaker import Host, Matchmaker, Settings, aio
+from consul_matchmaker import Host, Matchmaker, Settings, Snapshot, aio
 from consul_matchmaker.backends.memory import Memory
-from consul_matchmaker.errors import Closed, ConfigurationError, NoLiveHosts, Unavailable
+from consul_matchmaker.errors import Closed, ConfigurationError, NoLiveHosts, TimedOut, Unavailable
 
 from .doubles import DEADLINE_SECONDS, ManualClock, in_thread
 
@@ -277,6 +278,30 @@ def test_awaited_the_attempt_is_cancelled_at_the_timeout() -> None:
     assert len(called) == 1
     assert play.rejected == {str(called[0])}
     play.mm.close()
+
+
+@pytest.mark.system
+def test_the_timeout_is_for_asking_consul_too() -> None:
+    """What an awaited attempt may take is what is left when its host is known."""
+    halves = 0.3
+
+    class Slow(Memory):
+        longest_lookup_seconds = DEADLINE_SECONDS
+
+        def lookup(self, *arguments: Any, **options: Any) -> Snapshot:
+            time.sleep(halves)
+            return super().lookup(*arguments, **options)
+
+    async def function(host: Host) -> str:
+        await asyncio.sleep(halves)
+        return "in twice as much"
+
+    consul = Slow()
+    consul.declare(TOPIC, hosts(1))
+    mm = Matchmaker(Settings(mode="kv"), backend=consul)
+    with pytest.raises((asyncio.TimeoutError, TimedOut)):
+        asyncio.run(aio.Matchmaker(mm).call(TOPIC, function, timeout_seconds=halves * 1.5))
+    mm.close()
 
 
 @pytest.mark.system
