@@ -320,7 +320,7 @@ class _Answer(httpx.SyncByteStream):
     def __iter__(self) -> Iterator[bytes]:
         try:
             yield from self._stream
-        except Exception:
+        except BaseException:  # also where its reader leaves it
             self.close()
             raise
         self.close()
@@ -342,7 +342,7 @@ class _AwaitedAnswer(httpx.AsyncByteStream):
         try:
             async for part in self._stream:
                 yield part
-        except Exception:
+        except BaseException:
             await self.aclose()
             raise
         await self.aclose()

@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -614,6 +615,38 @@ def test_a_host_is_busy_until_the_body_is_read_or_closed(
         assert len(mm.busy) == 1
         client.let_go(second)
         assert mm.busy == []
+
+
+def test_reading_that_is_broken_off_ends_the_attempt(
+    kind: type[Threads], make: Make, mm: NotingMatchmaker, memory: Memory
+) -> None:
+    """By an iterator that is closed, or a task that is cancelled; as httpx closes its connection
+    then, also where nobody closes the answer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        memory.declare("web", [Host(*listener.getsockname())])
+        client = make()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf ")
+            assert connection.recv(1) == b"", "the client closes it"
+            connection.close()
+
+        with ThreadPoolExecutor() as threads:
+            server = threads.submit(serve)
+            response = client.begin(f"{WEB}/")
+            assert len(mm.busy) == 1
+            if kind is Threads:
+                parts = response.iter_raw()
+                assert next(parts) == b"half "
+                parts.close()
+            else:
+                with pytest.raises(asyncio.TimeoutError):
+                    client._run(asyncio.wait_for(response.aread(), 0.05))
+            server.result(5)
+        assert mm.busy == []
+        assert not response.is_closed
 
 
 def test_an_answer_that_was_read_already_keeps_nobody_busy(
