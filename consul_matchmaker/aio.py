@@ -171,7 +171,8 @@ class Matchmaker:
         """One live host of *topic* that is neither rejected nor one of *exclude*."""
         # Out of this very answer: to look once more could ask Consul, on the event loop.
         snapshot = await self.hosts(topic, server)
-        return self.sync.picked(snapshot, server, key=key, exclude=[*map(host_of, exclude)])
+        tried = frozenset(map(host_of, exclude))
+        return self.sync.picked(snapshot, server, key=key, exclude=tried)
 
     @asynccontextmanager
     async def using(

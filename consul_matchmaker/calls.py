@@ -147,7 +147,7 @@ class Caller:
         those), and what `hosts` raises.
         """
         snapshot = self._cache.lookup(topic, server)
-        tried = [*map(host_of, exclude)] if exclude else ()
+        tried = frozenset(map(host_of, exclude)) if exclude else ()
         return self.picked(snapshot, server, key=key, exclude=tried)
 
     def picked(

@@ -451,6 +451,48 @@ def test_pick_leaves_out_hosts() -> None:
     play.mm.close()
 
 
+class Compared(Host):
+    """Counts how often hosts are compared."""
+
+    count = 0
+
+    def __eq__(self, other: object) -> bool:
+        Compared.count += 1
+        return Host.__eq__(self, other)
+
+    __hash__ = Host.__hash__
+
+
+def many(count: int) -> list[Host]:
+    return [Compared(f"10.0.{number // 250}.{number % 250}", 80) for number in range(count)]
+
+
+@pytest.mark.parametrize("what", ["exclude", "exclude awaited", "explain", "eject"])
+def test_work_grows_with_the_hosts_and_not_with_their_square(what: str) -> None:
+    """Of 400 hosts half are excluded, or rejected: none is compared with all others."""
+    play = Play("threaded", selection="least_loaded", ejection_failure_rate=0.3, subset_size=100)
+    fleet = many(400)
+    play.memory.declare(TOPIC, fleet)
+    play.mm.pick(TOPIC)
+    for host in fleet[:200]:
+        play.mm.reject(TOPIC, host)
+    Compared.count = 0
+    if what == "exclude":
+        assert play.mm.pick(TOPIC, exclude=many(200)) in fleet[200:]
+    elif what == "exclude awaited":
+        picked = aio.Matchmaker(play.mm).pick(TOPIC, exclude=many(200))
+        assert asyncio.run(asyncio.wait_for(picked, DEADLINE_SECONDS)) in fleet[200:]
+    elif what == "explain":
+        told: Any = play.mm.explain(TOPIC)
+        assert len(told["selection"]) == 400
+    else:
+        for _ in range(30):
+            play.mm.reject(TOPIC, fleet[0])
+        assert play.mm.status()["ejections"] == 1
+    assert Compared.count < 10 * 400
+    play.mm.close()
+
+
 def test_threads_call_at_once() -> None:
     """Eight threads, each fails at its first host: every call is answered by another one."""
     play = Play("threaded", retry_fraction=1)

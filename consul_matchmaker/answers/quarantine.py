@@ -81,8 +81,8 @@ class Quarantine:
         with self._lock:
             now = self._clock()
             records = self._records.get(topic, {})
-            ejected = sum(one in hosts and each.is_ejected(now) for one, each in records.items())
-            if not may_eject(ejected, len(hosts), self._max_ejected):
+            ejected = {one for one, each in records.items() if each.is_ejected(now)}
+            if not may_eject(len(ejected.intersection(hosts)), len(hosts), self._max_ejected):
                 return False
             self.ejections += 1
             record = self._records.setdefault(topic, {}).setdefault(host, _Record())

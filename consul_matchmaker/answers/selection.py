@@ -89,36 +89,41 @@ class Selector:
     ) -> dict[str, dict[str, object]]:
         """By host: whether `pick` chooses it now and how, or why not, and what its calls found.
         Changes nothing."""
+        if not snapshot:
+            return {}
         topic, now = snapshot.topic, self._clock()
         avoided = self._quarantine.avoided(topic, snapshot.hosts) or _NOBODY
-        told: dict[str, dict[str, object]] = {}
-        turn = self._turn_of(snapshot, avoided) if snapshot.instances else None
+        turn = self._turn_of(snapshot, avoided)
+        pools = {host: pool for pool in turn.pools for host in pool.hosts}
+        why_not = self._why_not(turn, snapshot)
         last = self._turns.get((topic, server))
+        told: dict[str, dict[str, object]] = {}
         for host in snapshot.hosts:
-            assert turn is not None
-            why = self._why_not(turn, snapshot, host)
-            is_chosen = not why
-            if is_chosen:
-                why = self._how(turn, host)
+            pool = pools.get(host)
+            if pool is None:
+                why = why_not[host]
+            else:
+                why = self._how(turn, pool)
                 since = last.since.get(host, -math.inf) if last else -math.inf
                 if (share := slow_start(now - since, self._slow_start_seconds)) < 1:
                     why += f"; it is new and gets {share:.0%} of its share"
-            told[str(host)] = {"is_chosen": is_chosen, "why": why}
+            told[str(host)] = {"is_chosen": pool is not None, "why": why}
             told[str(host)] |= self._load.explain(topic, host)
         return told
 
-    def _why_not(self, turn: _Turn, snapshot: Snapshot, host: Host) -> str:
-        if any(host in pool.hosts for pool in turn.pools):
-            return ""
-        if host in turn.avoided:
-            return "it was rejected"
-        if any(one.host == host for one in turn.choices):
-            return f"it is not one of the {self._subset_size} for this client (subset_size)"
-        own = min(one.priority for one in snapshot.instances if one.host == host)
-        return f"its priority is {own}, and hosts of priority {turn.choices[0].priority} are there"
+    def _why_not(self, turn: _Turn, snapshot: Snapshot) -> dict[Host, str]:
+        """Why each host would be left out, if it is in no pool."""
+        lowest = turn.choices[0].priority
+        by_priority = sorted(snapshot.instances, key=lambda one: one.priority, reverse=True)
+        why = {
+            one.host: f"its priority is {one.priority}, and hosts of priority {lowest} are there"
+            for one in by_priority
+        }
+        ours = f"it is not one of the {self._subset_size} for this client (subset_size)"
+        why |= dict.fromkeys((one.host for one in turn.choices), ours)
+        return why | dict.fromkeys(turn.avoided, "it was rejected")
 
-    def _how(self, turn: _Turn, host: Host) -> str:
-        pool = next(each for each in turn.pools if host in each.hosts)
+    def _how(self, turn: _Turn, pool: _Pool) -> str:
         how = {
             "round_robin": "in turn" if pool.weights is None else "at random by weight",
             "weighted": "in turn by weight",
