@@ -94,7 +94,8 @@ class Selector:
         topic, now = snapshot.topic, self._clock()
         avoided = self._quarantine.avoided(topic, snapshot.hosts) or _NOBODY
         turn = self._turn_of(snapshot, avoided)
-        pools = {host: pool for pool in turn.pools for host in pool.hosts}
+        used = turn.pools if turn.local_share < 1 else turn.pools[:1]
+        pools = {host: pool for pool in used for host in pool.hosts}
         why_not = self._why_not(turn, snapshot)
         last = self._turns.get((topic, server))
         told: dict[str, dict[str, object]] = {}
@@ -121,6 +122,8 @@ class Selector:
         }
         ours = f"it is not one of the {self._subset_size} for this client (subset_size)"
         why |= dict.fromkeys((one.host for one in turn.choices), ours)
+        far = f"it is outside of zone {self._zone}, whose own hosts are enough"
+        why |= {host: far for pool in turn.pools[1:] for host in pool.hosts}
         return why | dict.fromkeys(turn.avoided, "it was rejected")
 
     def _how(self, turn: _Turn, pool: _Pool) -> str:
