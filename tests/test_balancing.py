@@ -324,6 +324,17 @@ def test_no_more_are_ejected_than_the_cap() -> None:
     assert chooser.quarantine.eject(TOPIC, host(6), ten)
 
 
+def test_a_host_is_ejected_once() -> None:
+    """Calls that were under way fail after it; then neither its time nor the count grows."""
+    chooser, ten = Chooser(), hosts(10)
+    assert chooser.quarantine.eject(TOPIC, host(1), ten)
+    chooser.clock.advance(20)
+    assert not chooser.quarantine.eject(TOPIC, host(1), ten)
+    assert chooser.quarantine.ejections == 1
+    chooser.clock.advance(10)
+    assert chooser.counts(answer(*ten))[host(1)] == 1, "one tries it"
+
+
 def test_a_single_host_is_not_ejected() -> None:
     """Nor one of a topic whose hosts are not known."""
     chooser = Chooser()

@@ -77,12 +77,14 @@ class Quarantine:
             self._forgive(topic, host)
 
     def eject(self, topic: str, host: Host, hosts: Collection[Host]) -> bool:
-        """Avoid *host*, one of *hosts*, for long; False, with nothing done, when too many are."""
+        """Avoid *host*, one of *hosts*, for long; False, with nothing done, when it is ejected, or
+        too many are."""
         with self._lock:
             now = self._clock()
             records = self._records.get(topic, {})
             ejected = {one for one, each in records.items() if each.is_ejected(now)}
-            if not may_eject(len(ejected.intersection(hosts)), len(hosts), self._max_ejected):
+            count = len(ejected.intersection(hosts))
+            if host in ejected or not may_eject(count, len(hosts), self._max_ejected):
                 return False
             self.ejections += 1
             record = self._records.setdefault(topic, {}).setdefault(host, _Record())
