@@ -175,6 +175,19 @@ def test_a_call_that_ends_frees_its_host() -> None:
     assert set(chooser.counts(two)) == {host(2)}
 
 
+def test_least_loaded_leaves_alone_what_has_no_weight() -> None:
+    """Where others have some, a weight of 0 is a very small chance: also with several such hosts,
+    of which two are drawn often."""
+    chooser = Chooser(selection="least_loaded")
+    members = [Instance(host(number), weight=0) for number in range(1, 6)]
+    counts = chooser.counts(answer(*members, host(6), host(7)), 10_000)
+    assert 0 < sum(counts[host(number)] for number in range(1, 6)) < 50
+    assert 4000 < counts[host(6)] < 6000
+    rest = chooser.counts(answer(*members, host(6)), 100, exclude={host(6)})
+    assert set(rest) == set(hosts(5))
+    assert set(chooser.counts(answer(*members), 1000)) == set(hosts(5))
+
+
 # -- zones
 
 

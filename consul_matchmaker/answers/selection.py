@@ -17,7 +17,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from ..model import Host, Instance, Snapshot
 from ..settings import Settings
-from .balance import draw, local_share, newcomers, positive, slow_start, subset
+from .balance import (
+    SMALLEST_WEIGHT,
+    draw,
+    local_share,
+    newcomers,
+    positive,
+    slow_start,
+    subset,
+)
 from .load import Load
 from .quarantine import Quarantine
 
@@ -191,6 +199,8 @@ class Selector:
             return None
         if self._selection == "round_robin":
             return self._by_weight(choices) if skipped else pool.by_weight(self._chance)
+        if pool.weights is not None and self._chance.random() >= SMALLEST_WEIGHT:
+            choices = [one for one in choices if one.weight] or choices
         if len(choices) == 1:
             return choices[0].host
         return self._load.lesser(topic, *self._chance.sample(choices, 2)).host
