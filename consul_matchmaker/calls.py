@@ -37,15 +37,27 @@ class Attempt:
     given, and answered if the block raises nothing; all else says nothing of it.
     """
 
-    __slots__ = ("_began", "_busy", "_caller", "_failures", "_is_judged", "_load", "host", "topic")
+    __slots__ = (
+        "_awaited",
+        "_began",
+        "_busy",
+        "_caller",
+        "_failures",
+        "_is_judged",
+        "_load",
+        "host",
+        "topic",
+    )
 
     def __init__(self, caller: Caller, topic: str, host: Host, failures: Failures) -> None:
         self._caller, self._failures = caller, failures
         self.topic, self.host = topic, host
         self._is_judged = False
         self._load = caller.load
-        self._busy: list[HostLoad] = []  # for `end`, also where the next line raises
+        self._awaited: list[HostLoad] = []  # for `end`, also where the next line raises
+        self._busy: list[HostLoad] = []
         self._busy += self._load.begin(topic, host)
+        self._awaited += self._busy
         self._began = caller.clock()
 
     def judge(self, *, is_good: bool) -> None:
@@ -53,16 +65,23 @@ class Attempt:
         word counts."""
         if not self._is_judged:
             self._is_judged = True
+            self._tell(self._awaited, self._load.answered)
             seconds = self._caller.clock() - self._began
             self._caller.judge(self.topic, self.host, is_good=is_good, seconds=seconds)
 
     def end(self) -> None:
         """The host is not busy with it any more; without `judge` before, nothing is known of it.
         Idempotent; an attempt that is forgotten has ended."""
-        with suppress(IndexError):  # pop is atomic: it ends once
-            busy = self._busy.pop()
+        self._tell(self._awaited, self._load.answered)
+        self._tell(self._busy, self._load.end)
+
+    def _tell(self, whom: list[HostLoad], what: Callable[[HostLoad], None]) -> None:
+        if not whom:  # told already, or hosts are not counted
+            return
+        with suppress(IndexError):  # pop is atomic: it is told once
+            one = whom.pop()
             if self._load is self._caller.load:  # else this is a forked child
-                self._load.end(busy)
+                what(one)
 
     def __enter__(self) -> Attempt:
         return self

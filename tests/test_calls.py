@@ -451,6 +451,38 @@ def test_pick_leaves_out_hosts() -> None:
     play.mm.close()
 
 
+@pytest.mark.parametrize("way", ["ends", "is forgotten", "is judged"])
+def test_a_host_that_hangs_does_not_attract_calls(way: str) -> None:
+    """Although its latency was measured long ago; once its calls are over it has another chance."""
+    play = Play("threaded", selection="least_loaded")
+    play.memory.declare(TOPIC, hosts(2))
+    play.clock.advance(1)
+    bad, hanging = hosts(1)[0], []
+    for number in range(12_000):  # 100 calls a second
+        attempt = play.mm.attempts(TOPIC).begin(play.mm.hosts(TOPIC))
+        play.clock.advance(0.01)
+        if number < 100 or attempt.host != bad:
+            attempt.judge(is_good=True)
+            attempt.end()
+        else:
+            hanging.append(attempt)
+    assert 0 < len(hanging) < 10
+    for attempt in hanging:
+        if way == "is judged":
+            attempt.judge(is_good=True)
+        if way != "is forgotten":
+            attempt.end()
+    del attempt
+    hanging.clear()
+    gc.collect()
+    assert in_flight(play.mm) == 0
+    play.clock.advance(1000)
+    play.mm.acknowledge(TOPIC, hosts(2)[1])
+    if way != "is judged":  # else it is known to be slow
+        assert bad in {play.mm.pick(TOPIC) for _ in range(100)}
+    play.mm.close()
+
+
 class Compared(Host):
     """Counts how often hosts are compared."""
 

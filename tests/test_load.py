@@ -167,6 +167,22 @@ def test_topics_are_bounded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None
     assert all(load.may_retry("a") for _ in range(10))
 
 
+def test_a_latency_gets_old_but_not_while_a_call_waits(load: Load, clock: ManualClock) -> None:
+    """A host that hangs is not taken for a quick one; one that has answered, and whose body is
+    being read for long, is tried again."""
+    (one,) = load.begin("web", ONE)
+    load.begin("web", TWO)
+    answered(load, ONE, 1.0)
+    answered(load, TWO, 0.5)
+    clock.advance(30)
+    answered(load, TWO, 0.5)
+    assert lesser(load) == TWO
+    load.answered(one)
+    assert lesser(load) == ONE
+    load.end(one)
+    assert load.explain("web", ONE)["in_flight"] == 0
+
+
 def test_a_finalizer_may_end_a_call(load: Load) -> None:
     """The garbage collector runs it on a thread that holds the lock: it does not wait for that."""
     (one,) = load.begin("web", ONE)

@@ -62,9 +62,10 @@ class Latency:
         """Whether it was ever measured."""
         return self._at > -math.inf
 
-    def seconds(self, now: float) -> float:
-        """What to reckon with *now*: less and less while nobody measures."""
-        return self._seconds * self._fading(now)
+    def seconds(self, now: float, *, is_awaited: bool = False) -> float:
+        """What to reckon with *now*: less and less while nobody measures; but not while an answer
+        is awaited, or a host that hangs would look quicker and quicker."""
+        return self._seconds if is_awaited else self._seconds * self._fading(now)
 
     def measured(self, seconds: float, now: float) -> None:
         """A call took *seconds*."""

@@ -18,10 +18,10 @@ MAX_TOPICS = 10_000
 class HostLoad:
     """One host of one topic; changed with the lock of `Load` held."""
 
-    __slots__ = ("calls", "failures", "in_flight", "latency")
+    __slots__ = ("calls", "failures", "in_flight", "latency", "unanswered")
 
     def __init__(self) -> None:
-        self.in_flight = 0
+        self.in_flight = self.unanswered = 0
         self.latency = Latency()
         self.calls, self.failures = Fading(), Fading()
 
@@ -42,23 +42,30 @@ class Load:
         self._topics: dict[str, dict[Host, HostLoad]] = {}
         self._hosts: dict[str, Collection[Host]] = {}
         self._lock = threading.Lock()
+        self._answered: deque[HostLoad] = deque()
         self._ended: deque[HostLoad] = deque()
-        """Whose calls are over, and not counted yet."""
+        """Whose calls are answered, and over, and not counted yet."""
         self.retries = self.refused = 0
         """Since the start: retries, and those that the budget did not allow."""
 
     # -- one call of one host
 
     def begin(self, topic: str, host: Host) -> tuple[HostLoad, ...]:
-        """*host* has one call more to answer, until what is returned is given to `end`; nothing
-        where hosts are not counted."""
+        """*host* has one call more to answer, until what is returned is given to `answered`, and to
+        `end`; nothing where hosts are not counted."""
         if not self.is_counted:
             return ()
         with self._lock:
             self._count_ended()
             one = self._of(topic, host)
             one.in_flight += 1
+            one.unanswered += 1
         return (one,)
+
+    def answered(self, one: HostLoad) -> None:
+        """Nobody waits for the answer to a call that `begin` returned any more.  Takes no lock, as
+        `end`."""
+        self._answered.append(one)
 
     def end(self, one: HostLoad) -> None:
         """A call that `begin` returned is over.  Takes no lock: a finalizer may say so, which the
@@ -115,7 +122,7 @@ class Load:
             are_known = all(load.latency.is_known for load in each)
             costs = [
                 cost(
-                    load.latency.seconds(now) if are_known else 1.0,
+                    load.latency.seconds(now, is_awaited=load.unanswered > 0) if are_known else 1.0,
                     load.in_flight,
                     instance.weight,
                 )
@@ -158,6 +165,8 @@ class Load:
             }
 
     def _count_ended(self) -> None:
+        while self._answered:
+            self._answered.popleft().unanswered -= 1
         while self._ended:
             self._ended.popleft().in_flight -= 1
 
