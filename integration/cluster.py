@@ -10,11 +10,14 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import pytest
+
 from consul_matchmaker.backends.kv.keys import SENTINEL
+from consul_matchmaker.testing.consul_binary import ConsulNotFound
 from consul_matchmaker.testing.consul_probe import (
     Node,
     NotReady,
@@ -29,6 +32,7 @@ from consul_matchmaker.testing.local_consul import (
     ClusterError,
     LocalCluster,
 )
+from integration.access_rules import SHORT_LEASES
 
 TELL_SECONDS = 20.0  # an election takes two or three; the rest is for busy machines
 DOCKER_SECONDS = 60.0  # one docker command; a stop may take the 10 s the engine grants
@@ -455,3 +459,15 @@ def _run(command: list[str]) -> str:
     if done.returncode != 0:
         raise ClusterError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
     return done.stdout
+
+
+@contextlib.contextmanager
+def cluster_of_the_run(request: pytest.FixtureRequest, servers: int = 3) -> Iterator[Cluster]:
+    """Local processes, for all tests of a worker; their logs are kept if one failed."""
+    try:
+        made = LocalTestCluster(servers=servers, config=SHORT_LEASES)
+        made.__enter__()
+    except ConsulNotFound as error:
+        pytest.fail(str(error))
+    yield made
+    made.close(keep_logs=request.session.testsfailed > 0)

@@ -15,13 +15,12 @@ import pytest
 from consul_matchmaker import Matchmaker, Settings
 from consul_matchmaker.backends.http.api import ConsulApi
 from consul_matchmaker.backends.kv.store import Kv
-from consul_matchmaker.testing.consul_binary import ConsulNotFound
 from consul_matchmaker.testing.consul_probe import Node
-from integration.access_rules import SHORT_LEASES, guarded_cluster
+from integration.access_rules import guarded_cluster
 from integration.cluster import (
     Cluster,
     DockerCluster,
-    LocalTestCluster,
+    cluster_of_the_run,
     compose_command,
     free_ports,
     tell,
@@ -106,13 +105,8 @@ def cluster(cluster_kind: str, request: pytest.FixtureRequest) -> Iterator[Clust
         finally:
             docker_cluster.close()
         return
-    try:
-        local_cluster = LocalTestCluster(config=SHORT_LEASES)
-        local_cluster.__enter__()
-    except ConsulNotFound as error:
-        pytest.fail(str(error))
-    yield local_cluster
-    local_cluster.close(keep_logs=request.session.testsfailed > 0)
+    with cluster_of_the_run(request) as local_cluster:
+        yield local_cluster
 
 
 @pytest.fixture(scope="session")

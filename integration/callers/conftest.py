@@ -10,10 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from consul_matchmaker.testing.consul_binary import ConsulNotFound
 from consul_matchmaker.testing.consul_probe import Node
-from integration.access_rules import SHORT_LEASES
-from integration.cluster import Cluster, LocalTestCluster
+from integration.cluster import Cluster, cluster_of_the_run
 
 CLIENTS = ("aiohttp", "grpc", "httpx", "requests", "zmq", "opentelemetry")
 collect_ignore_glob = [
@@ -24,13 +22,8 @@ collect_ignore_glob = [
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """One server and `agent1`: what several servers do is tested elsewhere."""
-    try:
-        made = LocalTestCluster(servers=1, config=SHORT_LEASES)
-        made.__enter__()
-    except ConsulNotFound as error:
-        pytest.fail(str(error))
-    yield made
-    made.close(keep_logs=request.session.testsfailed > 0)
+    with cluster_of_the_run(request, servers=1) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

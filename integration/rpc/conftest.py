@@ -19,10 +19,8 @@ from typing import Any
 
 import pytest
 
-from consul_matchmaker.testing.consul_binary import ConsulNotFound
 from consul_matchmaker.testing.consul_probe import Node
-from integration.access_rules import SHORT_LEASES
-from integration.cluster import Cluster, LocalTestCluster, tell
+from integration.cluster import Cluster, cluster_of_the_run, tell
 from integration.rpc.endpoints import Endpoint
 from integration.rpc.server_process import ServerProcess
 from integration.waiting import until
@@ -41,13 +39,8 @@ QUICK = {"host": "127.0.0.1", "drain_seconds": 0.1, "delivery_timeout": CALL_SEC
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """One server and `agent1`: what several servers do is tested elsewhere."""
-    try:
-        made = LocalTestCluster(servers=1, config=SHORT_LEASES)
-        made.__enter__()
-    except ConsulNotFound as error:
-        pytest.fail(str(error))
-    yield made
-    made.close(keep_logs=request.session.testsfailed > 0)
+    with cluster_of_the_run(request, servers=1) as made:
+        yield made
 
 
 @pytest.fixture

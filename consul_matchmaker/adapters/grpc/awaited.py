@@ -16,7 +16,7 @@ from ...errors import MatchmakerError, Unavailable
 from ...model import Host, Snapshot, checked_topic
 from . import rules
 from .awaited_calls import StreamStreamCall, StreamUnaryCall, UnaryStreamCall, UnaryUnaryCall
-from .methods import Method
+from .methods import Method, Stubs
 from .rules import GRACE_SECONDS, Idempotence
 from .sub_channels import BROKEN, READY, SubChannel, SubChannels, Use
 
@@ -97,7 +97,7 @@ async def _close(sub: SubChannel, grace: float | None = None) -> None:
     await sub.channel.close(grace)
 
 
-class Channel(grpc.aio.Channel):
+class Channel(Stubs, grpc.aio.Channel):
     """See `aio_channel`."""
 
     def __init__(
@@ -163,48 +163,6 @@ class Channel(grpc.aio.Channel):
             return self.subs.begin(tries, hosts)
         except ValueError as error:
             raise grpc.aio.UsageError("Channel is closed.") from error
-
-    # -- what stubs call
-
-    def unary_unary(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> grpc.aio.UnaryUnaryMultiCallable:
-        given = request_serializer, response_deserializer, _registered_method
-        return UnaryUnary(self, "unary_unary", method, *given)
-
-    def unary_stream(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> grpc.aio.UnaryStreamMultiCallable:
-        given = request_serializer, response_deserializer, _registered_method
-        return UnaryStream(self, "unary_stream", method, *given)
-
-    def stream_unary(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> grpc.aio.StreamUnaryMultiCallable:
-        given = request_serializer, response_deserializer, _registered_method
-        return StreamUnary(self, "stream_unary", method, *given)
-
-    def stream_stream(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> grpc.aio.StreamStreamMultiCallable:
-        given = request_serializer, response_deserializer, _registered_method
-        return StreamStream(self, "stream_stream", method, *given)
 
     # -- connectivity
 
@@ -327,3 +285,11 @@ class StreamStream(Method, grpc.aio.StreamStreamMultiCallable):
     ) -> StreamStreamCall:
         how = metadata, credentials, wait_for_ready, compression
         return StreamStreamCall(self, request_iterator, timeout, *how)
+
+
+Channel._kinds = {
+    "unary_unary": UnaryUnary,
+    "unary_stream": UnaryStream,
+    "stream_unary": StreamUnary,
+    "stream_stream": StreamStream,
+}

@@ -15,7 +15,7 @@ from ...matchmaker import Matchmaker
 from ...model import Host, checked_topic
 from . import rules
 from .connectivity import Connectivity
-from .methods import Method
+from .methods import Method, Stubs
 from .pending import NoHost, Pending
 from .rules import GRACE_SECONDS, Idempotence
 from .sub_channels import BROKEN, READY, SubChannel, SubChannels, Use
@@ -122,7 +122,7 @@ def _close(sub: SubChannel) -> None:
     sub.channel.close()
 
 
-class Channel(grpc.Channel):
+class Channel(Stubs, grpc.Channel):
     """See `channel`."""
 
     def __init__(
@@ -173,48 +173,6 @@ class Channel(grpc.Channel):
             failure = NoHost(f"failed to connect to {use.sub.host}")
             if not tries.may_retry():
                 raise failure
-
-    # -- what stubs call
-
-    def unary_unary(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> grpc.UnaryUnaryMultiCallable:
-        given = request_serializer, response_deserializer, _registered_method
-        return UnaryUnary(self, "unary_unary", method, *given)
-
-    def unary_stream(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> grpc.UnaryStreamMultiCallable:
-        given = request_serializer, response_deserializer, _registered_method
-        return UnaryStream(self, "unary_stream", method, *given)
-
-    def stream_unary(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> grpc.StreamUnaryMultiCallable:
-        given = request_serializer, response_deserializer, _registered_method
-        return StreamUnary(self, "stream_unary", method, *given)
-
-    def stream_stream(
-        self,
-        method: str,
-        request_serializer: Any = None,
-        response_deserializer: Any = None,
-        _registered_method: bool | None = False,
-    ) -> grpc.StreamStreamMultiCallable:
-        given = request_serializer, response_deserializer, _registered_method
-        return StreamStream(self, "stream_stream", method, *given)
 
     # -- connectivity
 
@@ -411,3 +369,11 @@ class StreamStream(Blocking, grpc.StreamStreamMultiCallable):
     ) -> Any:
         how = metadata, credentials, wait_for_ready, compression
         return Pending.begun(self, "__call__", request_iterator, timeout, how)
+
+
+Channel._kinds = {
+    "unary_unary": UnaryUnary,
+    "unary_stream": UnaryStream,
+    "stream_unary": StreamUnary,
+    "stream_stream": StreamStream,
+}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, cast
 
 import grpc
 
@@ -17,6 +18,55 @@ class Owner(Protocol):
 
     subs: SubChannels
     idempotence: Idempotence
+
+
+class Stubs:
+    """What generated stubs call of a channel: each kind of method is made in the same way."""
+
+    _kinds: ClassVar[Mapping[str, type[Method]]]
+
+    def unary_unary(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        _registered_method: bool | None = False,
+    ) -> Any:
+        given = request_serializer, response_deserializer, _registered_method
+        return self._multi_callable("unary_unary", method, *given)
+
+    def unary_stream(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        _registered_method: bool | None = False,
+    ) -> Any:
+        given = request_serializer, response_deserializer, _registered_method
+        return self._multi_callable("unary_stream", method, *given)
+
+    def stream_unary(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        _registered_method: bool | None = False,
+    ) -> Any:
+        given = request_serializer, response_deserializer, _registered_method
+        return self._multi_callable("stream_unary", method, *given)
+
+    def stream_stream(
+        self,
+        method: str,
+        request_serializer: Any = None,
+        response_deserializer: Any = None,
+        _registered_method: bool | None = False,
+    ) -> Any:
+        given = request_serializer, response_deserializer, _registered_method
+        return self._multi_callable("stream_stream", method, *given)
+
+    def _multi_callable(self, kind: str, method: str, *given: Any) -> Method:
+        return self._kinds[kind](cast(Owner, self), kind, method, *given)
 
 
 class Method:
