@@ -205,7 +205,10 @@ class MatchmakerAdapter(HTTPAdapter):
         found = self._matchmaker.hosts(topic, timeout_seconds=timeout_seconds)
         before = self._seen.get(topic)
         if before is not found:
-            self._seen[topic] = found
+            if found:
+                self._seen[topic] = found
+            else:  # so a name that nobody serves leaves nothing here
+                self._seen.pop(topic, None)
             if before is not None and (left := set(before.hosts) - set(found.hosts)):
                 gone = {(host.address, host.port) for host in left}
                 pools = self.poolmanager.pools

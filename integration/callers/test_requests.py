@@ -82,6 +82,25 @@ def test_the_name_is_all_that_anybody_sees(service: Service, session: requests.S
     assert said["headers"]["cookie"] == "a=1", "whichever host set it"
 
 
+def test_names_that_nobody_serves_leave_nothing(service: Service) -> None:
+    """Whoever may choose the name in a URL cannot fill the memory of the session; a topic that has
+    lost its hosts leaves nothing either."""
+    with session_of(service.matchmaker, "http://") as session:
+        for number in range(20):
+            with pytest.raises(requests.ConnectionError):
+                session.get(f"http://nobody{number}.service.consul/", timeout=SECONDS)
+        adapter: Any = session.get_adapter(URL)
+        assert adapter._seen == {}
+        session.get(f"{URL}/", timeout=SECONDS)
+        assert set(adapter._seen) == {TOPIC}
+        service.memory.declare(TOPIC, [])
+        until(lambda: not service.matchmaker.hosts(TOPIC), 10, "left")
+        with pytest.raises(requests.ConnectionError):
+            session.get(f"{URL}/", timeout=SECONDS)
+        assert adapter._seen == {}
+        until(lambda: not any(server.open for server in service.servers), 5, "closed")
+
+
 def test_the_request_is_not_changed(service: Service, session: requests.Session) -> None:
     """A prepared request can be sent again, and is the request of its response."""
     prepared = session.prepare_request(requests.Request("GET", f"{URL}/"))
