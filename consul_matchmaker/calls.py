@@ -98,8 +98,14 @@ class Attempt:
         finally:
             self.end()
 
-    def __del__(self) -> None:
-        self.end()  # nobody else can any more, and the host would be taken for busy for ever
+
+class _CountedAttempt(Attempt):
+    """One that ends when it is forgotten, or its host would be taken for busy for ever."""
+
+    __slots__ = ()
+
+    def __del__(self) -> None:  # only here: an interrupt that arrives in a finalizer is lost
+        self.end()
 
 
 class Attempts:
@@ -216,7 +222,8 @@ class Caller:
 
     def attempt(self, topic: str, host: Host, *, failures: Failures = (Exception,)) -> Attempt:
         """One use of *host*, which begins now; for who has chosen it himself."""
-        return Attempt(self, topic, host, failures)
+        kind = _CountedAttempt if self.load.is_counted else Attempt
+        return kind(self, topic, host, failures)
 
     def call(
         self,
