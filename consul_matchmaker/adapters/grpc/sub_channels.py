@@ -173,8 +173,7 @@ class SubChannels:
                     sub.left_at = None
                 elif sub.left_at is None:
                     sub.left_at = clock()
-                    if not sub.calls:  # one may wait until it is connected
-                        self._let_go(sub)
+                    self._let_go(sub)
             self._leaving = [sub for sub in self._subs.values() if sub.left_at is not None]
 
     def _close_left(self) -> None:
