@@ -216,6 +216,30 @@ def test_a_host_that_is_being_connected_keeps_no_call_waiting(
     assert rejected(matchmaker) == set()
 
 
+def test_a_call_that_waits_for_a_connection_goes_elsewhere_when_its_host_leaves(
+    client: Client,
+    silent: Host,
+    servers: list[GrpcServer],
+    memory: Memory,
+    matchmaker: Matchmaker,
+) -> None:
+    """A stream of requests waits for one; it is sent to a host that is there, before its time is
+    over, and says nothing of the one that left."""
+    memory.declare("web", [silent])
+    said: list[Said] = []
+    with client(matchmaker, "web") as web:
+        caller = threading.Thread(target=lambda: said.append(web.requests([{"text": "a"}])))
+        caller.start()
+        until(lambda: connections_to(silent), SECONDS, "it waits")
+        memory.declare("web", [servers[0].host])
+        until(lambda: silent not in matchmaker.hosts("web").hosts, SECONDS, "the change is known")
+        web.unary()
+        caller.join(SECONDS)
+    assert [(one["host"], one["texts"]) for one in said] == [(str(servers[0].host), ["a"])]
+    assert calls(servers, "stream_unary") == 1
+    assert rejected(matchmaker) == set()
+
+
 # --- when calls fail -----------------------------------------------------------------------------
 
 

@@ -76,12 +76,22 @@ def _connect(sub: SubChannel) -> None:
 
 
 async def _settled(watch: Any, sub: SubChannel, timeout_seconds: float | None) -> None:
-    """Return when *sub* is connected, or that failed."""
+    """Return when *sub* is connected, or that failed, or its host left."""
 
     async def until_settled() -> None:
-        while watch is not None and (state := _state(sub.channel)) not in (READY, BROKEN):
+        while (
+            watch is not None
+            and not watch.done()
+            and (state := _state(sub.channel)) not in (READY, BROKEN)
+        ):
             assert state is not None
-            await sub.channel.wait_for_state_change(state)
+            changed = asyncio.ensure_future(sub.channel.wait_for_state_change(state))
+            try:
+                await asyncio.wait([watch, changed], return_when=asyncio.FIRST_COMPLETED)
+                if changed.done():
+                    changed.result()  # raises where the channel was closed
+            finally:
+                changed.cancel()
 
     with suppress(asyncio.TimeoutError):
         await asyncio.wait_for(until_settled(), timeout_seconds)
@@ -142,7 +152,7 @@ class Channel(Stubs, grpc.aio.Channel):
 
     async def begin_connected(self, tries: Attempts, deadline: float | None) -> Use:
         """As `begin`, at a host that is connected: for what cannot be sent twice.  Waits for that,
-        and goes to another host if it fails."""
+        and goes to another host if it fails, or if the host leaves before."""
         while True:
             use = self.begin(tries, await self.hosts(deadline))
             try:
@@ -150,6 +160,9 @@ class Channel(Stubs, grpc.aio.Channel):
             except BaseException:
                 use.end()
                 raise
+            if self.subs.has_left(use.sub):
+                use.end()
+                continue
             if _state(use.sub.channel) is not BROKEN:
                 return use
             use.attempt.judge(is_good=False)

@@ -92,6 +92,7 @@ class _Watch:
         self._sub = sub
         self._heard = threading.Condition()
         self._state: grpc.ChannelConnectivity | None = None
+        self._is_over = False
 
     def __call__(self, state: grpc.ChannelConnectivity) -> None:
         with self._heard:
@@ -100,10 +101,18 @@ class _Watch:
         if state is READY:
             _let_go(self._sub)
 
-    def wait(self, timeout_seconds: float | None) -> None:
-        """Until it is connected, or that failed."""
+    def end(self) -> None:
+        """Nobody connects it any more."""
         with self._heard:
-            self._heard.wait_for(lambda: self._state in (READY, BROKEN), timeout_seconds)
+            self._is_over = True
+            self._heard.notify_all()
+
+    def wait(self, timeout_seconds: float | None) -> None:
+        """Until it is connected, or that failed, or its host left."""
+        with self._heard:
+            self._heard.wait_for(
+                lambda: self._is_over or self._state in (READY, BROKEN), timeout_seconds
+            )
 
 
 def _connect(sub: SubChannel) -> None:
@@ -115,6 +124,7 @@ def _let_go(sub: SubChannel) -> None:
     watch, sub.watch = sub.watch, None
     if watch is not None:
         sub.channel.unsubscribe(watch)
+        watch.end()
 
 
 def _close(sub: SubChannel) -> None:
@@ -159,13 +169,16 @@ class Channel(Stubs, grpc.Channel):
 
     def begin_connected(self, tries: Attempts, deadline: float | None) -> Use:
         """As `begin`, at a host that is connected: for what cannot be sent twice.  Waits for that,
-        and goes to another host if it fails."""
+        and goes to another host if it fails, or if the host leaves before."""
         failure: Exception | None = None
         while True:
             use = self.begin(tries, deadline, failure)
             watch = self.subs.watch_of(use.sub)
             if watch is not None:
                 watch.wait(rules.left_until(deadline))
+            if self.subs.has_left(use.sub):
+                use.end()
+                continue
             if _state(use.sub.channel) is not BROKEN:
                 return use
             use.attempt.judge(is_good=False)

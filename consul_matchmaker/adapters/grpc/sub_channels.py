@@ -15,6 +15,7 @@ from .rules import SETTLING_SECONDS, clock
 
 READY = grpc.ChannelConnectivity.READY
 BROKEN = grpc.ChannelConnectivity.TRANSIENT_FAILURE
+UNCONNECTED = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
 
 
 class SubChannel:
@@ -108,6 +109,10 @@ class SubChannels:
             return None
         self.connect(sub)
         return sub.watch
+
+    def has_left(self, sub: SubChannel) -> bool:
+        """Whether the host of *sub* left before it was connected: nobody connects it any more."""
+        return sub.left_at is not None and self.state(sub.channel) in UNCONNECTED
 
     def give_back(self, sub: SubChannel) -> None:
         with self._lock:
