@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -110,12 +111,17 @@ def test_a_program_is_answered_while_a_host_is_killed(
         servers = serve(stack, kind, agent, topic)
         process = started(here(program, agent, topic), folder)
         stack.callback(process.kill)
-        assert process.stdout is not None
+        assert process.stdout is not None and process.stderr is not None
         lines = [process.stdout.readline() for _ in range(KILLED_AFTER)]
         killed, *left = servers
         servers[killed].kill()
-        rest, errors = process.communicate(timeout=END_SECONDS)
-    answers = [line.strip() for line in lines] + rest.splitlines()
+        watchdog = threading.Timer(END_SECONDS, process.kill)
+        watchdog.start()
+        lines += process.stdout  # not communicate(), which leaves out what was read with a line
+        errors = process.stderr.read()
+        process.wait()
+        watchdog.cancel()
+    answers = [line.strip() for line in lines]
     assert (process.returncode, errors) == (0, "")
     assert [answer for answer in answers if answer not in servers] == []
     assert len(answers) == ASKED
