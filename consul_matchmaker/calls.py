@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TypeVar
 
 from .answers.cache import Cache
-from .answers.load import HostLoad, Load
+from .answers.load import Load
 from .answers.quarantine import Quarantine
 from .answers.selection import Selector
 from .errors import ConfigurationError, MatchmakerError, NoLiveHosts
@@ -37,27 +37,14 @@ class Attempt:
     given, and answered if the block raises nothing; all else says nothing of it.
     """
 
-    __slots__ = (
-        "_awaited",
-        "_began",
-        "_busy",
-        "_caller",
-        "_failures",
-        "_is_judged",
-        "_load",
-        "host",
-        "topic",
-    )
+    __slots__ = ("_began", "_busy", "_caller", "_failures", "_is_judged", "_load", "host", "topic")
 
     def __init__(self, caller: Caller, topic: str, host: Host, failures: Failures) -> None:
         self._caller, self._failures = caller, failures
         self.topic, self.host = topic, host
         self._is_judged = False
         self._load = caller.load
-        self._awaited: list[HostLoad] = []  # for `end`, also where the next line raises
-        self._busy: list[HostLoad] = []
-        self._busy += self._load.begin(topic, host)
-        self._awaited += self._busy
+        self._busy = self._load.begin(topic, host)
         self._began = caller.clock()
 
     def judge(self, *, is_good: bool) -> None:
@@ -65,23 +52,17 @@ class Attempt:
         word counts."""
         if not self._is_judged:
             self._is_judged = True
-            self._tell(self._awaited, self._load.answered)
+            for call in self._busy:
+                self._load.answered(call)
             seconds = self._caller.clock() - self._began
             self._caller.judge(self.topic, self.host, is_good=is_good, seconds=seconds)
 
     def end(self) -> None:
         """The host is not busy with it any more; without `judge` before, nothing is known of it.
         Idempotent; an attempt that is forgotten has ended."""
-        self._tell(self._awaited, self._load.answered)
-        self._tell(self._busy, self._load.end)
-
-    def _tell(self, whom: list[HostLoad], what: Callable[[HostLoad], None]) -> None:
-        if not whom:  # told already, or hosts are not counted
-            return
-        with suppress(IndexError):  # pop is atomic: it is told once
-            one = whom.pop()
-            if self._load is self._caller.load:  # else this is a forked child
-                what(one)
+        for call in self._busy:
+            self._load.end(call)  # in a forked child of the parent's load, which nobody reads
+        self._busy = ()
 
     def __enter__(self) -> Attempt:
         return self
@@ -97,15 +78,6 @@ class Attempt:
                 self.judge(is_good=error is None)
         finally:
             self.end()
-
-
-class _CountedAttempt(Attempt):
-    """One that ends when it is forgotten, or its host would be taken for busy for ever."""
-
-    __slots__ = ()
-
-    def __del__(self) -> None:  # only here: an interrupt that arrives in a finalizer is lost
-        self.end()
 
 
 class Attempts:
@@ -222,8 +194,7 @@ class Caller:
 
     def attempt(self, topic: str, host: Host, *, failures: Failures = (Exception,)) -> Attempt:
         """One use of *host*, which begins now; for who has chosen it himself."""
-        kind = _CountedAttempt if self.load.is_counted else Attempt
-        return kind(self, topic, host, failures)
+        return Attempt(self, topic, host, failures)
 
     def call(
         self,

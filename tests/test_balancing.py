@@ -150,7 +150,7 @@ def test_processes_do_not_begin_with_the_same_host() -> None:
 def test_least_loaded_leaves_the_busy_host() -> None:
     """A host with more in flight is taken only when it is drawn with itself, which is never."""
     chooser, two = Chooser(selection="least_loaded"), answer(*hosts(2))
-    chooser.load.begin(TOPIC, host(1))
+    _kept = chooser.load.begin(TOPIC, host(1))
     assert set(chooser.counts(two)) == {host(2)}
     assert set(chooser.counts(answer(host(1)))) == {host(1)}
 
@@ -158,7 +158,7 @@ def test_least_loaded_leaves_the_busy_host() -> None:
 def test_least_loaded_draws_two_of_all() -> None:
     """Of five with one busy, the others share evenly."""
     chooser, five = Chooser(selection="least_loaded"), answer(*hosts(5))
-    chooser.load.begin(TOPIC, host(1))
+    _kept = chooser.load.begin(TOPIC, host(1))
     counts = chooser.counts(five, 4000)
     assert counts[host(1)] == 0
     assert all(850 < counts[one] < 1150 for one in hosts(5)[1:])

@@ -422,18 +422,6 @@ def test_an_attempt_that_is_forgotten_ends() -> None:
     play.mm.close()
 
 
-def test_an_interrupt_is_not_lost_where_hosts_are_not_counted() -> None:
-    """Python ignores what is raised in a finalizer, also Ctrl-C: there is none without need."""
-    plain, counting = Play("threaded"), Play("threaded", selection="least_loaded")
-    has_finalizer = [
-        hasattr(play.mm.attempts(TOPIC).begin(play.mm.hosts(TOPIC)), "__del__")
-        for play in (plain, counting)
-    ]
-    assert has_finalizer == [False, True]
-    plain.mm.close()
-    counting.mm.close()
-
-
 def test_an_attempt_ends_although_it_cannot_be_judged() -> None:
     """Whatever goes wrong, here `retry_on` that is no tuple: the host is not busy any more."""
     play = Play("threaded", selection="least_loaded")

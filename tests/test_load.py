@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def answered(load: Load, host: Host, seconds: float, *, is_good: bool = True) ->
 def test_the_host_with_fewer_calls_in_flight_has_less_to_do(load: Load) -> None:
     """Until they end; and by weight."""
     busy = [load.begin("web", ONE) for _ in range(2)]
-    load.begin("web", TWO)
+    _kept = load.begin("web", TWO)
     assert lesser(load) == TWO
     assert lesser(load, one_weight=4) == ONE
     for (one,) in busy:
@@ -51,7 +52,7 @@ def test_the_host_with_fewer_calls_in_flight_has_less_to_do(load: Load) -> None:
 def test_the_slower_host_has_more_to_do(load: Load) -> None:
     """Once the latencies of both are known; a failure that comes at once does not look quick."""
     answered(load, ONE, 0.1)
-    load.begin("web", ONE)
+    _kept = load.begin("web", ONE)
     assert lesser(load) == TWO, "of TWO nothing is known: calls in flight count"
     answered(load, TWO, 2.0)
     assert lesser(load) == ONE
@@ -86,7 +87,7 @@ def test_old_failures_do_not_count(load: Load, clock: ManualClock) -> None:
 def test_what_left_is_forgotten(load: Load) -> None:
     """Also while it is busy; its end changes nothing then."""
     (one,) = load.begin("web", ONE)
-    load.begin("web", TWO)
+    _kept = load.begin("web", TWO)
     load.hosts_are("web", (TWO,))
     assert load.explain("web", ONE) == {}
     assert load.hosts_of("web") == (TWO,)
@@ -127,7 +128,7 @@ def test_of_two_hosts_alike_the_first_is_taken(load: Load) -> None:
 
 def test_what_is_known_of_a_host_is_explained(load: Load) -> None:
     """In flight, latency, and how many of its last calls failed."""
-    load.begin("web", ONE)
+    _kept = load.begin("web", ONE)
     assert load.explain("web", ONE) == {
         "in_flight": 1,
         "latency_seconds": None,
@@ -157,10 +158,10 @@ def test_topics_are_bounded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None
     """With more of them, all begin anew."""
     monkeypatch.setattr(module, "MAX_TOPICS", 2)
     for topic in ("a", "b"):
-        load.begin(topic, ONE)
+        _kept = load.begin(topic, ONE)
         load.call(topic)
     assert load.explain("a", ONE)
-    load.begin("c", ONE)
+    _kept = load.begin("c", ONE)
     load.call("c")
     assert not load.explain("a", ONE)
     assert load.explain("c", ONE)
@@ -171,7 +172,7 @@ def test_a_latency_gets_old_but_not_while_a_call_waits(load: Load, clock: Manual
     """A host that hangs is not taken for a quick one; one that has answered, and whose body is
     being read for long, is tried again."""
     (one,) = load.begin("web", ONE)
-    load.begin("web", TWO)
+    _kept = load.begin("web", TWO)
     answered(load, ONE, 1.0)
     answered(load, TWO, 0.5)
     clock.advance(30)
@@ -180,6 +181,22 @@ def test_a_latency_gets_old_but_not_while_a_call_waits(load: Load, clock: Manual
     load.answered(one)
     assert lesser(load) == ONE
     load.end(one)
+    assert load.explain("web", ONE)["in_flight"] == 0
+
+
+def test_a_call_ends_once_and_also_when_it_is_forgotten(load: Load) -> None:
+    """So an interrupt at any moment leaves no host busy."""
+    (one,) = load.begin("web", ONE)
+    (other,) = load.begin("web", ONE)
+    for _ in range(3):
+        load.answered(one)
+        load.end(one)
+    assert load.explain("web", ONE)["in_flight"] == 1
+    load.end(one)
+    del one, other
+    gc.collect()
+    assert load.explain("web", ONE)["in_flight"] == 0
+    load.begin("web", ONE)
     assert load.explain("web", ONE)["in_flight"] == 0
 
 

@@ -26,6 +26,21 @@ class HostLoad:
         self.calls, self.failures = Fading(), Fading()
 
 
+class Busy:
+    """One call of a host.  It ends when it is forgotten, or the host would be taken for busy for
+    ever: by an answer that nobody reads, or an interrupt at any moment."""
+
+    __slots__ = ("_end", "is_answered", "is_over", "load")
+
+    def __init__(self, load: HostLoad, end: Callable[[Busy], None]) -> None:
+        self._end = end
+        self.load = load
+        self.is_answered = self.is_over = True  # as it is not counted yet
+
+    def __del__(self) -> None:
+        self._end(self)
+
+
 class Load:
     """Counts calls by topic and host, and the retries of each topic.  Thread-safe.
 
@@ -42,35 +57,36 @@ class Load:
         self._topics: dict[str, dict[Host, HostLoad]] = {}
         self._hosts: dict[str, Collection[Host]] = {}
         self._lock = threading.Lock()
-        self._answered: deque[HostLoad] = deque()
-        self._ended: deque[HostLoad] = deque()
-        """Whose calls are answered, and over, and not counted yet."""
+        self._answered: deque[Busy] = deque()
+        self._ended: deque[Busy] = deque()
+        """Those not counted yet, perhaps more than once."""
         self.retries = self.refused = 0
         """Since the start: retries, and those that the budget did not allow."""
 
     # -- one call of one host
 
-    def begin(self, topic: str, host: Host) -> tuple[HostLoad, ...]:
-        """*host* has one call more to answer, until what is returned is given to `answered`, and to
-        `end`; nothing where hosts are not counted."""
+    def begin(self, topic: str, host: Host) -> tuple[Busy, ...]:
+        """*host* has one call more to answer, until what is returned is given to `end`, or
+        forgotten; nothing where hosts are not counted."""
         if not self.is_counted:
             return ()
         with self._lock:
             self._count_ended()
             one = self._of(topic, host)
+            call = Busy(one, self._ended.append)
             one.in_flight += 1
             one.unanswered += 1
-        return (one,)
+            call.is_answered = call.is_over = False
+        return (call,)
 
-    def answered(self, one: HostLoad) -> None:
-        """Nobody waits for the answer to a call that `begin` returned any more.  Takes no lock, as
-        `end`."""
-        self._answered.append(one)
+    def answered(self, call: Busy) -> None:
+        """Nobody waits for the answer to *call* any more.  Idempotent; takes no lock, as `end`."""
+        self._answered.append(call)
 
-    def end(self, one: HostLoad) -> None:
-        """A call that `begin` returned is over.  Takes no lock: a finalizer may say so, which the
-        garbage collector runs in the middle of anything."""
-        self._ended.append(one)
+    def end(self, call: Busy) -> None:
+        """*call* is over.  Idempotent; takes no lock: a finalizer may say so, which the garbage
+        collector runs in the middle of anything."""
+        self._ended.append(call)
 
     def judged(self, topic: str, host: Host, *, is_good: bool, seconds: float | None) -> bool:
         """A call was answered or failed, after *seconds* if that is known; whether *host* fails too
@@ -165,10 +181,17 @@ class Load:
             }
 
     def _count_ended(self) -> None:
+        # One is taken out when it is counted: an interrupt in between loses none.
         while self._answered:
-            self._answered.popleft().unanswered -= 1
+            _count_answered(self._answered[0])
+            self._answered.popleft()
         while self._ended:
-            self._ended.popleft().in_flight -= 1
+            call = self._ended[0]
+            _count_answered(call)
+            if not call.is_over:
+                call.is_over = True
+                call.load.in_flight -= 1
+            self._ended.popleft()
 
     def _of(self, topic: str, host: Host) -> HostLoad:
         known = self._known(topic)
@@ -190,3 +213,9 @@ class Load:
                 self._budgets.clear()
             budget = self._budgets[topic] = RetryBudget(*self._budget)
         return budget
+
+
+def _count_answered(call: Busy) -> None:
+    if not call.is_answered:
+        call.is_answered = True
+        call.load.unanswered -= 1
