@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -131,6 +132,27 @@ def test_weighted_is_in_turn() -> None:
         picked = [chooser.selector.pick(snapshot) for _ in range(7)]
         assert Counter(picked) == {host(1): 5, host(2): 1, host(3): 1}
     assert set(chooser.counts(answer(*hosts(4)), 400).values()) == {100}
+
+
+@pytest.mark.parametrize("moment", range(1, 7))
+def test_an_interrupt_takes_no_host_out_of_the_turn(moment: int) -> None:
+    """Whenever it comes; here while one host after the other is looked at."""
+    looks = 0
+
+    class Interrupting(frozenset[Host]):
+        def __contains__(self, one: object) -> bool:
+            nonlocal looks
+            looks += 1
+            if looks == moment:
+                raise KeyboardInterrupt
+            return one in hosts(3)
+
+    chooser, four = Chooser(selection="weighted"), answer(*hosts(4))
+    for _ in range(5):
+        looks = 0
+        with suppress(KeyboardInterrupt):
+            chooser.selector.pick(four, exclude=Interrupting(hosts(3)))
+    assert set(chooser.counts(four, 400)) == set(hosts(4))
 
 
 def test_processes_do_not_begin_with_the_same_host() -> None:

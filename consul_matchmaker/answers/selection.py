@@ -189,7 +189,7 @@ class Selector:
     def _one_of(self, pool: _Pool, topic: str, skipped: Collection[Host]) -> Host | None:
         if self._selection == "weighted":
             with self._lock:
-                return pool.next_by_weight(skipped)
+                return pool.next_by_weight(skipped, self._chance)
         if self._selection == "round_robin" and pool.weights is None:
             return pool.next_in_turn(skipped)
         choices = pool.choices
@@ -319,6 +319,9 @@ class _Pool:
             due = before.hosts[next(before.counter) % len(before.hosts)]
             start = bisect.bisect_left(self.hosts, due)
         self.counter = itertools.count(start)
+        self._begin_weights(chance)
+
+    def _begin_weights(self, chance: random.Random) -> None:
         # Random beginnings, or all processes would send to the same hosts at the same time.
         self._heap = [
             (chance.random() / positive(one.weight), place)
@@ -340,7 +343,7 @@ class _Pool:
         point = chance.random() * self.weights[-1]
         return self.hosts[bisect.bisect_right(self.weights, point)]
 
-    def next_by_weight(self, skipped: Collection[Host]) -> Host | None:
+    def next_by_weight(self, skipped: Collection[Host], chance: random.Random) -> Host | None:
         """The next in turn by weight that is not *skipped*; the caller holds the lock.
 
         Earliest deadline first, as Envoy's and gRPC's schedulers have it: a host is due 1 / weight
@@ -348,6 +351,8 @@ class _Pool:
         """
         if all(host in skipped for host in self.hosts):
             return None
+        if len(self._heap) < len(self.hosts):
+            self._begin_weights(chance)  # an interrupt came between what follows
         passed: list[tuple[float, int]] = []
         while True:
             due, place = heapq.heappop(self._heap)
