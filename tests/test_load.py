@@ -154,6 +154,18 @@ def test_each_topic_has_a_budget_of_its_own(load: Load) -> None:
     assert (load.retries, load.refused) == (40, 2)
 
 
+def test_hosts_that_nobody_picked_are_bounded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who chooses hosts himself, or by the names of servers, tells of more and more of them."""
+    monkeypatch.setattr(module, "MAX_HOSTS", 5)
+    load.hosts_are("web", (ONE, TWO))
+    (one,) = load.begin("web", ONE)
+    for port in range(1, 50):
+        answered(load, Host("10.0.0.9", port), 1.0)
+        assert len(load._topics["web"]) <= 5 + 2
+    load.end(one)
+    assert load.explain("web", ONE).get("in_flight", 0) == 0
+
+
 def test_topics_are_bounded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """With more of them, all begin anew."""
     monkeypatch.setattr(module, "MAX_TOPICS", 2)

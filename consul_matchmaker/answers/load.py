@@ -13,6 +13,8 @@ from .balance import Fading, Latency, RetryBudget, cost, is_failing
 
 MAX_TOPICS = 10_000
 """So many topics are remembered; beyond that all begin anew."""
+MAX_HOSTS = 10_000
+"""So many hosts of a topic are remembered beside those that it has; beyond that all begin anew."""
 
 
 class HostLoad:
@@ -197,6 +199,8 @@ class Load:
         known = self._known(topic)
         one = known.get(host)
         if one is None:
+            if len(known) >= MAX_HOSTS + len(self.hosts_of(topic)):
+                known.clear()
             one = known[host] = HostLoad()
         return one
 
