@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
 import sys
 import threading
@@ -472,10 +473,13 @@ def _refuse_to_interrupt_ourselves() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     interrupted = None
+    is_inside = False
     for frame, _ in traceback.walk_stack(sys._getframe(2)):  # from whoever called close
         code = frame.f_code
-        if code.co_filename in _PUBLIC_CALLS:
+        # What `call` was given to call may close: `call` itself holds nothing.
+        if code.co_filename in _PUBLIC_CALLS and (is_inside or code is not Caller.call.__code__):
             interrupted = code.co_name  # in the end the call that the application made
+        is_inside = code.co_filename.startswith(_PACKAGE)
     if interrupted is not None:
         raise RuntimeError(
             f"close() interrupts {interrupted}() of the same thread, which may hold what it "
@@ -483,6 +487,7 @@ def _refuse_to_interrupt_ourselves() -> None:
         )
 
 
+_PACKAGE = os.path.dirname(__file__) + os.sep
 _PUBLIC_CALLS = frozenset(
     sys.modules[each.__module__].__file__ for each in (Matchmaker, Caller, Registration)
 )

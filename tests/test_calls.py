@@ -104,6 +104,38 @@ def test_a_host_that_was_tried_is_better_than_none(play: Play) -> None:
     assert play.called == hosts(1) * 3
 
 
+def test_a_function_may_close_a_matchmaker() -> None:
+    """Its own, or the one that calls it: no call of the library is interrupted by that."""
+    play, other = Play("threaded"), Play("threaded")
+
+    def function(host: Host) -> str:
+        other.mm.close()
+        play.mm.close()
+        return "done"
+
+    assert play.mm.call(TOPIC, function) == "done"
+    assert play.mm.is_closed
+    assert other.mm.is_closed
+
+
+def test_a_lookup_of_a_call_is_not_interrupted_by_close() -> None:
+    """As any other lookup: the handler of a signal is told so."""
+    told: list[str] = []
+
+    class Interrupted(Memory):
+        def lookup(self, *arguments: Any, **options: Any) -> Snapshot:
+            with pytest.raises(RuntimeError, match="interrupts call") as caught:
+                mm.close()
+            told.append(str(caught.value))
+            return super().lookup(*arguments, **options)
+
+    memory = Interrupted()
+    memory.declare(TOPIC, hosts(1))
+    with Matchmaker(Settings(mode="kv"), backend=memory) as mm:
+        mm.call(TOPIC, str)
+    assert told
+
+
 def test_what_is_no_failure_of_the_host_is_raised_at_once(play: Play) -> None:
     """And says nothing of it: neither rejected nor acknowledged."""
     play.memory.declare(TOPIC, hosts(1))
