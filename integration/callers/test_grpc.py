@@ -481,6 +481,24 @@ def test_close_ends_every_call_and_not_the_matchmaker(
         assert matchmaker.hosts("web")
 
 
+def test_a_channel_may_be_closed_as_soon_as_it_is_connected(
+    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker
+) -> None:
+    """No thread of gRPC's raises, which looks at the channels to the hosts while they connect."""
+    raised: list[object] = []
+    before, threading.excepthook = threading.excepthook, lambda args: raised.append(args.exc_value)
+    try:
+        memory.declare("web", hosts_of(servers))
+        for number in range(60):
+            with Blocking(matchmaker, "web") as web:
+                web.requests([{}])
+                for _ in range(number % 3):
+                    web.unary()
+    finally:
+        threading.excepthook = before
+    assert raised == []
+
+
 # --- as gRPC has it ------------------------------------------------------------------------------
 
 

@@ -17,8 +17,11 @@ from . import rules
 from .connectivity import Connectivity
 from .methods import Method, Stubs
 from .pending import NoHost, Pending
-from .rules import GRACE_SECONDS, Idempotence
+from .rules import GRACE_SECONDS, Idempotence, clock
 from .sub_channels import BROKEN, READY, SubChannel, SubChannels, Use
+
+POLL_SECONDS = 0.01
+SECONDS_TO_STOP = 5.0
 
 
 def channel(
@@ -128,8 +131,23 @@ def _let_go(sub: SubChannel) -> None:
 
 
 def _close(sub: SubChannel) -> None:
+    """gRPC's thread looks at the channel for up to 0.2 s more, and would raise if it were closed
+    meanwhile: this waits for it."""
     _let_go(sub)
+    until = clock() + SECONDS_TO_STOP
+    while _is_polled(sub.channel) and clock() < until:
+        threading.Event().wait(POLL_SECONDS)
     sub.channel.close()
+
+
+def _is_polled(sub: Any) -> bool:
+    """Whether gRPC has such a thread; it has no public way to ask for that."""
+    while sub is not None:
+        polled = getattr(sub, "_connectivity_state", None)
+        if polled is not None:
+            return bool(getattr(polled, "polling", False))
+        sub = getattr(sub, "_channel", None)
+    return False
 
 
 class Channel(Stubs, grpc.Channel):
@@ -222,7 +240,10 @@ class Channel(Stubs, grpc.Channel):
     def close(self) -> None:
         """Close the channel to every host, which ends all calls; idempotent."""
         self._connectivity.stop()
-        for sub in self.subs.close_all():
+        subs = self.subs.close_all()
+        for sub in subs:
+            _let_go(sub)
+        for sub in subs:
             _close(sub)
 
     def __enter__(self) -> Channel:
