@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, cast
 
@@ -487,7 +488,7 @@ def _refuse_to_interrupt_ourselves() -> None:
         )
 
 
-_PACKAGE = os.path.dirname(__file__) + os.sep
+_PACKAGE = str(Path(__file__).parent) + os.sep
 _PUBLIC_CALLS = frozenset(
     sys.modules[each.__module__].__file__ for each in (Matchmaker, Caller, Registration)
 )
