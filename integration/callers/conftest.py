@@ -6,10 +6,13 @@ They have tox environments of their own, ``callers`` and ``callers-oldest``.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 
+from consul_matchmaker.model import Host
 from consul_matchmaker.testing.consul_probe import Node
 from integration.cluster import Cluster, cluster_of_the_run
 
@@ -30,3 +33,16 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 def agent(cluster: Cluster) -> Node:
     """Of that cluster; the one beside other tests is remembered for the run."""
     return cluster.nodes["agent1"]
+
+
+@pytest.fixture
+def refusing() -> Iterator[Callable[[], Host]]:
+    """Makes hosts that refuse every connection: nobody listens, and nobody else gets the port."""
+    with ExitStack() as stack:
+
+        def make() -> Host:
+            taken = stack.enter_context(socket.socket())
+            taken.bind(("127.0.0.1", 0))
+            return Host("127.0.0.1", taken.getsockname()[1])
+
+        yield make

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import grpc
@@ -13,6 +13,7 @@ import grpc
 from consul_matchmaker import Matchmaker, aio
 from consul_matchmaker.adapters.grpc import aio_channel, channel
 from integration.callers.grpc_server import ANSWERS, BOTH, REQUESTS, UNARY
+from integration.waiting import until
 
 Said = dict[str, Any]
 
@@ -49,10 +50,10 @@ class Blocking:
     def both(self, requests: Iterable[Said], timeout: float | None = 10) -> list[Said]:
         return list(self._both(iter(list(requests)), timeout=timeout))
 
-    def begin_and_cancel(self, **request: Any) -> None:
-        """Begin a call, and cancel it after a moment."""
-        call = self._unary.future(request, timeout=10)
-        threading.Event().wait(0.2)
+    def begin_and_cancel(self, has_begun: Callable[[], bool], **request: Any) -> None:
+        """Begin a call, and cancel it once it *has_begun*."""
+        call = self._unary.future(request, timeout=60)
+        until(has_begun, 60, "it has begun")
         assert call.cancel()
         assert call.cancelled() and call.done()
 
@@ -124,10 +125,10 @@ class Awaited:
 
         return list(self.run(call()))
 
-    def begin_and_cancel(self, **request: Any) -> None:
+    def begin_and_cancel(self, has_begun: Callable[[], bool], **request: Any) -> None:
         async def call() -> None:
-            call = self._unary(request, timeout=10)
-            await asyncio.sleep(0.2)
+            call = self._unary(request, timeout=60)
+            await asyncio.to_thread(until, has_begun, 60, "it has begun")
             assert call.cancel()
             assert call.cancelled() and call.done()
 

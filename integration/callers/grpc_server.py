@@ -5,8 +5,9 @@ host where it listens, once registered.
 
 Its methods are named by kind, such as ``/test.Echo/unary_stream``.  Requests and answers are JSON.
 An answer has host (of the server), metadata, peer, and texts (of the requests so far).  What a
-request may have: text; seconds, which it takes; code and details, with which it fails; answers, how
-many a stream of them has; fails_after, so many answers before that failure.
+request may have: text; seconds, which it takes; waits, for `GrpcServer.go_on`; code and details,
+with which it fails; answers, how many a stream of them has; fails_after, so many answers before
+that failure.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ class GrpcServer:
     ) -> None:
         self.calls: Counter[str] = Counter()
         """How many it was sent, by method."""
+        self.go_on = threading.Event()
+        self._is_over = threading.Event()
         self._lock = threading.Lock()
-        self._server = grpc.server(
-            futures.ThreadPoolExecutor(threads), options=[("grpc.so_reuseport", 0)]
-        )
+        # A port that was given may be kept by a socket of the test's, which shares it.
+        options = [("grpc.so_reuseport", int(port != 0))]
+        self._server = grpc.server(futures.ThreadPoolExecutor(threads), options=options)
         handlers = {
             "unary_unary": grpc.unary_unary_rpc_method_handler(self._unary_unary),
             "unary_stream": grpc.unary_stream_rpc_method_handler(self._unary_stream),
@@ -64,6 +67,9 @@ class GrpcServer:
     def stop(self, grace: float | None = None) -> threading.Event:
         """Listen no more; calls that run may go on for *grace* seconds.  Set when it has ended."""
         ended: threading.Event = self._server.stop(grace)
+        if grace is None:
+            self._is_over.set()
+            self.go_on.set()
         return ended
 
     def __enter__(self) -> GrpcServer:
@@ -79,7 +85,9 @@ class GrpcServer:
     def _said(self, context: Any, *requests: dict[str, Any]) -> bytes:
         request = requests[-1] if requests else {}
         if "seconds" in request:
-            threading.Event().wait(request["seconds"])
+            self._is_over.wait(request["seconds"])
+        if "waits" in request:
+            self.go_on.wait()
         if "code" in request and "fails_after" not in request:
             context.abort(grpc.StatusCode[request["code"]], request.get("details", "told to"))
         said = {

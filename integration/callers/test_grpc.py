@@ -28,6 +28,7 @@ from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.testing.consul_probe import Node
 from integration.callers.grpc_clients import Awaited, Blocking, Said, encoded
 from integration.callers.grpc_server import ANSWERS, UNARY, GrpcServer
+from integration.cluster import free_ports
 from integration.rpc import certificates
 from integration.waiting import until
 
@@ -36,6 +37,7 @@ UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 READY = grpc.ChannelConnectivity.READY
 
 Client = Callable[..., Any]
+Refusing = Callable[[], Host]
 
 
 @pytest.fixture(params=[Blocking, Awaited], ids=["threads", "asyncio"])
@@ -61,13 +63,6 @@ def matchmaker(memory: Memory) -> Iterator[Matchmaker]:
     settings = Settings(mode="kv", ttl_seconds=0.02, empty_ttl_seconds=0.02)
     with Matchmaker(settings, backend=memory) as made:
         yield made
-
-
-def refusing() -> Host:
-    """Where nobody listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return Host("127.0.0.1", sock.getsockname()[1])
 
 
 @pytest.fixture
@@ -148,7 +143,8 @@ def test_a_host_that_comes_is_called_and_one_that_left_is_not(
     first, second, third = servers
     memory.declare("web", [first.host, second.host])
     with client(matchmaker, "web") as web:
-        assert {web.unary()["host"] for _ in range(20)} == {str(first.host), str(second.host)}
+        both, seen = {str(first.host), str(second.host)}, set[str]()
+        until(lambda: seen.add(web.unary()["host"]) or seen == both, SECONDS, "both are called")
         memory.declare("web", [second.host, third.host])
         until(lambda: third.host in matchmaker.hosts("web").hosts, SECONDS, "the change is known")
         before = first.calls["unary_unary"]
@@ -318,7 +314,11 @@ def test_what_may_have_been_executed_is_not_repeated(
 
 
 def test_what_was_not_sent_goes_to_another_host(
-    client: Client, servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker
+    client: Client,
+    servers: list[GrpcServer],
+    memory: Memory,
+    matchmaker: Matchmaker,
+    refusing: Refusing,
 ) -> None:
     """Whatever its method and kind: where nobody listens, no call has failed."""
     for kind in ("unary", "answers", "requests", "both"):
@@ -342,7 +342,11 @@ def test_what_was_not_sent_goes_to_another_host(
 
 
 def test_without_any_other_attempt_a_refused_call_fails(
-    client: Client, servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker
+    client: Client,
+    servers: list[GrpcServer],
+    memory: Memory,
+    matchmaker: Matchmaker,
+    refusing: Refusing,
 ) -> None:
     """attempts=1 turns failover off; when all hosts are gone the call is UNAVAILABLE."""
     memory.declare("web", [refusing()])
@@ -398,10 +402,12 @@ def test_a_host_that_takes_too_long_has_failed(
     """The timeout is for the whole call: nothing is repeated after it, and the host is rejected."""
     memory.declare("web", hosts_of(servers))
     with client(matchmaker, "web", idempotent=True) as web:
+        web.unary()
+        before = calls(servers)
         with pytest.raises(grpc.RpcError) as caught:
-            web.unary(timeout=0.2, seconds=1)
+            web.unary(timeout=2, waits=True)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert calls(servers) == 1
+    assert calls(servers) == before + 1
     assert len(rejected(matchmaker)) == 1
 
 
@@ -411,7 +417,7 @@ def test_a_cancelled_call_says_nothing_of_the_host(
     """Nor is it repeated."""
     memory.declare("web", hosts_of(servers))
     with client(matchmaker, "web", idempotent=True) as web:
-        web.begin_and_cancel(seconds=1)
+        web.begin_and_cancel(lambda: calls(servers) == 1, waits=True)
         web.unary()
     assert calls(servers) == 2
     assert rejected(matchmaker) == set()
@@ -513,17 +519,19 @@ def test_what_a_call_is_given_reaches_grpc(
         assert web.unary(how={"metadata": metadata})["metadata"]["key"] == "value"
         said = web.unary(how={"compression": gzip, "metadata": metadata}, text="a" * 10000)
         assert said["texts"] == ["a" * 10000]
-    late = refusing()
-    memory.declare("late", [late])
+    (port,) = free_ports(1)
+    memory.declare("late", [late := Host("127.0.0.1", port)])
     said_later: list[Said] = []
-    with client(matchmaker, "late", attempts=1) as web:
+    with socket.socket() as taken, client(matchmaker, "late", attempts=1) as web:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        taken.bind(("127.0.0.1", port))
         caller = threading.Thread(
             target=lambda: said_later.append(web.unary(how={"wait_for_ready": True}))
         )
         caller.start()
         threading.Event().wait(0.2)
         assert caller.is_alive()
-        with GrpcServer(late.port or 0):
+        with GrpcServer(port):
             caller.join(SECONDS)
             assert said_later[0]["host"] == str(late)
 
@@ -544,7 +552,7 @@ class Asking(
 
 
 def test_interceptors_see_one_call_whatever_is_repeated(
-    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker
+    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker, refusing: Refusing
 ) -> None:
     """`grpc.intercept_channel` takes our channel as any other."""
     memory.declare("web", [refusing(), servers[0].host])
@@ -573,7 +581,7 @@ class Tracing(grpc.UnaryStreamClientInterceptor):
 
 
 def test_interceptors_of_every_channel_may_return_what_is_no_call(
-    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker
+    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker, refusing: Refusing
 ) -> None:
     """They wrap the channels to the hosts: nothing is known of their streams, which are answered;
     and it is known whether other calls were sent."""
@@ -599,7 +607,7 @@ class AskingAwaited(grpc.aio.UnaryUnaryClientInterceptor):
 
 
 def test_interceptors_of_asyncio_are_given_to_the_channel(
-    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker
+    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker, refusing: Refusing
 ) -> None:
     """They see every attempt."""
     memory.declare("web", [refusing(), servers[0].host])
@@ -609,7 +617,7 @@ def test_interceptors_of_asyncio_are_given_to_the_channel(
 
 
 def test_a_future_is_one_of_grpc(
-    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker
+    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker, refusing: Refusing
 ) -> None:
     """Its callbacks are called once, when the whole call is over, also if nobody holds it."""
     memory.declare("web", [refusing(), servers[0].host])
@@ -617,18 +625,20 @@ def test_a_future_is_one_of_grpc(
     with channel(matchmaker, "web") as web:
         unary = web.unary_unary(UNARY, encoded, json.loads)
         for _ in range(4):
-            call = unary.future({"seconds": 0.2}, timeout=SECONDS)
+            call = unary.future({"waits": True}, timeout=SECONDS)
             assert isinstance(call, grpc.Future) and isinstance(call, grpc.Call)
             assert call.running() and call.is_active() and not call.done()
             with pytest.raises(grpc.FutureTimeoutError):
                 call.result(0.01)
             call.add_done_callback(done.append)
+            servers[0].go_on.set()
             assert call.result(SECONDS)["host"] == str(servers[0].host)
             assert (call.code(), call.exception()) == (grpc.StatusCode.OK, None)
             assert call.done() and not call.cancel() and not call.cancelled()
             assert 0 < call.time_remaining() <= SECONDS
             until(lambda call=call: done == [call], SECONDS, "the callback was called")
             done.clear()
+            servers[0].go_on.clear()
             unary.future({"seconds": 0.2}).add_done_callback(done.append)
             gc.collect()
             until(lambda: done, SECONDS, "the callback was called")
@@ -641,7 +651,7 @@ def test_a_future_is_one_of_grpc(
 
 
 def test_a_call_of_asyncio_is_one_of_grpc(
-    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker
+    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker, refusing: Refusing
 ) -> None:
     """It begins when it is made, is awaited as often as one likes, and knows its status."""
     memory.declare("web", [refusing(), servers[0].host])
@@ -721,13 +731,14 @@ def test_another_channel_can_be_closed_while_a_call_goes_on(
     memory.declare("web", [servers[0].host])
 
     async def close_another(web: Any) -> None:
-        call = asyncio.ensure_future(_awaited(web._unary({"seconds": 0.5})))
+        call = asyncio.ensure_future(_awaited(web._unary({"waits": True})))
         stream = web._both()
         reading = asyncio.ensure_future(stream.read())
         await asyncio.sleep(0.2)
         async with grpc.aio.insecure_channel(str(servers[1].host)) as other:
             await other.unary_unary(UNARY, encoded, json.loads)({})
         assert not call.done() and not reading.done()
+        servers[0].go_on.set()
         await call
         await stream.done_writing()
         assert await reading is grpc.aio.EOF
@@ -752,7 +763,7 @@ def test_a_channel_of_asyncio_belongs_to_one_event_loop(
 
 
 def test_a_channel_is_ready_when_one_host_is_connected(
-    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker
+    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker, refusing: Refusing
 ) -> None:
     """`grpc.channel_ready_future` waits for that, also for the first host to come."""
     with channel(matchmaker, "web") as web:
@@ -765,11 +776,15 @@ def test_a_channel_is_ready_when_one_host_is_connected(
         ready.result(SECONDS)
         until(lambda: told[-1] is READY, SECONDS, "told that it is ready")
         web.unsubscribe(told.append)
-    assert not [one for one in threading.enumerate() if "connectivity" in one.name]
+    until(
+        lambda: not [one for one in threading.enumerate() if "connectivity" in one.name],
+        SECONDS,
+        "its thread has ended",
+    )
 
 
 def test_a_channel_of_asyncio_is_ready_when_one_host_is_connected(
-    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker
+    servers: list[GrpcServer], memory: Memory, matchmaker: Matchmaker, refusing: Refusing
 ) -> None:
     """`channel_ready` waits for that, also for the first host to come."""
 
@@ -856,8 +871,8 @@ def test_what_cannot_be_is_refused_when_the_channel_is_made(matchmaker: Matchmak
 # --- under load ----------------------------------------------------------------------------------
 
 
-def start(topic: str, agent: Node) -> tuple[subprocess.Popen[str], str]:
-    """A server in a process of its own, registered; and its host."""
+def start(topic: str, agent: Node, stack: ExitStack) -> tuple[subprocess.Popen[str], str]:
+    """A server in a process of its own, registered; and its host.  *stack* kills it."""
     url = f"consul+service://{agent.http}"
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "integration.callers.grpc_server", topic, url],
@@ -865,20 +880,18 @@ def start(topic: str, agent: Node) -> tuple[subprocess.Popen[str], str]:
         stdout=subprocess.PIPE,
         text=True,
     )
+    stack.enter_context(process)
+    stack.callback(process.kill)
     assert process.stdout is not None
-    return process, process.stdout.readline().strip()
+    host = process.stdout.readline().strip()
+    assert host, "it ended before it was registered"
+    return process, host
 
 
 @pytest.fixture
 def processes(topic: str, agent: Node) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    started = [start(topic, agent) for _ in range(3)]
-    yield {host: process for process, host in started}
-    for process, _ in started:
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            pipe.close()
+    with ExitStack() as stack:
+        yield {host: process for process, host in (start(topic, agent, stack) for _ in range(3))}
 
 
 RATE = 500
@@ -899,7 +912,15 @@ def test_a_killed_server_fails_no_idempotent_call(
             counts.append(load(web, lambda: None))
             killed = next(iter(processes))
             counts.append(load(web, lambda: os.kill(processes[killed].pid, signal.SIGKILL)))
-            until(lambda: rejected(matchmaker, topic) == {killed}, SECONDS, "it is rejected")
+            # Where the machine is slow, Consul says so before the load is over.
+            until(
+                lambda: (
+                    rejected(matchmaker, topic) == {killed}
+                    or killed not in map(str, matchmaker.hosts(topic))
+                ),
+                SECONDS,
+                "it is rejected, or has left",
+            )
             counts.append(load(web, lambda: None))
     print(*counts)
     for count in counts:
@@ -938,8 +959,6 @@ def load(web: Any, in_the_middle: Callable[[], None]) -> Counter[str]:
 
 
 SWAPS = 1000
-DRAIN_SECONDS = 0.3
-"""So long a server that has left goes on listening: what has picked it reaches it."""
 
 
 def test_a_thousand_swaps_of_hosts_fail_no_call(
@@ -950,34 +969,38 @@ def test_a_thousand_swaps_of_hosts_fail_no_call(
     failures: list[BaseException] = []
     done = Counter[str]()
     is_over = threading.Event()
+    under_way: dict[int, list[Said]] = {}
+    """Of each caller the answers to its call so far."""
 
-    def run(kind: str, call: Callable[[], object]) -> None:
+    def run(number: int, kind: str, call: Callable[[list[Said]], object]) -> None:
         while not is_over.is_set():
+            under_way[number] = answers = []
             try:
-                call()
+                call(answers)
             except BaseException as error:
                 failures.append(error)
                 return
             done[kind] += 1
             is_over.wait(0.005)
 
-    def stream() -> None:
-        received: list[Said] = []
-        web.answers(received, answers=8, seconds=0.01)
-        assert len(received) == 8 and len({said["host"] for said in received}) == 1
+    def stream(answers: list[Said]) -> None:
+        web.answers(answers, answers=8, seconds=0.01)
+        assert len(answers) == 8 and len({said["host"] for said in answers}) == 1
 
-    leaving: deque[tuple[float, GrpcServer]] = deque()
+    leaving: deque[tuple[list[list[Said]], GrpcServer]] = deque()
     stopping: list[threading.Event] = []
     running = [GrpcServer(), GrpcServer()]
     memory.declare("web", hosts_of(running))
     with client(matchmaker, "web", grace_seconds=0.5) as web:
-        kinds = {
-            "unary": web.unary,
+        kinds: dict[str, Callable[[list[Said]], object]] = {
+            "unary": lambda answers: answers.append(web.unary()),
             "answers": stream,
-            "both": lambda: web.both([{}, {"seconds": 0.01}, {}]),
+            "both": lambda answers: answers.extend(web.both([{}, {"seconds": 0.01}, {}])),
         }
         loads = [*kinds.items(), *[("answers", stream)] * 3]
-        callers = [threading.Thread(target=run, args=one) for one in loads]
+        callers = [
+            threading.Thread(target=run, args=(number, *one)) for number, one in enumerate(loads)
+        ]
         for caller in callers:
             caller.start()
         for _ in range(SWAPS):
@@ -986,10 +1009,11 @@ def test_a_thousand_swaps_of_hosts_fail_no_call(
             memory.declare("web", hosts_of(running))
             matchmaker.expire("web", left.host)  # by which it asks again at once
             assert left.host not in matchmaker.hosts("web").hosts
-            leaving.append((time.monotonic(), left))
+            leaving.append((list(under_way.values()), left))
             threading.Event().wait(0.01)
-            while leaving and leaving[0][0] < time.monotonic() - DRAIN_SECONDS:
-                stopping.append(leaving.popleft()[1].stop(grace=5))
+            # It listens until every call that may have picked it has reached a server.
+            while leaving and all(leaving[0][0]):
+                stopping.append(leaving.popleft()[1].stop(grace=6 * SECONDS))
             if failures:
                 break
         is_over.set()

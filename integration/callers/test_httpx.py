@@ -31,7 +31,6 @@ from consul_matchmaker.testing.consul_probe import Node
 from integration.callers.http_server import HttpServer, ServerProcess
 from integration.callers.load import Load
 from integration.callers.noted import NotingMatchmaker
-from integration.cluster import free_ports
 from integration.rpc import certificates
 from integration.waiting import until
 
@@ -165,10 +164,6 @@ def one_server(memory: Memory, **options: Any) -> Iterator[HttpServer]:
 def asked(servers: list[HttpServer]) -> list[int]:
     """How many requests each was sent."""
     return [len(server.requests) for server in servers]
-
-
-def closed_port() -> Host:
-    return Host("127.0.0.1", free_ports(1)[0])
 
 
 # --- names, and what a caller sees of them -------------------------------------------------------
@@ -342,11 +337,15 @@ def test_what_may_have_been_executed_is_not_repeated(
 
 @pytest.mark.parametrize("method", [*REPEATED, *NOT_REPEATED])
 def test_what_was_never_sent_is_sent_elsewhere(
-    make: Make, memory: Memory, mm: NotingMatchmaker, method: str
+    make: Make,
+    memory: Memory,
+    mm: NotingMatchmaker,
+    refusing: Callable[[], Host],
+    method: str,
 ) -> None:
     """Whatever its method, and also if its body can be read only once: nobody has read it."""
     with HttpServer() as server:
-        nobody = closed_port()
+        nobody = refusing()
         memory.declare("web", [nobody, server.host])
         client = make()
         for _ in range(4):
@@ -398,7 +397,9 @@ def test_each_host_is_tried_once_and_the_last_answer_is_given(
     assert len(mm.bad) == 5
 
 
-def test_one_attempt_turns_failover_off(make: Make, memory: Memory) -> None:
+def test_one_attempt_turns_failover_off(
+    make: Make, memory: Memory, refusing: Callable[[], Host]
+) -> None:
     """The failure of the first host is the caller's."""
     with one_server(memory) as server:
         client = make(attempts=1)
@@ -407,7 +408,7 @@ def test_one_attempt_turns_failover_off(make: Make, memory: Memory) -> None:
         server.drops = 1
         with pytest.raises(httpx.RemoteProtocolError):
             client.get(f"{WEB}/")
-        memory.declare("web", [closed_port()])
+        memory.declare("web", [refusing()])
     with pytest.raises(httpx.ConnectError):
         client.get(f"{WEB}/")
     assert len(server.requests) == 2
@@ -863,13 +864,15 @@ def test_http2_where_the_inner_transport_speaks_it(
 # --- spans ---------------------------------------------------------------------------------------
 
 
-def test_the_current_span_names_the_host(make: Make, memory: Memory) -> None:
+def test_the_current_span_names_the_host(
+    make: Make, memory: Memory, refusing: Callable[[], Host]
+) -> None:
     """The one that answered, where several were tried."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     with HttpServer() as server:
-        memory.declare("web", [closed_port(), server.host])
+        memory.declare("web", [refusing(), server.host])
         client = make()
         for _ in range(2):
             with provider.get_tracer("test").start_as_current_span("call"):
