@@ -45,7 +45,8 @@ class HttpServer:
         self.fails = 0.0
         """Which part of its requests it answers with 503."""
         self.seconds = 0.0
-        """How long each request takes."""
+        """How long each request takes, at most until the server ends."""
+        self.is_over = threading.Event()
         self.requests: list[dict[str, Any]] = []
         self.connections = 0
         """How many it has accepted."""
@@ -66,6 +67,7 @@ class HttpServer:
 
     def stop(self) -> None:
         """Stop listening and break every connection; idempotent."""
+        self.is_over.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -123,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.owner.requests.append(said)
         seconds = self.owner.seconds + float(asked.get("seconds", 0))
         if seconds:
-            threading.Event().wait(seconds)
+            self.owner.is_over.wait(seconds)
         if self.owner.drops > 0:
             self.owner.drops -= 1
             self.close_connection = True

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import socket
 import ssl
 import subprocess
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 from consul_matchmaker import Settings
@@ -18,6 +20,11 @@ from integration.waiting import until
 TOPIC = "web"
 URL = "http://web.service.consul"
 QUICK = Settings(mode="kv", ttl_seconds=0.1, confirm_empty_seconds=0)
+
+
+HANGS_SECONDS = 2.0
+"""After it a client gives up a host that hangs.  One that does not, on a machine that stops for a
+while, answers before."""
 
 
 class Service:
@@ -68,7 +75,7 @@ def break_(server: HttpServer, failure: str) -> None:
     elif failure == "drops":
         server.drops = 100
     elif failure == "hangs":
-        server.seconds = 3.0
+        server.seconds = 60.0
     else:
         server.status = int(failure)
 
@@ -90,6 +97,17 @@ def certified(folder: Path, *names: str) -> tuple[str, ssl.SSLContext]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     return str(certificate), context
+
+
+def deaf_host(stack: ExitStack) -> str:
+    """Where somebody listens who accepts nobody."""
+    deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+    port = deaf.getsockname()[1]
+    first, other = (stack.enter_context(socket.socket()) for _ in range(2))
+    first.connect(("127.0.0.1", port))
+    other.setblocking(False)
+    other.connect_ex(("127.0.0.1", port))  # now its queue is full
+    return f"127.0.0.1:{port}"
 
 
 class Proxy:

@@ -27,12 +27,21 @@ from consul_matchmaker.model import Host, Snapshot
 from consul_matchmaker.testing.consul_probe import Node
 from integration.callers.http_server import HttpServer, ServerProcess
 from integration.callers.load import Load
-from integration.callers.service import TOPIC, URL, Proxy, Service, break_, certified
+from integration.callers.service import (
+    HANGS_SECONDS,
+    TOPIC,
+    URL,
+    Proxy,
+    Service,
+    break_,
+    certified,
+    deaf_host,
+)
 from integration.waiting import until
 
-SECONDS = 5.0
+SECONDS = 30.0
 """The timeout of requests that are to succeed."""
-QUICK = aiohttp.ClientTimeout(total=SECONDS, sock_read=0.3)
+QUICK = aiohttp.ClientTimeout(total=SECONDS, sock_read=HANGS_SECONDS)
 FAILURES = ["stops", "drops", "hangs", "502", "503", "504"]
 SENDS_FILES_AGAIN = tuple(map(int, version("aiohttp").split(".")[:3])) >= (3, 12, 1)
 
@@ -294,7 +303,7 @@ def test_a_host_that_does_not_accept_gets_nothing() -> None:
         service.memory.declare(TOPIC, [deaf_host(stack), *service.hosts])
 
         async def play(session: aiohttp.ClientSession) -> None:
-            timeout = aiohttp.ClientTimeout(total=SECONDS, sock_connect=0.3)
+            timeout = aiohttp.ClientTimeout(total=SECONDS, sock_connect=HANGS_SECONDS)
             for _ in range(2):
                 async with session.post(f"{URL}/", data="x", timeout=timeout) as answer:
                     assert (await said(answer))["body"] == "x"
@@ -302,17 +311,6 @@ def test_a_host_that_does_not_accept_gets_nothing() -> None:
         on_loop(service, play)
         assert len(service.matchmaker.bad) == 1
         assert service.matchmaker.bad != service.hosts
-
-
-def deaf_host(stack: ExitStack) -> str:
-    """Where somebody listens who accepts nobody."""
-    deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-    port = deaf.getsockname()[1]
-    for _ in range(2):  # now its queue is full
-        one = stack.enter_context(socket.socket())
-        one.setblocking(False)
-        one.connect_ex(("127.0.0.1", port))
-    return f"127.0.0.1:{port}"
 
 
 def test_what_is_no_http_is_a_failure(service: Service) -> None:
@@ -490,11 +488,11 @@ def test_a_kept_connection_that_breaks_when_it_is_used(service: Service) -> None
 def test_the_total_timeout_is_for_all_attempts(service: Service) -> None:
     """The host that had the request then has failed; no other one is asked, or rejected."""
     broken = service.next
-    broken.seconds = 2.0
+    broken.seconds = 60.0
 
     async def play(session: aiohttp.ClientSession) -> None:
         with pytest.raises(asyncio.TimeoutError):
-            await session.get(f"{URL}/", timeout=aiohttp.ClientTimeout(total=0.3))
+            await session.get(f"{URL}/", timeout=aiohttp.ClientTimeout(total=HANGS_SECONDS))
 
     on_loop(service, play)
     assert service.matchmaker.bad == [broken.host]
@@ -510,7 +508,7 @@ def test_the_total_timeout_while_it_connects(service: Service) -> None:
 
         async def play(session: aiohttp.ClientSession) -> None:
             with pytest.raises(asyncio.TimeoutError):
-                await session.get(f"{URL}/", timeout=aiohttp.ClientTimeout(total=0.3))
+                await session.get(f"{URL}/", timeout=aiohttp.ClientTimeout(total=HANGS_SECONDS))
 
         on_loop(service, play)
     assert [str(one) for one in service.matchmaker.bad] == [host]
@@ -524,7 +522,7 @@ def test_a_cancelled_call_says_nothing_of_its_host(phase: str, service: Service)
         if phase == "connects":
             service.memory.declare(TOPIC, [deaf_host(stack)])
         for server in service.servers:
-            server.seconds = 0.0 if phase == "reads the answer" else 2.0
+            server.seconds = 0.0 if phase == "reads the answer" else 60.0
 
         async def ask(session: aiohttp.ClientSession) -> None:
             async with session.get(f"{URL}/?size=1000000") as answer:
@@ -818,7 +816,9 @@ def test_consul_that_hangs_does_not_hold_the_loop() -> None:
                 async with session_of(matchmaker) as session:
                     turning = asyncio.create_task(turn())
                     with pytest.raises(asyncio.TimeoutError):
-                        await session.get(f"{URL}/", timeout=aiohttp.ClientTimeout(total=0.3))
+                        await session.get(
+                            f"{URL}/", timeout=aiohttp.ClientTimeout(total=HANGS_SECONDS)
+                        )
                     turning.cancel()
             assert turns > 3
 

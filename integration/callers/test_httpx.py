@@ -31,6 +31,7 @@ from consul_matchmaker.testing.consul_probe import Node
 from integration.callers.http_server import HttpServer, ServerProcess
 from integration.callers.load import Load
 from integration.callers.noted import NotingMatchmaker
+from integration.callers.service import HANGS_SECONDS
 from integration.rpc import certificates
 from integration.waiting import until
 
@@ -433,15 +434,15 @@ def test_a_server_that_closed_its_kept_connections_costs_no_request(
 def test_a_host_that_is_too_slow_is_left(make: Make, mm: NotingMatchmaker, memory: Memory) -> None:
     """A timeout of the client is a failure of the host; what may not be repeated raises it."""
     with HttpServer() as slow, HttpServer() as good:
-        slow.seconds = 2
+        slow.seconds = 60
         memory.declare("web", [slow.host, good.host])
         client = make()
         for _ in range(4):
-            assert client.get(f"{WEB}/", timeout=0.3).json()["host"] == str(good.host)
+            assert client.get(f"{WEB}/", timeout=HANGS_SECONDS).json()["host"] == str(good.host)
         assert set(mm.bad) == {slow.host}
         memory.declare("slow", [slow.host])
         with pytest.raises(httpx.ReadTimeout):
-            client.request("POST", "http://slow.service.consul/", timeout=0.3)
+            client.request("POST", "http://slow.service.consul/", timeout=HANGS_SECONDS)
         assert mm.busy == []
 
 

@@ -26,10 +26,19 @@ from consul_matchmaker.model import Host
 from consul_matchmaker.testing.consul_probe import Node
 from integration.callers.http_server import HttpServer, ServerProcess
 from integration.callers.load import Load
-from integration.callers.service import TOPIC, URL, Proxy, Service, break_, certified
+from integration.callers.service import (
+    HANGS_SECONDS,
+    TOPIC,
+    URL,
+    Proxy,
+    Service,
+    break_,
+    certified,
+    deaf_host,
+)
 from integration.waiting import until
 
-SECONDS = 5.0
+SECONDS = 30.0
 """The timeout of requests that are to succeed."""
 FAILURES = ["stops", "drops", "hangs", "502", "503", "504"]
 
@@ -53,7 +62,7 @@ def session(service: Service) -> Iterator[requests.Session]:
 
 
 def seconds_for(failure: str) -> float:
-    return 0.3 if failure == "hangs" else SECONDS
+    return HANGS_SECONDS if failure == "hangs" else SECONDS
 
 
 # -- whom it asks, and what anybody sees of that
@@ -200,18 +209,13 @@ def test_what_may_have_been_executed_is_not_repeated(
 def test_a_host_that_does_not_accept_gets_nothing(topic: str) -> None:
     """A connection that takes too long to be made is the host's failure, for POST as well."""
     with Service(1) as service, ExitStack() as stack:
-        deaf = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        port = deaf.getsockname()[1]
-        for _ in range(2):  # now its queue is full
-            one = stack.enter_context(socket.socket())
-            one.setblocking(False)
-            one.connect_ex(("127.0.0.1", port))
-        service.memory.declare(TOPIC, [f"127.0.0.1:{port}", *service.hosts])
+        deaf = deaf_host(stack)
+        service.memory.declare(TOPIC, [deaf, *service.hosts])
         with session_of(service.matchmaker) as session:
             for _ in range(2):
-                response = session.post(f"{URL}/", data="x", timeout=(0.3, SECONDS))
+                response = session.post(f"{URL}/", data="x", timeout=(HANGS_SECONDS, SECONDS))
                 assert response.json()["body"] == "x"
-        assert [str(host) for host in service.matchmaker.bad] == [f"127.0.0.1:{port}"]
+        assert [str(host) for host in service.matchmaker.bad] == [deaf]
 
 
 def test_an_answer_that_breaks_off_is_a_failure(
