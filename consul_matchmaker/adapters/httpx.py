@@ -11,7 +11,6 @@ Needs the extra ``httpx``.  No thread is started; on an event loop nothing block
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
@@ -170,22 +169,13 @@ class AsyncMatchmakerTransport(httpx.AsyncBaseTransport):
 
     async def _begin(self, call: _Call) -> _Use[httpx.AsyncBaseTransport]:
         try:
-            hosts = await self._hosts(call)
+            hosts = await self._matchmaker.hosts(
+                call.topic, timeout_seconds=call.seconds_to_connect
+            )
             await _aclose(self._calls.left(hosts))
             return self._calls.begin(call, hosts)
         except MatchmakerError as error:
             call.raise_that_nobody_is_left(error)
-
-    async def _hosts(self, call: _Call) -> Snapshot:
-        held = self._matchmaker.sync.cached_hosts(call.topic)
-        if held is not None:
-            return held  # without the task that wait_for makes
-        seconds = call.seconds_to_connect
-        try:
-            return await asyncio.wait_for(self._matchmaker.hosts(call.topic), seconds)
-        except asyncio.TimeoutError:
-            what = f"Consul could not be asked for {call.topic} within {seconds} s"
-            raise TimedOut(what) from None
 
     def _handed_out(
         self, response: httpx.Response, use: _Use[httpx.AsyncBaseTransport]
