@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import socket
 import subprocess
 import sys
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,13 +83,13 @@ def here(program: str, agent: Node, topic: str) -> str:
     return program.replace('"web"', f'"{topic}"').replace("web.service.", f"{topic}.service.")
 
 
-def started(program: str, folder: Path) -> subprocess.Popen[str]:
+def started(program: str, folder: Path, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("CONSUL_")}
     return subprocess.Popen(
         [sys.executable, "-u", "-c", program],
         cwd=folder,
         env=clean,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -109,19 +110,19 @@ def test_a_program_is_answered_while_a_host_is_killed(
     program, kind = PROGRAMS[name]
     with ExitStack() as stack:
         servers = serve(stack, kind, agent, topic)
-        process = started(here(program, agent, topic), folder)
+        # What is printed waits to be read, a few lines of it: it goes on once the host is killed.
+        ours, theirs = map(stack.enter_context, socket.socketpair())
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        process = started(here(program, agent, topic), folder, theirs)
         stack.callback(process.kill)
-        assert process.stdout is not None and process.stderr is not None
-        lines = [process.stdout.readline() for _ in range(KILLED_AFTER)]
+        theirs.close()
+        ours.settimeout(END_SECONDS)
+        printed = stack.enter_context(ours.makefile())
+        answers = [printed.readline().strip() for _ in range(KILLED_AFTER)]
         killed, *left = servers
         servers[killed].kill()
-        watchdog = threading.Timer(END_SECONDS, process.kill)
-        watchdog.start()
-        lines += process.stdout  # not communicate(), which leaves out what was read with a line
-        errors = process.stderr.read()
-        process.wait()
-        watchdog.cancel()
-    answers = [line.strip() for line in lines]
+        answers += printed.read().splitlines()
+        _, errors = process.communicate(timeout=END_SECONDS)
     assert (process.returncode, errors) == (0, "")
     assert [answer for answer in answers if answer not in servers] == []
     assert len(answers) == ASKED
