@@ -110,6 +110,11 @@ class Fleet:
         """Calls whose caller got no answer."""
         return sum(call.host is None for call in self.calls)
 
+    def in_flight(self, server: HttpServer) -> int:
+        """Calls of *server* that have not ended."""
+        told: Any = self.matchmaker.explain(TOPIC)["selection"]
+        return int(told[str(server.host)]["in_flight"])
+
     def share(self, server: HttpServer, since: float = 0.0, until: float = float("inf")) -> float:
         """Which part of the answers of that time *server* gave."""
         answers = Counter(call.host for call in self.calls if since <= call.at < until)
