@@ -166,7 +166,7 @@ def test_the_own_zone_first(join: Callable[..., Matchmaker], agent: Node, topic:
     ours = join("&zone=a").register(topic, ONE)
     join("&zone=a").register(topic, TWO, meta={"zone": "b"})
     caller = join("&zone=a")
-    until(lambda: len(hosts(caller, topic)) == 3, 5, "all")
+    until(lambda: len(hosts(caller, topic)) == 3, 30, "all")
     zones = {str(one.host): one.zone for one in caller.hosts(topic).instances}
     assert zones == {ONE: "a", TWO: "b", "10.0.0.3:8080": "b"}
     near = Counter(str(caller.pick(topic)) for _ in range(1000))
@@ -174,7 +174,7 @@ def test_the_own_zone_first(join: Callable[..., Matchmaker], agent: Node, topic:
     assert 880 < near[ONE] < 980
     assert [str(join("&zone=b").pick(topic)) for _ in range(20)].count(ONE) == 0
     ours.unregister()
-    until(lambda: str(caller.pick(topic)) != ONE, 5, "the other zone")
+    until(lambda: str(caller.pick(topic)) != ONE, 30, "the other zone")
     tell(agent, "PUT", "/v1/catalog/deregister", json.dumps(node))
 
 
