@@ -1,4 +1,4 @@
-"""Fixtures of the tests of clients, such as httpx; each is collected where its client is installed.
+"""Fixtures of the tests of clients, such as httpx; collected where all of them are installed.
 
 They have tox environments of their own, ``callers`` and ``callers-oldest``.
 """
@@ -17,9 +17,8 @@ from consul_matchmaker.testing.consul_probe import Node
 from integration.cluster import Cluster, cluster_of_the_run
 
 CLIENTS = ("aiohttp", "grpc", "httpx", "requests", "zmq", "opentelemetry")
-collect_ignore_glob = [
-    f"test_{name}*.py" for name in CLIENTS if importlib.util.find_spec(name) is None
-]
+if any(importlib.util.find_spec(name) is None for name in CLIENTS):
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
