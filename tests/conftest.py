@@ -1,6 +1,7 @@
 """How Hypothesis runs the examples here, without a clock; and what a quick test may not do."""
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -53,3 +54,15 @@ def nothing_of_the_system(request: pytest.FixtureRequest) -> Iterator[None]:
     if seen:
         done = "\n  ".join(seen)
         pytest.fail(f"mark this test with @pytest.mark.system, as it did\n  {done}", pytrace=False)
+
+
+@pytest.fixture
+def handlers_put_back() -> Iterator[None]:
+    """For what handles signals last in the life of a process: here the next test comes.  As in a
+    process that nobody started with nohup."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ from consul_matchmaker.cli.supervise import Holder
 from consul_matchmaker.errors import Denied, TimedOut
 from consul_matchmaker.model import Host, Registration
 from consul_matchmaker.testing.local_consul import free_ports
+
+pytestmark = pytest.mark.usefixtures("handlers_put_back")
 
 WAIT_SECONDS = 20.0
 LISTEN = (
@@ -211,13 +213,3 @@ def test_no_further_signal_keeps_it_from_leaving() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(os.getpid(), number)
     assert owner.unregistered >= 1
-
-
-@pytest.fixture(autouse=True)
-def handlers_put_back() -> Iterator[None]:
-    """A Holder is the last thing a process does; here the next test comes."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

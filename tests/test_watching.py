@@ -18,6 +18,8 @@ from consul_matchmaker.model import Host, Instance, Snapshot
 
 from .doubles import DEADLINE_SECONDS, snapshot
 
+pytestmark = pytest.mark.usefixtures("handlers_put_back")
+
 POLL_SECONDS = 0.01
 NEVER = Backoff(3600.0, 3600.0)
 
@@ -354,13 +356,3 @@ def test_it_has_our_environment(log: Log, monkeypatch: pytest.MonkeyPatch) -> No
     ours = [f"{name}={value}\0" for name, value in os.environ.items() if name != "HOSTS"]
     found = os.fsdecode(out.read_bytes())
     assert sorted(found.split("\0")) == sorted("".join(ours + told).split("\0"))
-
-
-@pytest.fixture(autouse=True)
-def handlers_put_back() -> Iterator[None]:
-    """A Follower is the last thing a process does; here the next test comes."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
