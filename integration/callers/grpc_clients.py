@@ -33,21 +33,21 @@ class Blocking:
         self._requests = self.channel.stream_unary(REQUESTS, *how)
         self._both = self.channel.stream_stream(BOTH, *how)
 
-    def unary(self, timeout: float | None = 10, how: Said | None = None, **request: Any) -> Said:
+    def unary(self, timeout: float | None = 60, how: Said | None = None, **request: Any) -> Said:
         """*how*: what else gRPC takes, such as metadata."""
         said: Said = self._unary(request, timeout=timeout, **(how or {}))
         return said
 
-    def answers(self, received: list[Said], timeout: float | None = 10, **request: Any) -> None:
+    def answers(self, received: list[Said], timeout: float | None = 60, **request: Any) -> None:
         """Puts each answer into *received* as it comes."""
         for answer in self._answers(request, timeout=timeout):
             received.append(answer)
 
     def requests(self, requests: Iterable[Said]) -> Said:
-        said: Said = self._requests(iter(list(requests)), timeout=10)
+        said: Said = self._requests(iter(list(requests)), timeout=60)
         return said
 
-    def both(self, requests: Iterable[Said], timeout: float | None = 10) -> list[Said]:
+    def both(self, requests: Iterable[Said], timeout: float | None = 60) -> list[Said]:
         return list(self._both(iter(list(requests)), timeout=timeout))
 
     def begin_and_cancel(self, has_begun: Callable[[], bool], **request: Any) -> None:
@@ -89,16 +89,16 @@ class Awaited:
         self._both = self.channel.stream_stream(BOTH, *how)
 
     def run(self, awaited: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(awaited, self.loop).result(60)
+        return asyncio.run_coroutine_threadsafe(awaited, self.loop).result(120)
 
-    def unary(self, timeout: float | None = 10, how: Said | None = None, **request: Any) -> Said:
+    def unary(self, timeout: float | None = 60, how: Said | None = None, **request: Any) -> Said:
         async def call() -> Any:
             return await self._unary(request, timeout=timeout, **(how or {}))
 
         said: Said = self.run(call())
         return said
 
-    def answers(self, received: list[Said], timeout: float | None = 10, **request: Any) -> None:
+    def answers(self, received: list[Said], timeout: float | None = 60, **request: Any) -> None:
         async def call() -> None:
             async for answer in self._answers(request, timeout=timeout):
                 received.append(answer)
@@ -107,12 +107,12 @@ class Awaited:
 
     def requests(self, requests: Iterable[Said]) -> Said:
         async def call() -> Any:
-            return await self._requests(iter(list(requests)), timeout=10)
+            return await self._requests(iter(list(requests)), timeout=60)
 
         said: Said = self.run(call())
         return said
 
-    def both(self, requests: Iterable[Said], timeout: float | None = 10) -> list[Said]:
+    def both(self, requests: Iterable[Said], timeout: float | None = 60) -> list[Said]:
         async def call() -> list[Said]:
             call = self._both(timeout=timeout)
             said = []

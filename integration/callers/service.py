@@ -57,7 +57,7 @@ class Service:
         """Have *server* leave the topic, while it serves on; returns once that is known."""
         rest = [host for host in self.hosts if host != server.host]
         self.memory.declare(TOPIC, rest)
-        until(lambda: server.host not in self.matchmaker.hosts(TOPIC), 10, "left")
+        until(lambda: server.host not in self.matchmaker.hosts(TOPIC), 30, "left")
 
     def __enter__(self) -> Service:
         return self

@@ -79,11 +79,11 @@ def on_loop(service: Service, play: Callable[[aiohttp.ClientSession], Awaitable[
 
 async def eventually(claim: Callable[[], object], what: str) -> None:
     """As `until`, with a loop that runs meanwhile, for some turns in any case."""
-    for _ in range(250):
+    for _ in range(1500):
         await asyncio.sleep(0.02)
         if claim():
             return
-    pytest.fail(f"not within 5 s: {what}")
+    pytest.fail(f"not within 30 s: {what}")
 
 
 # -- whom it asks, and what anybody sees of that
@@ -744,7 +744,7 @@ def test_a_discarded_answer_that_was_read_keeps_its_connection(service: Service)
             await answer.read()
         service.memory.declare(TOPIC, [broken.host])
         await asyncio.to_thread(
-            until, lambda: service.matchmaker.hosts(TOPIC).hosts == (broken.host,), 10
+            until, lambda: service.matchmaker.hosts(TOPIC).hosts == (broken.host,), 30
         )
         async with session.get(f"{URL}/") as answer:
             assert answer.status == 503
@@ -914,7 +914,7 @@ def test_closing_a_session_closes_its_connections_and_not_the_matchmaker(service
             await answer.read()
 
     on_loop(service, play)
-    until(lambda: not any(server.open for server in service.servers), 5, "closed")
+    until(lambda: not any(server.open for server in service.servers), 30, "closed")
     assert not service.matchmaker.is_closed
 
 
@@ -986,7 +986,7 @@ def test_a_killed_server_fails_no_request(agent: Node, topic: str) -> None:
         processes = [stack.enter_context(ServerProcess(topic, url)) for _ in range(3)]
         hosts = [str(process.wait_until_registered()) for process in processes]
         matchmaker = stack.enter_context(Matchmaker.from_url(url))
-        until(lambda: len(matchmaker.hosts(topic)) == 3, 10, "three hosts")
+        until(lambda: len(matchmaker.hosts(topic)) == 3, 30, "three hosts")
         load = Load()
 
         async def play() -> None:

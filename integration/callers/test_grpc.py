@@ -32,7 +32,7 @@ from integration.cluster import free_ports
 from integration.rpc import certificates
 from integration.waiting import until
 
-SECONDS = 10.0
+SECONDS = 30.0
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 READY = grpc.ChannelConnectivity.READY
 
@@ -1019,6 +1019,7 @@ def test_a_thousand_swaps_of_hosts_fail_no_call(
         is_over.set()
         for caller in callers:
             caller.join(SECONDS)
+        assert not any(caller.is_alive() for caller in callers)
         stopping += [server.stop() for server in running]
         stopping += [server.stop() for _, server in leaving]
         for stopped in stopping:

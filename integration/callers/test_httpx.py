@@ -292,7 +292,7 @@ def test_a_host_that_cannot_serve_is_left(
     assert len(servers[0].requests) >= 1
     assert set(mm.bad) == {servers[0].host}
     assert mm.busy == []
-    until(lambda: not servers[0].open, 5, "the connections of discarded answers are closed")
+    until(lambda: not servers[0].open, 30, "the connections of discarded answers are closed")
 
 
 def test_another_status_is_an_answer(
@@ -425,7 +425,7 @@ def test_a_server_that_closed_its_kept_connections_costs_no_request(
             client.request("POST", f"{WEB}/")
         for server in servers:
             server.hang_up()
-            until(lambda server=server: not server.open, 5, "it is broken")
+            until(lambda server=server: not server.open, 30, "it is broken")
     assert asked(servers) == [3, 3, 3]
     assert [server.connections for server in servers] == [3, 3, 3]
     assert mm.bad == []
@@ -675,7 +675,7 @@ def test_connections_to_a_host_that_left_are_closed(make: Make, memory: Memory) 
 
         def declare(*hosts: Host) -> None:
             memory.declare("web", hosts)
-            until(lambda: set(mm.hosts("web")) == set(hosts), 5, "the new hosts are found")
+            until(lambda: set(mm.hosts("web")) == set(hosts), 30, "the new hosts are found")
 
         declare(leaves.host)
         client = make(matchmaker=mm)
@@ -687,7 +687,7 @@ def test_connections_to_a_host_that_left_are_closed(make: Make, memory: Memory) 
         for _ in range(2):
             assert client.get(f"{WEB}/").json()["host"] == str(stays.host)
         assert len(client.read(running)) == size
-        until(lambda: not leaves.open, 5, "the connections to the host that left are closed")
+        until(lambda: not leaves.open, 30, "the connections to the host that left are closed")
         assert len(stays.open) == stays.connections == 1
         declare(leaves.host, stays.host)
         assert {client.get(f"{WEB}/").json()["host"] for _ in range(4)} == {
@@ -696,7 +696,7 @@ def test_connections_to_a_host_that_left_are_closed(make: Make, memory: Memory) 
         }
         declare(stays.host)
         client.get(f"{WEB}/")
-        until(lambda: not leaves.open, 5, "also where nothing is being answered")
+        until(lambda: not leaves.open, 30, "also where nothing is being answered")
         assert mm.busy == []
 
 
@@ -715,7 +715,7 @@ def test_closing_the_client_closes_its_connections(
         if result is not None:
             client._run(result)
     for server in servers:
-        until(lambda server=server: not server.open, 5, "closed")
+        until(lambda server=server: not server.open, 30, "closed")
     assert not mm.is_closed
     assert len(mm.hosts("web")) == 3
 
@@ -898,7 +898,7 @@ def killed_under_load(
         processes = [stack.enter_context(ServerProcess(topic, url)) for _ in range(3)]
         hosts = [process.wait_until_registered() for process in processes]
         mm = stack.enter_context(Matchmaker.from_url(url))
-        until(lambda: len(mm.hosts(topic)) == 3, 10, "three are found")
+        until(lambda: len(mm.hosts(topic)) == 3, 30, "three are found")
 
         def kill() -> None:
             until(lambda: min(load.answers[str(host)] for host in hosts) >= 100, 30, "load")

@@ -307,7 +307,7 @@ def test_a_kept_connection_that_was_closed_meanwhile_fails_nothing(
         session.get(f"{URL}/", timeout=SECONDS)
     for server in service.servers:
         server.hang_up()
-        until(lambda server=server: not server.open, 5, "closed")  # type: ignore[misc]
+        until(lambda server=server: not server.open, 30, "closed")  # type: ignore[misc]
     for _ in range(2):
         assert session.post(f"{URL}/", timeout=SECONDS).status_code == 200
     assert service.asked == [2, 2]
@@ -401,7 +401,7 @@ def test_a_discarded_answer_is_closed(service: Service, session: requests.Sessio
     broken.status = 503
     response = session.get(f"{URL}/?size=1000000", stream=True, timeout=SECONDS)
     assert service.matchmaker.busy == [host for host in service.hosts if host != broken.host]
-    until(lambda: not broken.open, 5, "the connection of the discarded answer closed")
+    until(lambda: not broken.open, 30, "the connection of the discarded answer closed")
     response.close()
 
 
@@ -423,7 +423,7 @@ def test_connections_to_a_host_that_left_are_closed(
     assert len(leaving.open) == 1
     assert len(running.content) == 1000000
     del running
-    until(lambda: not leaving.open, 5, "closed")
+    until(lambda: not leaving.open, 30, "closed")
     stays = next(server for server in service.servers if server is not leaving)
     assert stays.connections == 1
 
@@ -566,7 +566,7 @@ def test_closing_a_session_closes_its_connections_and_not_the_matchmaker(service
     session = session_of(service.matchmaker)
     session.get(f"{URL}/", timeout=SECONDS)
     session.close()
-    until(lambda: not any(server.open for server in service.servers), 5, "closed")
+    until(lambda: not any(server.open for server in service.servers), 30, "closed")
     assert not service.matchmaker.is_closed
 
 
@@ -633,7 +633,7 @@ def test_a_killed_server_fails_no_request(agent: Node, topic: str) -> None:
         processes = [stack.enter_context(ServerProcess(topic, url)) for _ in range(3)]
         hosts = [str(process.wait_until_registered()) for process in processes]
         matchmaker = stack.enter_context(Matchmaker.from_url(url))
-        until(lambda: len(matchmaker.hosts(topic)) == 3, 10, "three hosts")
+        until(lambda: len(matchmaker.hosts(topic)) == 3, 30, "three hosts")
         session = stack.enter_context(session_of(matchmaker, "http://"))
 
         def ask() -> str:
