@@ -807,7 +807,8 @@ class Http2Server:
         self.connections = 0
         self.goes_away = False
         """Whether it closes the connection at the next request, and says so."""
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
 
     def _accept(self) -> None:
         while True:
@@ -842,6 +843,9 @@ class Http2Server:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        # Or the thread, once stopped and continued, accepts at whatever has the descriptor then.
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
         self._socket.close()
 
 
