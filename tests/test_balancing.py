@@ -370,6 +370,18 @@ def test_a_host_is_ejected_once() -> None:
     assert chooser.counts(answer(*ten))[host(1)] == 1, "one tries it"
 
 
+def test_ejections_are_jittered_and_survive_a_fork() -> None:
+    """Up to a fifth shorter, as quarantines are; a child goes on with what its parent found."""
+    clock, told = ManualClock(), Settings(mode="service")
+    parent = Quarantine(told, clock=clock, jitter=lambda: 1.0)
+    assert parent.eject(TOPIC, host(1), hosts(3))
+    child = Quarantine(told, clock=clock, before=parent)
+    clock.advance(23.9)
+    assert child.status() == {TOPIC: [str(host(1))]}
+    clock.advance(0.2)
+    assert child.status() == {}
+
+
 def test_a_single_host_is_not_ejected() -> None:
     """Nor one of a topic whose hosts are not known."""
     chooser = Chooser()

@@ -235,3 +235,19 @@ def test_threads_lose_no_count(load: Load) -> None:
     for worker in [in_thread(run) for _ in range(8)]:
         worker.result(DEADLINE_SECONDS)
     assert load.explain("web", ONE)["in_flight"] == 0
+
+
+def test_each_call_is_awaited_until_it_is_answered(load: Load, clock: ManualClock) -> None:
+    """However often that is said: a slow host with another call on its way stays a slow one."""
+    answered(load, ONE, 0.1)
+    answered(load, TWO, 2.0)
+    (first,), (second,) = load.begin("web", TWO), load.begin("web", TWO)
+    for _ in range(3):
+        load.answered(first)
+        load.end(first)
+    clock.advance(60)
+    answered(load, ONE, 0.1)
+    assert lesser(load) == ONE, "what the slow host has to say is awaited"
+    load.answered(second)
+    load.end(second)
+    assert lesser(load) == TWO, "nobody knows any more that it is slow"
