@@ -46,7 +46,7 @@ MODULES = {
     "balance": ("test_balance", "test_selection"),
     "load": ("test_load",),
     "quarantine": ("test_selection", "test_balancing"),
-    "selection": ("test_selection", "test_balancing"),
+    "selection": ("test_selection", "test_balancing", "test_calls"),
     "watch_plan": ("test_watch_plan",),
     "wire": ("test_dns_wire",),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import socket
 from collections import Counter
 from contextlib import suppress
 from typing import Any
@@ -42,7 +43,7 @@ class Chooser:
 
     def __init__(self, **settings: Any) -> None:
         self.clock = ManualClock()
-        told = Settings(mode="service", client_id="me", **settings)
+        told = Settings(mode="service", **{"client_id": "me", **settings})
         self.quarantine = Quarantine(told, clock=self.clock, jitter=lambda: 0.0)
         self.load = Load(told, clock=self.clock)
         chance = random.Random(1)
@@ -118,6 +119,18 @@ def test_exclusion_does_not_disturb_the_turn() -> None:
             chooser.counts(four, 1, exclude={host(1), host(2), host(3), host(4)})
             chooser.counts(four, 1, exclude={host(1)})
     assert max(counts.values()) - min(counts.values()) <= 40
+
+
+def test_where_a_host_is_excluded_the_weights_of_the_others_count() -> None:
+    """Also of those that are only better than it."""
+    chooser = Chooser()
+    three = answer(host(1), Instance(host(2), weight=9), host(3))
+    assert 850 < chooser.counts(three, exclude={host(1)})[host(2)] < 950
+    for number in (2, 3):
+        chooser.quarantine.reject(TOPIC, host(number))
+    assert 850 < chooser.counts(three, exclude={host(1)})[host(2)] < 950
+    of_keys = {chooser.selector.pick(three, key="k", exclude={host(1)}) for _ in range(50)}
+    assert len(of_keys) == 1
 
 
 # -- weights
@@ -285,6 +298,13 @@ def test_a_process_uses_its_subset(selection: str) -> None:
     assert set(chooser.counts(hundred, exclude=used | after)) <= set(hosts(100)) - used - after
 
 
+def test_a_machine_has_a_subset_by_its_name() -> None:
+    """Where no client_id is given."""
+    hundred = answer(*hosts(100))
+    ours = set(Chooser(subset_size=5, client_id=None).counts(hundred))
+    assert ours == set(Chooser(subset_size=5, client_id=socket.gethostname()).counts(hundred))
+
+
 def test_a_subset_is_of_the_zone() -> None:
     """And of the others one as large, for what spills over."""
     chooser = Chooser(zone="a", subset_size=2)
@@ -408,3 +428,21 @@ def test_why_a_host_is_not_chosen() -> None:
     assert Chooser(selection="weighted").why(two, 1) == "in turn by weight"
     assert Chooser(selection="least_loaded").why(two, 1) == "the less loaded of two"
     assert chooser.selector.explain(answer()) == {}
+    spares = answer(host(1), Instance(host(2), priority=3), Instance(host(2), "b", priority=2))
+    assert Chooser().why(spares, 2) == "its priority is 2, and hosts of priority 1 are there"
+
+
+def test_what_is_told_of_a_host_that_is_chosen() -> None:
+    """Its zone's share, that it is new, and what its calls found."""
+    chooser = Chooser(zone="a", slow_start_seconds=10, selection="least_loaded")
+    one, two, three = zoned(1, "a"), zoned(2, "b"), zoned(3, "b")
+    chooser.counts(answer(one, two), 1)
+    both = answer(one, two, three)
+    chooser.counts(both, 1)
+    busy = chooser.load.begin(TOPIC, host(3))
+    told = {name: told["why"] for name, told in chooser.selector.explain(both).items()}
+    near = "the less loaded of two; 93% of the calls go to hosts of zone a"
+    far = "the less loaded of two; 7% of the calls go to hosts outside of zone a"
+    new = f"{far}; it is new and gets 10% of its share"
+    assert list(told.values()) == [near, far, new]
+    assert chooser.selector.explain(both)[str(host(3))]["in_flight"] == len(busy) == 1
