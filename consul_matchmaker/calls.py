@@ -107,8 +107,8 @@ class Attempts:
     def begin(self, snapshot: Snapshot) -> Attempt:
         """Use a host of *snapshot*, an answer of `Matchmaker.hosts` for this topic and server: one
         that was not tried yet, while there is one.  Raises NoLiveHosts."""
-        untried = self._tried if any(host not in self._tried for host in snapshot.hosts) else ()
-        host = self._caller.picked(snapshot, self.server, key=self._key, exclude=untried)
+        exclude = self._tried if any(host not in self._tried for host in snapshot.hosts) else ()
+        host = self._caller.picked(snapshot, self.server, key=self._key, exclude=exclude)
         self._tried.add(host)
         return self._caller.attempt(self.topic, host, failures=self._failures)
 

@@ -14,6 +14,7 @@ import pytest
 
 from consul_matchmaker.model import Host
 from consul_matchmaker.testing.consul_probe import Node
+from integration.callers.service import Service
 from integration.cluster import Cluster, cluster_of_the_run
 
 CLIENTS = ("aiohttp", "grpc", "httpx", "requests", "zmq", "opentelemetry")
@@ -32,6 +33,12 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 def agent(cluster: Cluster) -> Node:
     """Of that cluster; the one beside other tests is remembered for the run."""
     return cluster.nodes["agent1"]
+
+
+@pytest.fixture
+def service() -> Iterator[Service]:
+    with Service() as made:
+        yield made
 
 
 @pytest.fixture

@@ -9,10 +9,12 @@ import subprocess
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from consul_matchmaker import Settings
+from consul_matchmaker import Matchmaker, Settings
 from consul_matchmaker.backends.memory import Memory
-from consul_matchmaker.model import Host
+from consul_matchmaker.errors import Unavailable
+from consul_matchmaker.model import Host, Snapshot
 from integration.callers.http_server import HttpServer
 from integration.callers.noted import NotingMatchmaker
 from integration.waiting import until
@@ -20,8 +22,10 @@ from integration.waiting import until
 TOPIC = "web"
 URL = "http://web.service.consul"
 QUICK = Settings(mode="kv", ttl_seconds=0.1, confirm_empty_seconds=0)
-
-
+FAILURES = ["stops", "drops", "hangs", "502", "503", "504"]
+"""How a server can fail; see `break_`."""
+SECONDS = 30.0
+"""The timeout of requests that are to succeed."""
 HANGS_SECONDS = 2.0
 """After it a client gives up a host that hangs.  One that does not, on a machine that stops for a
 while, answers before."""
@@ -143,3 +147,19 @@ class Proxy:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+
+def left_alone(service: Service) -> Matchmaker:
+    """One whose Consul answers once, with the servers of *service*, and then is away."""
+
+    class Leaving(Memory):
+        asked = 0
+
+        def lookup(self, *args: Any, **words: Any) -> Snapshot:
+            self.asked += 1
+            if self.asked > 1:
+                raise Unavailable("gone")
+            return service.memory.lookup(*args, **words)
+
+    settings = Settings(mode="kv", ttl_seconds=0, max_stale_seconds=0)
+    return Matchmaker(settings, backend=Leaving())

@@ -8,7 +8,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -19,16 +19,17 @@ import pytest
 from aiohttp import web
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
-from consul_matchmaker import Matchmaker, Settings, aio
+from consul_matchmaker import Matchmaker, aio
 from consul_matchmaker.adapters.aiohttp import matchmaker_middleware
-from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.errors import Closed, ConfigurationError, NoLiveHosts, Unavailable
-from consul_matchmaker.model import Host, Snapshot
+from consul_matchmaker.model import Host
 from consul_matchmaker.testing.consul_probe import Node
 from integration.callers.http_server import HttpServer, ServerProcess
 from integration.callers.load import Load
 from integration.callers.service import (
+    FAILURES,
     HANGS_SECONDS,
+    SECONDS,
     TOPIC,
     URL,
     Proxy,
@@ -36,13 +37,11 @@ from integration.callers.service import (
     break_,
     certified,
     deaf_host,
+    left_alone,
 )
 from integration.waiting import until
 
-SECONDS = 30.0
-"""The timeout of requests that are to succeed."""
 QUICK = aiohttp.ClientTimeout(total=SECONDS, sock_read=HANGS_SECONDS)
-FAILURES = ["stops", "drops", "hangs", "502", "503", "504"]
 SENDS_FILES_AGAIN = tuple(map(int, version("aiohttp").split(".")[:3])) >= (3, 12, 1)
 
 
@@ -59,12 +58,6 @@ async def session_of(
 
 async def said(answer: aiohttp.ClientResponse) -> Any:
     return await answer.json(content_type=None)
-
-
-@pytest.fixture
-def service() -> Iterator[Service]:
-    with Service() as made:
-        yield made
 
 
 def on_loop(service: Service, play: Callable[[aiohttp.ClientSession], Awaitable[None]]) -> None:
@@ -426,19 +419,8 @@ def test_the_answer_stays_when_nobody_else_is_left(service: Service) -> None:
     for server in service.servers:
         server.status = 503
 
-    class Leaving(Memory):
-        asked = 0
-
-        def lookup(self, *args: Any, **words: Any) -> Snapshot:
-            self.asked += 1
-            if self.asked > 1:
-                raise Unavailable("gone")
-            return service.memory.lookup(*args, **words)
-
     async def play() -> None:
-        settings = Settings(mode="kv", ttl_seconds=0, max_stale_seconds=0)
-        matchmaker = Matchmaker(settings, backend=Leaving())
-        async with session_of(matchmaker) as session, session.get(f"{URL}/") as answer:
+        async with session_of(left_alone(service)) as session, session.get(f"{URL}/") as answer:
             assert answer.status == 503
             await answer.read()
 

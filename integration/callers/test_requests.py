@@ -20,14 +20,15 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
 from consul_matchmaker import Matchmaker, Settings, aio
 from consul_matchmaker.adapters.requests import MatchmakerAdapter
-from consul_matchmaker.backends.memory import Memory
 from consul_matchmaker.errors import Closed, ConfigurationError, NoLiveHosts, Unavailable
 from consul_matchmaker.model import Host
 from consul_matchmaker.testing.consul_probe import Node
 from integration.callers.http_server import HttpServer, ServerProcess
 from integration.callers.load import Load
 from integration.callers.service import (
+    FAILURES,
     HANGS_SECONDS,
+    SECONDS,
     TOPIC,
     URL,
     Proxy,
@@ -35,24 +36,15 @@ from integration.callers.service import (
     break_,
     certified,
     deaf_host,
+    left_alone,
 )
 from integration.waiting import until
-
-SECONDS = 30.0
-"""The timeout of requests that are to succeed."""
-FAILURES = ["stops", "drops", "hangs", "502", "503", "504"]
 
 
 def session_of(matchmaker: Matchmaker, prefix: str = URL, **options: Any) -> requests.Session:
     session = requests.Session()
     session.mount(prefix, MatchmakerAdapter(matchmaker, **options))
     return session
-
-
-@pytest.fixture
-def service() -> Iterator[Service]:
-    with Service() as made:
-        yield made
 
 
 @pytest.fixture
@@ -283,17 +275,7 @@ def test_the_answer_stays_when_nobody_else_is_left(
     for server in service.servers:
         server.status = 503
 
-    class Leaving(Memory):
-        asked = 0
-
-        def lookup(self, *args: Any, **words: Any) -> Any:
-            self.asked += 1
-            if self.asked > 1:
-                raise Unavailable("gone")
-            return service.memory.lookup(*args, **words)
-
-    settings = Settings(mode="kv", ttl_seconds=0, max_stale_seconds=0)
-    with Matchmaker(settings, backend=Leaving()) as matchmaker, session_of(matchmaker) as other:
+    with left_alone(service) as matchmaker, session_of(matchmaker) as other:
         response = other.get(f"{URL}/", timeout=SECONDS)
     assert response.status_code == 503
     assert sum(service.asked) == 1
